@@ -1,0 +1,62 @@
+# The whole set-up of the project. It needs Python 3.11 or newer, pip and make, and nothing else.
+#
+#   make setup PYTHON=python3.12     another interpreter than python3, asked for only while .venv does not exist
+#   make test VENV=.venv312          another environment than .venv (with PYTHON=python3.12: both, side by side)
+#   make setup TORCH=                without torch: the comparisons with it skip
+#   make demo ARGS=--config.seed=1   more words for the command line of launch/run.py; make test ARGS=-x for pytest's
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+comma := ,
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint
+
+help:
+	@echo "make setup  create $(VENV) from constraints/; the other three do so by themselves"
+	@echo "make demo   images, traces, SFT, GRPO, evaluation, Hugging Face directory: all of it, on this CPU"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff, pyright, import-linter"
+
+setup: $(STAMP)
+
+# The stamp is written last: an interrupted set-up goes on at the next call. Torch is wanted by the comparisons
+# alone, and comes first, so that nothing else chooses its version; above Python 3.11 it is left out.
+$(STAMP): pyproject.toml $(wildcard constraints/*.txt) | $(BIN)/python
+	@set -e; \
+	minor=$$($(BIN)/python -c 'import sys; print(min(sys.version_info[1], 12))'); \
+	echo "make: installing what constraints/py3.$$minor.txt names into $(VENV): about 2 GB, some minutes"; \
+	if test $$minor = 11 && test -n "$(TORCH)"; then \
+	  $(PIP) install -c constraints/py3.$$minor.txt $(TORCH); \
+	fi; \
+	$(PIP) install -c constraints/py3.$$minor.txt -e '.[dev$(if $(TORCH),$(comma)parity)]'; \
+	touch $@
+
+# Some systems ship Python's venv without the pip that belongs into it; then the outer pip puts one there.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: there is no $(PYTHON) here. Name a Python of 3.11 or newer: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+	    "Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	else $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $@ install pip; fi
+
+demo: setup
+	$(BIN)/python launch/run.py --config=configs/demo.py --workdir=runs/demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo

@@ -1,0 +1,1 @@
+"""Offline data jobs: published archives in, checked shards of records out (never imports jax or torch)."""

@@ -1,0 +1,320 @@
+"""The shard runner: every stage of the pipeline is a pure function of a shard, and this file runs it.
+
+A shard is written into a hidden directory, flushed, renamed file by file, and then exists by virtue of one
+line in manifest.jsonl (`manifest`). A killed run loses at most the shards in flight; running the same command
+again does what is missing and nothing else. An item ends as answers (records), as a quarantine with a reason,
+or it stops the job: there are no default values. Users: ingest and the stages after it.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from tqdm import tqdm
+
+from data_pipeline import faults, files, manifest
+from fundus_jax import records
+from fundus_jax.records import ConfigError, DataError
+
+ENOUGH = 50  # items seen before the share of quarantined ones is judged
+SHOWN = 10  # reasons that the stopping message quotes
+HEADROOM = 64 << 20  # bytes left free beside twice the largest shard so far
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """An item that gave no answer: its key and, for a reader, why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage's name and everything that determines its output besides the input (a JSON object)."""
+
+    name: str
+    config: dict
+
+
+@dataclass(frozen=True)
+class ShardInput:
+    """One shard of input; `key` hashes what will be read, `items` may be loaded late (in the worker)."""
+
+    name: str
+    key: str
+    items: Sequence | Callable[[], Sequence]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over all shards of this run's part, those that were there already included."""
+
+    answers: int
+    quarantined: int
+    shards_done: int
+    shards_skipped: int
+
+
+Process = Callable[[ShardInput, Path], Iterable[Any]]
+
+
+def run(
+    job: Job,
+    shards: Sequence[ShardInput],
+    process: Process,
+    out: Path,
+    *,
+    limit: float = 0.02,
+    workers: int = 1,
+    shard: str = "0/1",
+) -> Summary:
+    """Process the shards that `out` lacks and publish them there.
+
+    Args:
+      job: name and config; both go into every shard's key.
+      shards: all of the input, whichever part this process takes. Names become file names.
+      process: gets a shard (items loaded) and a scratch folder; yields records and `Quarantine`s. Files that
+        it writes into the folder, named NAME.something, are published with the shard. With workers > 1 it and
+        the items must be picklable (a module's function or a `functools.partial` of one).
+      limit: share of quarantined items beyond which the job stops (from 50 items on, and at the end).
+      workers: processes that share this part's shards.
+      shard: "i/n": take every n-th shard from the i-th on, for n processes or hosts on one file system.
+
+    Raises:
+      ConfigError: other config than `out` was made with, bad names, another process at work on the same part.
+      DataError: too many items quarantined; the message quotes the first reasons.
+    """
+    config = json.loads(json.dumps(job.config, allow_nan=False))
+    mine = _part(_checked(shards), shard)
+    out.mkdir(parents=True, exist_ok=True)
+    with manifest.running(out, shard):
+        manifest.claim(out, job.name, config, [one.name for one in shards])
+        keys = {one.name: files.digest({"job": job.name, "config": config, "input": one.key}) for one in mine}
+        done = manifest.load(out)
+        ready = [
+            n for n, k in keys.items() if n in done and done[n].key == k and manifest.intact(out, done[n])
+        ]
+        todo = [one for one in mine if one.name not in set(ready)]
+        for left in out.glob(".*.part-*"):
+            if left.name[1:].rsplit(".part-", 1)[0] in keys:
+                shutil.rmtree(left)
+        tally = _Tally(limit, [done[name] for name in ready])
+        for entry in _built(todo, keys, process, out, tally, workers):
+            tally.add(entry)
+        tally.judge(at_end=True)
+        manifest.finish(out, [one.name for one in shards])
+    return Summary(tally.answers, tally.quarantined, len(todo), len(ready))
+
+
+def read(out: Path, cls: type, *, side_files: bool = False) -> Iterator[Any]:
+    """All records of a finished directory in shard-name order; a shard's hash is checked before it is read.
+
+    With `side_files` (images) those are hashed as well; else their presence and size are. Raises DataError.
+    """
+    for entry in manifest.complete(Path(out)):
+        for name in entry.files:
+            if side_files or name == f"{entry.name}.jsonl" or not manifest.intact(Path(out), entry):
+                manifest.check(Path(out), entry, name)
+        yield from records.read_jsonl(Path(out) / f"{entry.name}.jsonl", cls)
+
+
+class _Tally:
+    """Counts of the finished shards, and the rule that stops a job."""
+
+    def __init__(self, limit: float, entries: Sequence[manifest.Entry]):
+        self.limit, self.items, self.answers, self.quarantined = limit, 0, 0, 0
+        self.reasons: list[str] = []
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: manifest.Entry) -> None:
+        self.items += entry.items
+        self.answers += entry.answers
+        self.quarantined += entry.quarantined
+
+    def judge(self, *, at_end: bool = False, items: int = 0, quarantined: Sequence[Quarantine] = ()) -> None:
+        """Raise DataError if too many are quarantined; `items`, `quarantined`: of a shard not added yet."""
+        self.reasons = (self.reasons + [f"{one.key}: {one.reason}" for one in quarantined])[:SHOWN]
+        bad, seen = self.quarantined + len(quarantined), self.items + items
+        if bad > self.limit * seen and (seen >= ENOUGH or at_end):
+            shown = "\n  ".join(self.reasons) or "see the *.quarantine.jsonl files"
+            raise DataError(
+                f"{bad} of {seen} items are quarantined, more than {self.limit:.1%}; repair the input, or "
+                f"allow more (limit). First reasons:\n  {shown}"
+            )
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A shard that stands complete and flushed in its hidden folder."""
+
+    folder: Path
+    entry: manifest.Entry
+    quarantined: tuple[Quarantine, ...]
+
+
+def _built(
+    todo: Sequence[ShardInput], keys: dict[str, str], process: Process, out: Path, tally: _Tally, workers: int
+) -> Iterator[manifest.Entry]:
+    """Build and publish shards, in order with one worker, as they come with more."""
+    build = partial(_build, process=process, out=out)
+    in_order = (build(one, keys[one.name]) for one in todo)
+    largest = 0
+    files.require_free(out, HEADROOM)
+    with _Progress(len(todo), out.name) as progress:
+        for count, built in enumerate(in_order if workers <= 1 else _pooled(todo, keys, build, workers), 1):
+            tally.judge(items=built.entry.items, quarantined=built.quarantined)
+            _publish(out, built)
+            progress.step(built.entry)
+            yield built.entry
+            largest = max(largest, sum(int(facts["bytes"]) for facts in built.entry.files.values()))
+            if count < len(todo):
+                files.require_free(out, HEADROOM + 2 * largest * max(1, workers))
+
+
+def _pooled(
+    todo: Sequence[ShardInput], keys: dict[str, str], build: Callable, workers: int
+) -> Iterator[_Built]:
+    waiting = iter(todo)
+    with ProcessPoolExecutor(min(workers, max(1, len(todo))), get_context("spawn"), _die_with_parent) as pool:
+        flying: set[Future[_Built]] = set()
+        try:
+            while True:
+                for one in waiting:
+                    flying.add(pool.submit(build, one, keys[one.name]))
+                    if (
+                        len(flying) > workers
+                    ):  # one in hand, so that no worker idles while this process publishes
+                        break
+                if not flying:
+                    return
+                landed, flying = wait(flying, return_when=FIRST_COMPLETED)
+                for future in landed:
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """End this worker when its parent is gone: a `kill -9` of it tells the pool's children nothing."""
+
+    def watch(sentinel: int) -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    if (parent := parent_process()) is not None:
+        threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
+def _build(shard: ShardInput, key: str, *, process: Process, out: Path) -> _Built:
+    """Run `process` over one shard in a hidden folder of `out`; in a pool this is what the workers do."""
+    folder = out / f".{shard.name}.part-{os.getpid()}-{time.time_ns():x}"
+    folder.mkdir()
+    try:
+        items = shard.items() if callable(shard.items) else shard.items
+        faults.hit("before_process")
+        answers, quarantined = 0, []
+        with (folder / f"{shard.name}.jsonl").open("w", encoding="utf-8") as stream:
+            for result in process(replace(shard, items=items), folder):
+                if isinstance(result, Quarantine):
+                    quarantined.append(result)
+                else:
+                    stream.write(records.to_json(result) + "\n")
+                    answers += 1
+        faults.hit("after_process")
+        lines = [json.dumps({"key": one.key, "reason": one.reason}) + "\n" for one in quarantined]
+        (folder / f"{shard.name}.quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
+        facts = {path.name: _facts(path, shard.name) for path in sorted(folder.iterdir())}
+        files.sync(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    entry = manifest.Entry(
+        name=shard.name, key=key, items=len(items), answers=answers, quarantined=len(quarantined), files=facts
+    )
+    return _Built(folder, entry, tuple(quarantined))
+
+
+def _facts(path: Path, shard: str) -> dict[str, int | str]:
+    if not path.is_file() or not path.name.startswith(f"{shard}."):
+        raise ValueError(f"{path}: a side file of shard {shard} must be a plain file named {shard}.something")
+    files.sync(path)
+    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+
+
+def _publish(out: Path, built: _Built) -> None:
+    faults.hit("before_rename")
+    for name in sorted(built.entry.files):
+        (built.folder / name).replace(out / name)
+        faults.hit("after_rename")
+    files.sync(out)
+    faults.hit("before_manifest")
+    manifest.append(out, built.entry)
+    faults.hit("after_manifest")
+    built.folder.rmdir()
+
+
+class _Progress:
+    """A bar on a terminal, elsewhere a log line every few seconds."""
+
+    def __init__(self, shards: int, title: str, *, seconds: float = 10.0):
+        self.bar = tqdm(total=shards, desc=title, unit="shard", disable=not sys.stderr.isatty() or not shards)
+        self.title, self.shards, self.seconds = title, shards, seconds
+        self.done, self.items, self.quarantined = 0, 0, 0
+        self.begun = self.spoken = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self, entry: manifest.Entry) -> None:
+        """Count one published shard."""
+        self.done, self.items = self.done + 1, self.items + entry.items
+        self.quarantined += entry.quarantined
+        self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and (now - self.spoken > self.seconds or self.done == self.shards):
+            self.spoken = now
+            logging.info(
+                "%s: %d of %d shards, %d items (%d quarantined), %.1f items/s",
+                self.title, self.done, self.shards, self.items, self.quarantined,
+                self.items / max(now - self.begun, 1e-9),
+            )  # fmt: skip
+
+
+def _checked(shards: Sequence[ShardInput]) -> Sequence[ShardInput]:
+    if not shards:
+        raise ConfigError(
+            "the job has no input: no shard was found; check the source directory and the split"
+        )
+    names = [one.name for one in shards]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"shard names are not unique: {sorted({n for n in names if names.count(n) > 1})[:5]}"
+        )
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) or name == "manifest":
+            raise ConfigError(f"shard name {name!r}: use letters, digits, '-' and '_', and not 'manifest'")
+    return shards
+
+
+def _part(shards: Sequence[ShardInput], shard: str) -> Sequence[ShardInput]:
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ConfigError(f"shard {shard!r}: write i/n with 0 <= i < n, as in 0/1")
+    return shards[int(found[1]) :: int(found[2])]

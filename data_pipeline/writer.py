@@ -1,0 +1,172 @@
+"""Writes reasoning traces by rule, from findings and knowledge: the embedded back end, called `rules`.
+
+Paper, section 3.2.3: a trace (i) summarises the visual findings, (ii) connects them to the knowledge, (iii)
+derives the answer. A language model writes the real ones; these are for machines without one and for learners
+of two million parameters, so words and sentences are few and always the same. Nothing is written that the
+records do not hold. Neighbours: `quality.py` checks what is written here too; `traces.py` runs both.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from fundus_jax import findings
+from fundus_jax.records import Box, Example, Findings, Knowledge
+
+EVERYWHERE = "in all quadrants"
+SEVERE = "Severe NPDR"
+SPREAD = 0.3  # share of the image that the boxes of haemorrhages cover at least when they are everywhere
+
+VIEWS = {
+    "CFP": "The image shows the round disc and the vessels of one field of the retina.",
+    "OCT": "The image is a cross-section of retinal layers.",
+    "UWF": "The image shows a wide field of the retina up to the periphery.",
+}
+SIDES = {"OD": "right", "OS": "left"}
+# What a label stands for in the sentence that connects it to the findings.
+CONCEPTS = {
+    "Normal": "a normal eye",
+    "No DR": "no retinopathy",
+    "Mild NPDR": "mild disease",
+    "Moderate NPDR": "moderate disease",
+    "Severe NPDR": "severe disease",
+    "PDR": "proliferative disease",
+    "Glaucoma": "glaucoma",
+    "AMD": "macular degeneration",
+    "DME": "macular oedema",
+    "Drusen": "dry disease",
+    "CNV": "choroidal neovascularisation",
+}
+
+
+class TraceWriter(Protocol):
+    """Writes the think text of a trace. A process pool pickles it."""
+
+    name: str
+
+    @property
+    def config(self) -> dict:
+        """Everything that determines the text besides the records, as JSON."""
+        ...
+
+    def write(self, example: Example, found: Findings | None, knowledge: Knowledge | None) -> str:
+        """The think text, "" where there is nothing to write from. `found` is None for an unseen image."""
+        ...
+
+
+class RuleWriter:
+    """The deterministic writer."""
+
+    name = "rules"
+    config: dict = {"version": 1}  # raise it when a wording changes
+
+    def write(self, example: Example, found: Findings | None, knowledge: Knowledge | None) -> str:
+        if example.task == "modality":
+            middle = [VIEWS[example.modality]]
+        elif example.task == "laterality":
+            side = SIDES.get(example.eye)
+            middle = [f"The optic disc lies on the {side} of the image."] if side else []
+        elif found is None:
+            middle = []
+        elif example.task in ("lesion_presence", "lesion_location"):
+            middle = _about_one(example, found)
+        else:
+            middle = [summary(found.present, example.boxes), connection(example, found, knowledge)]
+        return " ".join(filter(None, [*middle, derivation(example.answer)])) if any(middle) else ""
+
+
+def summary(present: Sequence[str], boxes: Sequence[Box]) -> str:
+    """Step (i): "The image shows ..." with the findings in their fixed order, or "No lesion is seen."."""
+    if not present:
+        return "No lesion is seen."
+    text = findings.phrase(present)
+    if "haemorrhage" in present and everywhere(boxes):
+        parts = findings.phrase(present).split("haemorrhages", 1)  # the first is the plain one, by the order
+        text = f"{parts[0]}many haemorrhages {EVERYWHERE}{parts[1]}"
+    return f"The image shows {text}."
+
+
+def connection(example: Example, found: Findings, knowledge: Knowledge | None) -> str:
+    """Step (ii): one sentence from findings to label; "" when the image lacks what the label requires."""
+    label = example.answer
+    if knowledge is None or findings.missing(knowledge.required, found.present):
+        return ""
+    concept = CONCEPTS.get(label, label)
+    if label == "No DR":
+        return f"Without microaneurysms or haemorrhages there is {concept}."
+    if not knowledge.required:
+        subject = "Layers" if example.modality == "OCT" else "A retina"
+        return f"{subject} without lesions {_verb(subject, 'fit')} {concept}."
+    if label == "Mild NPDR":
+        return f"Microaneurysms alone fit {concept}."
+    if label == "Moderate NPDR":
+        return f"Haemorrhages beyond microaneurysms without neovascularisation fit {concept}."
+    if label == SEVERE:
+        if not everywhere(example.boxes):
+            return ""
+        return f"Haemorrhages {EVERYWHERE} without neovascularisation fit {concept}."
+    signs = [name for name in found.present if name in (*knowledge.required, *_signs(label))]
+    without = {"DME": " without a pigment epithelial detachment", "Drusen": " without fluid"}.get(label, "")
+    return f"{_capital(findings.phrase(signs))}{without} {_verb_of(signs, 'fit')} {concept}."
+
+
+def derivation(answer: str) -> str:
+    """Step (iii)."""
+    return f"So the answer is {answer}."
+
+
+def asked(example: Example) -> str | None:
+    """The finding that a lesion question is about: the only one it names. None for none or several."""
+    mentions = findings.parse_mentions(example.question)
+    names = mentions.present | mentions.absent
+    return next(iter(names)) if len(names) == 1 else None
+
+
+def everywhere(boxes: Iterable[Box]) -> bool:
+    """Whether the boxes of haemorrhages reach all four quadrants and cover `SPREAD` of the image.
+
+    The boxes of a finding are few and drawn around groups of lesions, so their area says how far it spreads.
+    It is our stand-in for the count of more than twenty in each quadrant (ICDR), which boxes do not give.
+    """
+    mine = [box for box in boxes if box.finding == "haemorrhage"]
+    quadrants = {(x, y) for box in mine for x in (box.x1 // 500, (box.x2 - 1) // 500) for y in _rows(box)}
+    return len(quadrants) == 4 and sum((b.x2 - b.x1) * (b.y2 - b.y1) for b in mine) >= SPREAD * 999**2
+
+
+def _rows(box: Box) -> tuple[int, int]:
+    return box.y1 // 500, (box.y2 - 1) // 500
+
+
+def _about_one(example: Example, found: Findings) -> list[str]:
+    name = asked(example)
+    if name is None:
+        return []
+    subject = _capital(findings.FINDINGS[name].plural)
+    if example.task == "lesion_presence":
+        state = "present" if name in found.present else "absent"
+        return [summary(found.present, example.boxes), f"{subject} {_verb_of([name], 'be')} {state}."]
+    place = example.answer[:1].lower() + example.answer[1:]
+    return [
+        summary(found.present, example.boxes),
+        f"{subject} {_verb_of([name], 'lie')} in the {place} of the image.",
+    ]
+
+
+def _signs(label: str) -> tuple[str, ...]:
+    """The findings that prove a label beside the required ones, so that they are named with it."""
+    return ("vitreous haemorrhage",) if label == "PDR" else ()
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _verb_of(names: Sequence[str], verb: str) -> str:
+    subject = findings.FINDINGS[names[0]].plural if len(names) == 1 else "s"
+    return _verb(subject, verb)
+
+
+def _verb(subject: str, verb: str) -> str:
+    plural = subject.endswith(("s", "drusen", "foci"))
+    if verb == "be":
+        return "are" if plural else "is"
+    return verb if plural else f"{verb}s"

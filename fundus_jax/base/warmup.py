@@ -1,0 +1,101 @@
+"""Vision warm-up: the vision tower learns to see under a linear head that names findings and labels; the head is then discarded.
+
+A blind tower does not learn from a caption loss in the time a laptop has (docs/log.md), as the real model's vision encoder did not
+either: it was pre-trained on its own. Only the tower and the merger are trained here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fundus_jax import training
+from fundus_jax.data import Pool, batches
+from fundus_jax.models.qwen2_5_vl.processor import Processor
+from fundus_jax.optim import OptimConfig
+from fundus_jax.records import Example
+from fundus_jax.workdir import Stopwatch, Workdir
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@dataclass(kw_only=True, slots=True)
+class BaseConfig:
+    """The warm-up: `steps` of `batch` images."""
+
+    steps: int = 800
+    batch: int = 16
+    seed: int = 0
+    save_every: int = 0
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="muon", lr=5e-3, warmup=30, final_fraction=0.15, b2=0.98))
+
+    def validate(self) -> None:
+        """Raises ConfigError through the optimizer's own check."""
+        self.optim.validate()
+
+
+def targets_of(examples: Sequence[Example]) -> tuple[list[str], np.ndarray]:
+    """Names and a table [examples, names] of 0/1: each finding, and each label within its kind of image."""
+
+    def facts(example: Example) -> set[str]:
+        kind = "OCT" if example.modality == "OCT" else "en face"
+        return {*(example.findings or ()), *(f"{kind}: {label}" for label in example.labels)}
+
+    names = sorted(set().union(*(facts(example) for example in examples)))
+    table = np.asarray([[name in facts(example) for name in names] for example in examples], np.float32)
+    return names, table
+
+
+def warm_up(work: Workdir, model: Any, processor: Processor, pool: Pool, config: BaseConfig, mesh: Mesh) -> training.Params:
+    """Train the vision tower and return all parameters of the model. Resumes from, and ends with, a bundle of stage `base`."""
+    images = {example.image: example for example in pool.examples}  # one question an image is enough
+    examples = list(images.values())
+    names, table = targets_of(examples)
+    skeleton, params = training.split(model)
+    shape = (len(names), model.config.hidden_size)
+    learned = {"visual": params["visual"], "head": {"weight": jnp.zeros(shape), "bias": jnp.zeros(shape[:1])}}
+
+    def loss(learned: Any, batch: Any, total: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        rows, wanted = batch
+        features = skeleton.merge(params | {"visual": learned["visual"]}).encode(rows)
+        merge = rows.patch_image.shape[1] // features.shape[1]
+        real = (rows.patch_image[:, ::merge] >= 0)[..., None]
+        pooled = jnp.sum(jnp.where(real, features, 0), axis=1) / jnp.maximum(real.sum(axis=1), 1)
+        logits = pooled @ learned["head"]["weight"].T + learned["head"]["bias"]
+        entropy = jnp.logaddexp(0, logits) - wanted * logits
+        right = ((logits > 0) == (wanted > 0)).all(axis=1)
+        return entropy.mean(axis=1).sum() / total, {"exact": right.sum() / total}
+
+    def build(index: np.ndarray) -> tuple[Any, np.ndarray]:
+        rows = processor([IMAGE] * len(index), [[pool.image(examples[i])] for i in index])
+        return rows, table[index]
+
+    optimizer = training.make_optimizer(config.optim, config.steps)
+    step_of = training.make_step(lambda learned: learned, loss, lambda batch: batch[1].shape[0], optimizer)
+    state = training.State(learned, jax.jit(optimizer.init)(learned))
+    iterator = batches(len(examples), config.batch, build, seed=config.seed)
+    state, done = work.resume("base", state, iterator)
+    progress, watch = work.progress("base", done), Stopwatch()
+    with jax.set_mesh(mesh):
+        for step in range(done + 1, config.steps + 1):
+            with watch("data"):
+                batch = next(iterator)
+            with watch("update"):
+                state, metrics = step_of(state, batch)
+                values = {name: float(value) for name, value in metrics.items()}
+            training.check_finite(values, config.optim, "base", step)
+            work.metrics.log("base", step, values | watch.lap())
+            progress.update(note=f"loss {values['loss']:.3f}")
+            if step == config.steps or (config.save_every and step % config.save_every == 0):
+                work.save("base", step, state, iterator)
+    progress.close()
+    return finished(params, state.params)
+
+
+def finished(params: training.Params, learned: Any) -> training.Params:
+    """The model's parameters after the warm-up: what was learned without the head, and the rest as it was."""
+    return params | {"visual": learned["visual"]}

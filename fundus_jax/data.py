@@ -1,0 +1,140 @@
+"""From records and images on disk to batches: what every loop and every evaluation reads with.
+
+A stage directory of the pipeline is shards and a manifest; `read_stage` checks each shard against it. Images are records of
+ArrayRecord files, opened on demand. Batches come from Grain, whose iterator state travels in the checkpoint, so that a resumed run
+goes on with the very next batch. Neighbours: `records` (the formats), `models.batch` (what a batch is).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from PIL import Image
+
+from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge, Trace, read_jsonl
+
+R = TypeVar("R")
+MAX_PIXELS = 100_000_000  # the largest fundus photographs in use have about 16 million
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
+
+
+def read_stage(directory: str | Path, cls: type[R]) -> Iterator[R]:
+    """All records of a finished stage directory, in shard order.
+
+    Raises DataError where there is no manifest, or a shard is missing or is not what was published.
+    """
+    directory = Path(directory)
+    manifest = directory / "manifest.jsonl"
+    if not manifest.is_file():
+        raise DataError(f"{manifest} is missing: {directory} is no finished stage directory; run its job")
+    for line in manifest.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            path = directory / f"{entry['name']}.jsonl"
+            published = entry["files"][path.name]["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{manifest}: not a manifest line: {line[:80]!r}; run the job again") from error
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != published:
+            raise DataError(f"{path} is missing or not what {manifest.name} lists; run the job again")
+        yield from read_jsonl(path, cls)
+
+
+@functools.lru_cache(maxsize=64)
+def _reader(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(f"{path} is missing, though an Example names it; run the ingest job again")
+    return ArrayRecordReader(str(path))
+
+
+def load_image(directory: str | Path, key: str) -> Image.Image:
+    """The picture of `Example.image` ("FILE#INDEX") in the examples' stage directory; pixels are decoded when used."""
+    name, _, index = key.partition("#")
+    reader = _reader(Path(directory) / name)
+    if not index.isdigit() or int(index) >= reader.num_records():
+        raise DataError(f"{Path(directory) / name} has {reader.num_records()} images, none of number {index!r}")
+    return open_image(reader.read([int(index)])[0], key)
+
+
+def open_image(data: bytes, where: str) -> Image.Image:
+    """A picture from its bytes. Raises DataError, naming `where`, for another type than FORMATS or more than MAX_PIXELS pixels."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: not a readable {', '.join(FORMATS)} image ({error})") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{where}: {image.width} x {image.height} pixels, more than {MAX_PIXELS}; make it smaller")
+    return image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The records of a workdir's data directory: examples of one split in order, and what is known about them by id."""
+
+    directory: Path
+    examples: tuple[Example, ...]
+    findings: dict[str, Findings]
+    traces: dict[str, Trace]
+    knowledge: dict[tuple[str, str], Knowledge]
+
+    def image(self, example: Example) -> Image.Image:
+        """The example's picture."""
+        return load_image(self.directory / "examples", example.image)
+
+    def choose(self, *, tasks: Sequence[str] = (), part: tuple[float, float] = (0.0, 1.0)) -> Pool:
+        """The examples of some tasks (all if empty) whose patient falls into `part` of [0, 1) by its hash.
+
+        Two disjoint parts share no patient, so one may be kept from the other's training.
+        """
+        low, high = (int(bound * 2**32) for bound in part)
+
+        def place(patient: str) -> int:
+            return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:4], "big")
+
+        kept = tuple(
+            e for e in self.examples if (not tasks or e.task in tasks) and low <= place(f"{e.dataset}/{e.patient}") < high
+        )
+        if not kept:
+            raise ConfigError(f"no example of {len(self.examples)} has a task in {list(tasks)} and lies in part {part}")
+        return Pool(directory=self.directory, examples=kept, findings=self.findings, traces=self.traces, knowledge=self.knowledge)
+
+
+def open_pool(directory: str | Path, split: str) -> Pool:
+    """Read `directory`/{examples,findings,traces,knowledge}; only `split` of the examples."""
+    directory = Path(directory)
+    examples = tuple(e for e in read_stage(directory / "examples", Example) if e.split == split)
+    if not examples:
+        raise DataError(f"{directory / 'examples'} has no example of split {split!r}")
+    return Pool(
+        directory=directory,
+        examples=examples,
+        findings={record.example: record for record in read_stage(directory / "findings", Findings)},
+        traces={record.example: record for record in read_stage(directory / "traces", Trace)},
+        knowledge={(record.label, record.modality): record for record in read_stage(directory / "knowledge", Knowledge)},
+    )
+
+
+def batches(count: int, size: int, build: Callable[[np.ndarray], Any], *, seed: int, threads: int = 2) -> Any:
+    """An endless Grain iterator of `build(indices [size])` over [0, count), reshuffled every epoch; batches may straddle epochs.
+
+    `get_state`/`set_state` of the iterator name its place exactly. Raises ConfigError when there is less than one batch.
+    """
+    if count < size:
+        raise ConfigError(f"a batch of {size} rows needs at least as many records, there are {count}; lower the batch size")
+    order = grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(size)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(order.map(build).to_iter_dataset(options))
+
+
+def round_up(size: int, step: int) -> int:
+    """`size` rounded up to a multiple of `step`, at least one."""
+    return max(1, -(-size // step)) * step

@@ -1,0 +1,1 @@
+"""Measures a model on held-out questions: prompts, answer extraction, scores with intervals, reports."""

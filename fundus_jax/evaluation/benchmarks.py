@@ -1,0 +1,138 @@
+"""The table of benchmarks, and the one that is always there: the held-out Examples of a workdir.
+
+A new benchmark is a class with the fields of `items.Benchmark` and a row of `BENCHMARKS`. Neighbours:
+funbench.py reads FunBench's own tree, items.py says what an item is.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordReader
+from PIL import Image
+
+from fundus_jax import dialog, findings
+from fundus_jax.evaluation.funbench import FunBench
+from fundus_jax.evaluation.items import Benchmark, Item, Selection, open_image
+from fundus_jax.records import ConfigError, DataError, Example, read_jsonl
+
+LEVELS = {  # our tasks on FunBench's levels: modality, anatomy, lesion analysis, diagnosis
+    "modality": "L1",
+    "laterality": "L2",
+    "lesion_presence": "L3",
+    "lesion_location": "L3",
+    "disease": "L4",
+    "dr_grade": "L4",
+}
+
+
+class PhantomBenchmark:
+    """The held-out Examples of a finished stage directory (a workdir's data/examples), on FunBench's levels.
+
+    It takes any Examples, drawn or real. Each shard must have the bytes that were published.
+    """
+
+    name = "phantom"
+
+    def __init__(self, source: str | Path, selection: Selection | None = None) -> None:
+        self.source = Path(source)
+        self.missing: tuple[str, ...] = ()  # a finished stage directory is complete, or it is refused
+        selection = selection or Selection()
+        examples = (example for example in read_examples(self.source) if example.split == selection.split)
+        self.items = selection.choose([item_of(example, selection) for example in examples])
+
+    def load_image(self, image: str) -> Image.Image:
+        """The picture of a key "FILE#INDEX": record INDEX of the ArrayRecord file FILE."""
+        name, _, index = image.partition("#")
+        reader = _reader(self.source / name)
+        if int(index) >= reader.num_records():
+            raise DataError(
+                f"{self.source / name} has {reader.num_records()} images, not one of number {index}"
+            )
+        return open_image(reader.read([int(index)])[0], f"{self.source / name}#{index}")
+
+
+@functools.lru_cache(maxsize=64)
+def _reader(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(f"{path} is missing, though an Example names it: run the ingest job again")
+    return ArrayRecordReader(str(path))
+
+
+def read_examples(source: Path) -> Iterator[Example]:
+    """All Examples of a finished stage directory, in shard order.
+
+    Raises:
+        DataError: the directory has no manifest, or a shard is missing or changed.
+    """
+    manifest = source / "manifest.jsonl"
+    if not manifest.is_file():
+        raise DataError(f"{manifest} is missing: {source} is no finished stage directory; run the ingest job")
+    for line in manifest.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            path = source / f"{entry['name']}.jsonl"
+            published = entry["files"][path.name]["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{manifest}: not a manifest line: {line[:80]!r}; run the ingest job") from error
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != published:
+            raise DataError(f"{path} is missing or not what {manifest.name} lists: run the ingest job again")
+        yield from read_jsonl(path, Example)
+
+
+def item_of(example: Example, selection: Selection) -> Item:
+    """The item of an Example.
+
+    Raises:
+        DataError: a task without a level.
+    """
+    if example.task not in LEVELS:
+        known = ", ".join(LEVELS)
+        raise DataError(f"Example {example.id}: task {example.task!r} has no level; known tasks are {known}")
+    messages = dialog.messages(example, selection.style, selection.think, instruct=selection.instruct)
+    return Item(
+        id=example.id,
+        image=example.image,
+        messages=tuple(messages),
+        options=example.options,
+        answers=(example.answer,),
+        level=LEVELS[example.task],
+        task=example.task,
+        part=_part(example),
+        modality=example.modality,
+        unit=f"{example.dataset}/{example.patient}",
+        lettered=selection.style == "options" and bool(example.options),
+        findings=example.findings,
+    )
+
+
+def _part(example: Example) -> str:
+    """The question file that FunBench would put it in: its lesion tasks have a file for each lesion."""
+    if not example.task.startswith("lesion_"):
+        return example.task
+    mentions = findings.parse_mentions(example.question)
+    asked = sorted(mentions.present | mentions.absent)
+    return f"{example.task}-{asked[0]}" if len(asked) == 1 else example.task
+
+
+BENCHMARKS: dict[str, Callable[[str | Path, Selection], Benchmark]] = {
+    "phantom": PhantomBenchmark,
+    "funbench": FunBench,
+}
+
+
+def open_benchmark(name: str, source: str | Path, selection: Selection) -> Benchmark:
+    """The benchmark of a row of `BENCHMARKS`, read from its source.
+
+    Raises:
+        ConfigError: unknown name, or a selection that leaves nothing.
+        DataError: the source is not as its publisher lays it out.
+    """
+    if name not in BENCHMARKS:
+        raise ConfigError(f"benchmark {name!r} is unknown: use one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name](source, selection)

@@ -1,0 +1,142 @@
+"""What is asked: items, which of them are selected, and what every benchmark offers.
+
+An `Item` is one question about one image in the form the scores need: FunBench's level, task and file, the
+modality, and the unit (patient or image) that a bootstrap draws. Neighbours: benchmarks.py (the readers),
+run.py (asks a model), report.py (scores the answers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+from fundus_jax.records import ConfigError, DataError
+
+MAX_PIXELS = 100_000_000  # the largest fundus photographs in use have about 16 million
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One question about one image.
+
+    Attributes:
+        id: unique in its benchmark.
+        image: what the benchmark's `load_image` takes.
+        messages: the prompt, one user turn in Hugging Face's message format.
+        options: the choices; () for a question without choices.
+        answers: the right one, or all right ones where `multiple`.
+        level, task, part: FunBench's level (L1 to L4), task and question file.
+        modality: CFP, OCT or UWF.
+        unit: patient or image; the answers about one unit are not independent.
+        lettered: whether the prompt numbers the options with letters.
+        multiple: whether all suitable options are asked for.
+        findings: what is in the image by its masks; None where there are none.
+    """
+
+    id: str
+    image: str
+    messages: tuple[dict[str, Any], ...]
+    options: tuple[str, ...]
+    answers: tuple[str, ...]
+    level: str
+    task: str
+    part: str
+    modality: str
+    unit: str
+    lettered: bool
+    multiple: bool = False
+    findings: tuple[str, ...] | None = None
+
+    @property
+    def answer(self) -> str:
+        """The right answer as one text."""
+        return ", ".join(self.answers)
+
+    @property
+    def prompt(self) -> str:
+        """The text of the user's turn."""
+        parts = [part for turn in self.messages for part in turn["content"]]
+        return "\n".join(part["text"] for part in parts if part["type"] == "text")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """Which items of a benchmark are asked, and how.
+
+    Attributes:
+        style, think, instruct: the prompt, as in `dialog.messages`. A benchmark with prompts of its own keeps
+        them
+            and only adds the instruction.
+        tasks: keep these tasks only; () keeps all.
+        limit: at most this many items, drawn by the hash of their id, so the same ones every time; 0 keeps
+        all. split: the split of Examples. images: the folder under which a benchmark's images lie, where it
+        does not bring them itself. allow_partial: go on without the items whose image is missing.
+    """
+
+    style: str = "options"
+    think: bool = True
+    instruct: bool = True
+    tasks: tuple[str, ...] = ()
+    limit: int = 0
+    split: str = "test"
+    images: str = ""
+    allow_partial: bool = False
+
+    def choose(self, items: Sequence[Item]) -> tuple[Item, ...]:
+        """The selected items, in their order.
+
+        Raises:
+            ConfigError: a task that no item has; nothing is left.
+            DataError: two items with one id.
+        """
+        ids = {item.id for item in items}
+        if len(ids) != len(items):
+            raise DataError(f"{len(items)} items have only {len(ids)} ids: a question is there twice")
+        known = sorted({item.task for item in items})
+        unknown = [task for task in self.tasks if task not in known]
+        if unknown:
+            raise ConfigError(
+                f"no item has task {', '.join(unknown)}: there are {', '.join(known) or 'none'}"
+            )
+        kept = [item for item in items if not self.tasks or item.task in self.tasks]
+        if self.limit and len(kept) > self.limit:
+            drawn = sorted(kept, key=lambda item: hashlib.sha256(item.id.encode()).digest())[: self.limit]
+            ids = {item.id for item in drawn}
+            kept = [item for item in kept if item.id in ids]
+        if not kept:
+            raise ConfigError(f"no item is left to ask (split {self.split!r}): check source and selection")
+        return tuple(kept)
+
+
+class Benchmark(Protocol):
+    """Items, their images, and the image keys that were not found."""
+
+    name: str
+    items: tuple[Item, ...]
+    missing: tuple[str, ...]
+
+    def load_image(self, image: str) -> Image.Image:
+        """The picture of an item's `image`; its pixels are decoded when they are used."""
+        ...
+
+
+def open_image(data: bytes, where: str) -> Image.Image:
+    """A picture whose pixels are decoded when they are used; refused if it is too large or of no known
+    format.
+
+    Raises:
+        DataError: naming `where`.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: not a readable {', '.join(FORMATS)} picture: {error}") from error
+    if picture.width * picture.height > MAX_PIXELS:
+        raise DataError(f"{where}: {picture.width} x {picture.height} pixels, at most {MAX_PIXELS} are read")
+    return picture

@@ -1,0 +1,124 @@
+"""The evaluation command, and what a training run measures itself with.
+
+    python -m fundus_jax.evaluation.run --model=DIR --benchmark=phantom --source=WORKDIR/data/examples
+    --out=DIR
+
+writes report.json, report.txt and predictions.jsonl under --out. `predict` (items to responses) and
+`evaluate` (responses to a report) are handed on from their modules, for callers that have a model at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+from fundus_jax import dialog
+from fundus_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
+from fundus_jax.evaluation.extract import MODES, Mode
+from fundus_jax.evaluation.items import Selection
+from fundus_jax.evaluation.predict import predict
+from fundus_jax.evaluation.report import Prediction, Report, compare, evaluate, outcome_of, table
+from fundus_jax.files import write_atomic
+from fundus_jax.models import load_pretrained
+from fundus_jax.records import SPLITS, ConfigError, DataError
+
+__all__ = ["Prediction", "Report", "compare", "evaluate", "predict", "table", "write"]
+
+
+def write(out: Path, predictions: Sequence[Prediction], report: Report, mode: Mode = "tail") -> None:
+    """Writes report.json, report.txt, and predictions.jsonl: every prompt, response, extraction and score."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(_as_json(one, mode), ensure_ascii=False) + "\n" for one in predictions]
+    write_atomic(out / "predictions.jsonl", "".join(lines))
+    write_atomic(out / "report.txt", table(report))
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(out / "report.json", text + "\n")
+
+
+def _as_json(prediction: Prediction, mode: Mode) -> dict[str, Any]:
+    item, outcome = prediction.item, outcome_of(prediction, mode)
+    return {
+        "id": item.id,
+        "image": item.image,
+        "level": item.level,
+        "task": item.task,
+        "part": item.part,
+        "modality": item.modality,
+        "unit": item.unit,
+        "sample": prediction.sample,
+        "prompt": item.prompt,
+        "options": item.options,
+        "answers": item.answers,
+        "response": prediction.response,
+        "tokens": prediction.tokens,
+        "finished": prediction.finished,
+        "extracted": outcome.extracted,
+        "correct": outcome.correct,
+        "well_formed": outcome.well_formed,
+        "findings": item.findings,
+        "claimed": outcome.claimed,
+    }
+
+
+def define_flags() -> None:
+    """Declares the command's flags; not at import, as programs with flags of their own import this module."""
+    flags.DEFINE_string("model", None, "Hugging Face directory of the model.", required=True)
+    flags.DEFINE_enum("benchmark", None, list(BENCHMARKS), "What is asked.", required=True)
+    flags.DEFINE_string("source", None, "Its folder: data/examples, or FunBench's tree.", required=True)
+    flags.DEFINE_string("out", None, "Folder for the report and the predictions.", required=True)
+    flags.DEFINE_string("images", "", "FunBench: the folder that its image paths start from.")
+    flags.DEFINE_bool("allow_partial", False, "FunBench: go on without the images that are missing.")
+    flags.DEFINE_enum("style", "options", dialog.STYLES, "Examples: lettered options, or the question alone.")
+    flags.DEFINE_bool("think", True, "Ask for a trace before the answer.")
+    flags.DEFINE_bool("instruct", True, "Say in the prompt how to answer.")
+    flags.DEFINE_list("tasks", [], "Ask these tasks only.")
+    flags.DEFINE_enum("split", "test", SPLITS, "Examples: the split.")
+    flags.DEFINE_integer("limit", 0, "Ask at most this many items; 0 asks all.", lower_bound=0)
+    flags.DEFINE_enum("extraction", "tail", MODES, "Rules that find the option in an answer.")
+    flags.DEFINE_integer("batch_size", 16, "Rows of a batch.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 1024, "Longest response.", lower_bound=1)
+    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", lower_bound=0)
+    flags.DEFINE_integer("group_size", 1, "Responses to each item.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the sampling and of the intervals.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights.")
+
+
+_SELECTION = ("style", "think", "instruct", "limit", "split", "images", "allow_partial")
+_SAMPLING = ("batch_size", "max_new_tokens", "temperature", "group_size", "seed")
+_OTHERS = ("model", "benchmark", "source", "tasks", "extraction", "dtype")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command. What the user has to change ends it with one line instead of a traceback."""
+    if len(argv) > 1:
+        raise app.UsageError(f"arguments without a name: {' '.join(argv[1:])}")
+    try:
+        _ask_and_write()
+    except (ConfigError, DataError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _ask_and_write() -> None:
+    args = flags.FLAGS
+    given = {name: getattr(args, name) for name in (*_SELECTION, *_SAMPLING, *_OTHERS)}
+    selection = Selection(tasks=tuple(args.tasks), **{name: given[name] for name in _SELECTION})
+    benchmark = open_benchmark(args.benchmark, args.source, selection)
+    asked, missing = len(benchmark.items), list(benchmark.missing)
+    logging.info("%s: %d items; %d images are missing", benchmark.name, asked, len(missing))
+    model, processor = load_pretrained(args.model, dtype=args.dtype)
+    sampling = {name: given[name] for name in _SAMPLING}
+    predictions = predict(model, processor, benchmark.items, load_image=benchmark.load_image, **sampling)
+    report = evaluate(predictions, mode=args.extraction, seed=args.seed)
+    report["benchmark"] = {"name": benchmark.name, "missing_images": missing, "flags": given}
+    write(Path(args.out), predictions, report, args.extraction)
+    print(f"{table(report)}written to {args.out}")  # the command's result; progress goes to the log
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

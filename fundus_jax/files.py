@@ -1,0 +1,157 @@
+"""Writes files whole or not at all, and seals a directory with a manifest of sizes and sha256.
+
+A manifest answers two questions about a directory: was it finished (the manifest is written last), and is it
+still what was written (every file agrees, none is missing, none is extra). It also holds its own digest, so
+that no flipped bit in it passes. Neighbours: `checkpoints.py` seals bundles, `metrics.py` rewrites its file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from fundus_jax.records import DataError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write a file that appears whole or not at all: temporary name in the same directory, fsync, rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)  # the new name has to survive a power cut too
+
+
+def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
+    """Seal `directory`: sync and hash every file in it, then write the manifest, which also carries `facts`.
+
+    One thread reads the files in turn, because this runs beside training.
+    """
+    files = {}
+    for name in _names(directory):
+        digest, size = _digest(directory / name, sync=True)
+        files[name] = {"sha256": digest, "size": size}
+    for folder in {(directory / name).parent for name in files}:
+        _sync(folder)
+    write_atomic(directory / MANIFEST, _text({"format": FORMAT, "facts": facts, "files": files}))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory: its `facts` and `files`; the files themselves are not looked at.
+
+    Raises:
+        DataError: it is missing, damaged, or of another format.
+    """
+    path = directory / MANIFEST
+    try:
+        found = path.read_bytes()
+        manifest = json.loads(found)
+        body = {key: manifest[key] for key in ("format", "facts", "files")}
+        intact = _text(body).encode() == found
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: what {directory} holds was never finished") from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if not intact:
+        raise DataError(f"{path} is damaged: its text does not agree with the sha256 in it")
+    if body["format"] != FORMAT:
+        raise DataError(f"{path} has format {body['format']!r}, this program reads {FORMAT}")
+    return body
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Hash every file of a sealed directory and return the manifest.
+
+    Raises:
+        DataError: naming a file that is missing, extra, of another size or content, and what was expected.
+    """
+    manifest = read_manifest(directory)
+    expected, found = manifest["files"], _names(directory)
+    missing, extra = sorted(expected.keys() - set(found)), sorted(set(found) - expected.keys())
+    if missing or extra:
+        raise DataError(f"{directory}: missing files {missing}, files that do not belong there {extra}")
+    for name in found:  # sizes first: they are known at once
+        size = (directory / name).stat().st_size
+        if size != expected[name]["size"]:
+            raise DataError(f"{directory / name} has {size} bytes, expected {expected[name]['size']}")
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda name: _digest(directory / name)[0], found)
+        for name, digest in zip(found, digests, strict=True):
+            if digest != expected[name]["sha256"]:
+                raise DataError(
+                    f"{directory / name} is damaged: sha256 {digest}, expected {expected[name]['sha256']}"
+                )
+    return manifest
+
+
+def is_intact(directory: Path) -> bool:
+    """Whether `verify` accepts a directory; what is wrong is logged."""
+    try:
+        verify(directory)
+    except DataError as error:
+        logging.warning("%s", error)
+        return False
+    return True
+
+
+def remove_sealed(directory: Path, parts: tuple[str, ...]) -> None:
+    """Delete a sealed directory, manifest first, so that an interrupted deletion leaves an unfinished one.
+
+    Args:
+        directory: what to delete.
+        parts: what its entries' names begin with; OSError, and nothing is deleted, if there are others.
+    """
+    ours = (*parts, MANIFEST)
+    foreign = [entry.name for entry in directory.iterdir() if not entry.name.lstrip(".").startswith(ours)]
+    if foreign:
+        raise OSError(f"not deleting {directory}: {foreign} in it were not written here; move them away")
+    (directory / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory)
+
+
+def _names(directory: Path) -> list[str]:
+    """Everything in a directory that is not a folder, but the manifest: relative names in order."""
+    paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = sorted(path.relative_to(directory).as_posix() for path in paths)
+    return [name for name in names if name != MANIFEST]
+
+
+def _digest(path: Path, *, sync: bool = False) -> tuple[str, int]:
+    """sha256 and size of a file; with `sync`, the file is on the disk when this returns."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
+        if sync:
+            os.fsync(file.fileno())
+    return digest, size
+
+
+def _text(body: dict[str, Any]) -> str:
+    """The one text a manifest can have: sorted, with the sha256 of everything else in it."""
+    plain = json.dumps(body, sort_keys=True)
+    sealed = {**body, "sha256": hashlib.sha256(plain.encode()).hexdigest()}
+    return json.dumps(sealed, indent=1, sort_keys=True) + "\n"
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,149 @@
+"""Rates a reasoning trace against a reference: what a judge is, and the one that works by rules.
+
+The judge of the process reward (paper, section 3.3) sees a trace and one reference: the findings of the image
+when the answer was right, the knowledge of the predicted label when it was wrong. `rewards.py` chooses the
+reference and turns the rating into a number. `RulesJudge` is the embedded default; it reads claims with
+`findings.parse_mentions`, knows no more than that table, and is called `rules` in configs and reports. A
+language model behind a server can take its place.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from fundus_jax.findings import FINDINGS, Mentions, contradictions, parse_mentions
+from fundus_jax.records import DataError, Findings, Knowledge, Verdict
+
+# What follows here is the answer, no observation: "the answer is Drusen" must not count as having seen any.
+_CONCLUSION = re.compile(r"\b(?:answer|diagnosis|label) (?:is|must be|should be)\b[^.!?\n]*", re.IGNORECASE)
+# Denies every finding at once. "No other lesion" does not, nor does "no lesion in the macula".
+_CLEAN = re.compile(
+    r"\bno (?:(?:visible|retinal|obvious|apparent|pathological) ){0,2}"
+    r"(?:lesions?|abnormalit(?:y|ies)|findings?) (?:(?:is|are|was|were|can be) )?"
+    r"(?:seen|visible|present|found|detected|observed|noted|identified|evident)\b",
+    re.IGNORECASE,
+)
+
+
+class Judge(Protocol):
+    """Rates traces; calls do not depend on each other, so a caller may make them at the same time."""
+
+    def __call__(
+        self,
+        trace: str,
+        reference: Findings | Knowledge,
+        modality: str,
+        *,
+        about: Collection[str] | None = None,
+    ) -> Verdict:
+        """Returns the verdict on a trace of an image of this modality.
+
+        Against Findings the rating is plausible, tenuous or flawed; against Knowledge plausible or
+        implausible. A judge that can not decide (its server is down, its reply can not be read) returns
+        "abstain" with the reason and does not raise.
+
+        `about`: the findings that the question asks about, None when it asks about the whole image (a
+        diagnosis). Silence about the other findings is then no error; a false claim always is one. It matters
+        only against Findings.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RulesJudge:
+    """Compares the findings that a trace claims with the reference; reasons name every error.
+
+    "No lesion is seen" names findings too: it denies all of them. What a trace says after "the answer is" is
+    no claim, because some labels carry the name of a finding.
+
+    Against Findings: no error is plausible, one is tenuous, more are flawed. Each finding counts at most
+    once: claimed present but not there, claimed absent but there, claimed both, mentioned although this
+    modality can not show it, or left out although asked about. Denying all findings where there are some, or
+    while claiming some, is one more error. A trace that names no finding at all is flawed, unless the
+    question asks about none.
+
+    Against Knowledge: plausible when every required finding is claimed present, no excluded one is, nothing
+    is claimed both ways and nothing is named that this modality can not show; otherwise, or when no finding
+    is named, implausible.
+    """
+
+    def __call__(
+        self,
+        trace: str,
+        reference: Findings | Knowledge,
+        modality: str,
+        *,
+        about: Collection[str] | None = None,
+    ) -> Verdict:
+        trace = _CONCLUSION.sub(" ", trace)
+        claims, clean = parse_mentions(trace), _CLEAN.search(trace) is not None
+        named = clean or bool(claims.present or claims.absent)
+        if isinstance(reference, Knowledge):
+            if reference.modality != modality:
+                raise DataError(
+                    f"knowledge of {reference.label!r} is for {reference.modality}, the image is {modality}: "
+                    "pass that of the image's modality"
+                )
+            errors = _against_knowledge(claims, reference) if named else ["names no finding"]
+            if clean and claims.present:
+                errors.append("all findings are denied, yet some are claimed")
+            return Verdict(
+                rating="implausible" if errors else "plausible", reference="knowledge", reasons=tuple(errors)
+            )
+        errors = _against_findings(claims, reference, modality, about)
+        if clean and (claims.present or reference.present):
+            errors.append("all findings are denied")
+        silent = not named and (about is None or len(about) > 0)
+        if silent:
+            errors = ["names no finding", *errors]
+        rating = "flawed" if silent or len(errors) > 1 else ("tenuous" if errors else "plausible")
+        return Verdict(rating=rating, reference="findings", reasons=tuple(errors))
+
+
+def _against_findings(
+    claims: Mentions, reference: Findings, modality: str, about: Collection[str] | None
+) -> list[str]:
+    there = frozenset(reference.present)
+    asked = there if about is None else frozenset(about)
+    errors = []
+    for name in sorted(claims.present | claims.absent | asked):
+        fault = _conflict(name, claims, there, modality)
+        if fault is None and name in asked and name not in claims.present | claims.absent:
+            fault = "is not mentioned"
+        if fault is not None:
+            errors.append(f"{name} {fault}")
+    return errors
+
+
+def _conflict(name: str, claims: Mentions, there: frozenset[str], modality: str) -> str | None:
+    """Returns what is wrong with the claim about one finding, or None."""
+    if name in claims.present and name in claims.absent:
+        return "is claimed both present and absent"
+    if name in claims.present and name not in there:
+        return f"is claimed present but not there{_foreign(name, modality)}"
+    if name in claims.absent and name in there:
+        return "is claimed absent but there"
+    if name in claims.absent and _foreign(name, modality):
+        return f"is mentioned{_foreign(name, modality)}"
+    return None
+
+
+def _against_knowledge(claims: Mentions, reference: Knowledge) -> list[str]:
+    errors = [
+        f"{name} is required but not claimed" for name in reference.required if name not in claims.present
+    ]
+    errors += [f"{name} is excluded but claimed" for name in reference.excluded if name in claims.present]
+    errors += [
+        f"{name} is claimed both present and absent" for name in contradictions(claims.present, claims.absent)
+    ]
+    named = {*reference.required, *reference.supportive, *reference.excluded}
+    for name in sorted((claims.present | claims.absent) - named):
+        if foreign := _foreign(name, reference.modality):
+            errors.append(f"{name} is mentioned{foreign}")
+    return errors
+
+
+def _foreign(name: str, modality: str) -> str:
+    """Returns a remark when images of this modality can not show the finding, else the empty string."""
+    return "" if modality in FINDINGS[name].modalities else f", which {modality} does not show"

@@ -1,0 +1,118 @@
+"""The few layers all models are made of. Weights keep Hugging Face's [out, in] layout, so files load without a transpose.
+
+Layers of one kind are stacked: every parameter of a block has a leading axis L, declared once with `stack=(L,)`, and
+`scan_blocks` runs them one after the other. Each parameter names its logical axes, which `sharding.RULES` maps to a mesh.
+Neighbours: `attention` (the core of every attention layer), `qwen2_5_vl` (the models).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a model computes, never what: `remat` recomputes each block in the backward pass, `unroll` blocks are laid out per
+    scan step (compile time against speed), `attention` names the back end of `models.attention`."""
+
+    remat: bool = False
+    unroll: int = 1
+    attention: str = "xla"
+
+
+class Factory:
+    """Makes parameters: shape, logical axes, initial standard deviation. One random stream, one dtype, one optional stack."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: Any, stack: tuple[int, ...] = ()) -> None:
+        self.rngs, self.dtype, self.stack = rngs, dtype, stack
+
+    def __call__(self, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None) -> nnx.Param:
+        """A normal parameter of `shape` with the stack in front; `std=None` gives ones (norms), 0 gives zeros (biases)."""
+        full = (*self.stack, *shape)
+        if std is None:
+            value = jnp.ones(full, self.dtype)
+        elif std == 0:
+            value = jnp.zeros(full, self.dtype)
+        else:
+            value = (std * jax.random.normal(self.rngs.params(), full, jnp.float32)).astype(self.dtype)
+        return nnx.Param(value, axes=("layers",) * len(self.stack) + axes)
+
+
+class Linear(nnx.Module):
+    """x @ weight.T + bias over the last axis; weight [out, in] as in torch.nn.Linear."""
+
+    def __init__(
+        self, make: Factory, n_in: int, n_out: int, axes: tuple[str | None, str | None], *, bias: bool, std: float
+    ) -> None:
+        self.weight = make((n_out, n_in), axes, std)
+        self.bias = make((n_out,), axes[:1], 0.0) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum("...i,oi->...o", x, self.weight.get_value())
+        return y if self.bias is None else y + self.bias.get_value()
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight, with the statistics in float32 (float64 stays float64) and the product in the input's dtype."""
+
+    def __init__(self, make: Factory, width: int, eps: float) -> None:
+        self.weight = make((width,), ("norm",), None)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return self.weight.get_value() * (wide * scale).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)): the MLP of both towers."""
+
+    def __init__(self, make: Factory, width: int, hidden: int, *, bias: bool, std: float) -> None:
+        self.gate_proj = Linear(make, width, hidden, ("mlp", "embed"), bias=bias, std=std)
+        self.up_proj = Linear(make, width, hidden, ("mlp", "embed"), bias=bias, std=std)
+        self.down_proj = Linear(make, hidden, width, ("embed", "mlp"), bias=bias, std=std)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding of x [..., heads, C] by cos/sin [..., 1, C] (halves rotated against each other, as in Llama).
+
+    Computed in float32 at least: angles of far tokens do not survive bfloat16.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    first, second = jnp.split(wide, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (wide * cos + turned * sin).astype(x.dtype)
+
+
+def scan_blocks(
+    block: nnx.Module, body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]], carry: Any, xs: Any, options: Options,
+    layers: slice | None = None,
+) -> tuple[Any, Any]:
+    """Run `carry, y = body(block_l, carry, xs_l)` over the stacked layers of `block` (or a static slice of them).
+
+    Returns (carry, stacked ys). `xs` has the leading axis of the chosen layers. The slice lets a caller run groups of layers
+    that differ in kind (window and full attention) without a branch inside the compiled loop.
+    """
+    graph, params = nnx.split(block)
+    if layers is not None:
+        params = jax.tree.map(lambda leaf: leaf[layers], params)
+
+    def step(carry: Any, x: Any) -> tuple[Any, Any]:
+        layer, inputs = x
+        return body(nnx.merge(graph, layer), carry, inputs)
+
+    if options.remat:
+        step = jax.checkpoint(step, prevent_cse=False)
+    return jax.lax.scan(step, carry, (params, xs), unroll=options.unroll)

@@ -1,0 +1,113 @@
+"""Qwen2.5's decoder: grouped-query attention with biased q/k/v, M-RoPE, SwiGLU, pre-norm.
+
+Hidden states are [B, G, N, D]: G continuations of one prompt, N positions each. A plain forward pass has G = 1. With a prompt's
+keys and values as prefix, the same code scores whole responses or extends them by one token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fundus_jax.models.attention import Prefix, attend
+from fundus_jax.models.layers import Factory, Linear, Options, RMSNorm, SwiGLU, rotate, scan_blocks
+from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from fundus_jax.models.qwen2_5_vl.rotary import text_rotary
+from fundus_jax.sharding import constrain
+
+Array = jax.Array
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens a group has produced so far: [L, B, G, N, K, C] each; slots beyond the step are unset."""
+
+    keys: Array
+    values: Array
+
+
+class Attention(nnx.Module):
+    """Projections and rotary; the core is `models.attention.attend`."""
+
+    def __init__(self, make: Factory, config: Qwen2_5_VLConfig) -> None:
+        self.channels = config.head_dim
+        width, std = config.hidden_size, config.initializer_range
+        heads, kv = config.num_attention_heads * self.channels, config.num_key_value_heads * self.channels
+        self.q_proj = Linear(make, width, heads, ("heads", "embed"), bias=True, std=std)
+        self.k_proj = Linear(make, width, kv, ("heads", "embed"), bias=True, std=std)
+        self.v_proj = Linear(make, width, kv, ("heads", "embed"), bias=True, std=std)
+        self.o_proj = Linear(make, heads, width, ("embed", "heads"), bias=False, std=std)
+
+    def project(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """x [B,G,N,D] -> query [B,G,N,H,C], key and value [B,G,N,K,C], rotated."""
+        query, key, value = (
+            linear(x).reshape(*x.shape[:-1], -1, self.channels) for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+    def output(self, heads: Array) -> Array:
+        """[B,G,N,H,C] -> [B,G,N,D]."""
+        return self.o_proj(heads.reshape(*heads.shape[:-2], -1))
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm layer; parameter names are Hugging Face's."""
+
+    def __init__(self, make: Factory, config: Qwen2_5_VLConfig) -> None:
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(make, config)
+        self.mlp = SwiGLU(make, width, config.intermediate_size, bias=False, std=config.initializer_range)
+        self.input_layernorm = RMSNorm(make, width, eps)
+        self.post_attention_layernorm = RMSNorm(make, width, eps)
+
+
+class Decoder(nnx.Module):
+    """Embedding, L layers, final norm."""
+
+    def __init__(self, rngs: nnx.Rngs, config: Qwen2_5_VLConfig, dtype: jnp.dtype) -> None:
+        make = Factory(rngs, dtype)
+        self.config = config
+        self.embed_tokens = make((config.vocab_size, config.hidden_size), ("vocab", "embed"), config.initializer_range)
+        self.layers = DecoderLayer(Factory(rngs, dtype, (config.num_hidden_layers,)), config)
+        self.norm = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
+
+    def embed(self, tokens: Array) -> Array:
+        """Token ids [...] -> embeddings [..., D]."""
+        return jnp.take(self.embed_tokens.get_value(), tokens, axis=0)
+
+    def __call__(
+        self, x: Array, positions: Array, mask: Array, options: Options, *, prefix: Prefix | None = None,
+        cache: Cache | None = None, step: Array | int = 0, keep: bool = False,
+    ) -> tuple[Array, Cache | None]:
+        """Run the layers over x [B,G,N,D] at M-RoPE positions [B,3,N] (one group shares them). Returns (hidden, cache).
+
+        mask [B,G or 1,N,S]: which of the S own keys each query sees. Without a cache S = N, the keys of x itself; with one
+        the keys of x are written at `step` and S is the cache's length. prefix: the prompt's keys and values, stacked
+        [L,B,S,K,C]. keep: also return the keys and values of x as a Cache.
+        """
+        config = self.config
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        cos, sin = text_rotary(positions, config.head_dim, config.rope_theta, config.mrope_section, wide)
+        cos, sin = cos[:, None], sin[:, None]  # one axis for the group
+
+        def body(layer: DecoderLayer, carry: tuple, xs: tuple) -> tuple[tuple, Cache | None]:
+            x, cache = carry
+            index, shared = xs
+            query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+            made = Cache(key, value) if keep else None
+            if cache is not None:
+                start = (index, 0, 0, step, 0, 0)
+                cache = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new[None], start), cache, Cache(key, value))
+                key, value = (jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for leaf in cache)
+            seen = None if prefix is None else Prefix(*shared, prefix.mask)
+            heads = attend(query, key, value, mask, seen, backend=options.attention)
+            x = x + layer.self_attn.output(heads)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            return (constrain(x, "batch", None, None, None), cache), made
+
+        shared = () if prefix is None else (prefix.keys, prefix.values)
+        xs = (jnp.arange(config.num_hidden_layers), shared)
+        (x, cache), made = scan_blocks(self.layers, body, (x, cache), xs, options)
+        return self.norm(x), made if keep else cache

@@ -1,0 +1,119 @@
+"""Qwen2.5-VL's vision tower: window attention in most blocks, full attention within an image in a few, then the merger.
+
+Patches arrive in window order, each window owning a fixed run of slots (see `models.batch`). Window attention is then a
+reshape, without gathers, sliding bands or masks of P x P; full attention masks by image number. Short windows at an image's
+border leave slots empty, which no query sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fundus_jax.models.attention import attend
+from fundus_jax.models.layers import Factory, Linear, Options, RMSNorm, SwiGLU, rotate, scan_blocks
+from fundus_jax.models.qwen2_5_vl.config import VisionConfig
+from fundus_jax.models.qwen2_5_vl.rotary import vision_rotary
+from fundus_jax.sharding import constrain
+
+Array = jax.Array
+EPS = 1e-6  # of every norm of the tower; not a field of the configuration
+
+
+class VisionAttention(nnx.Module):
+    """Fused query/key/value projection, rotary by row and column, attention among the slots of one window or one image."""
+
+    def __init__(self, make: Factory, config: VisionConfig, std: float) -> None:
+        width = config.hidden_size
+        self.heads = config.num_heads
+        self.qkv = Linear(make, width, 3 * width, ("heads", "embed"), bias=True, std=std)
+        self.proj = Linear(make, width, width, ("embed", "heads"), bias=True, std=std)
+
+    def __call__(self, x: Array, cos: Array, sin: Array, mask: Array, backend: str) -> Array:
+        """x [B,P,D]; mask [B,G,1 or N,N] with G windows (or 1) of N slots, G * N = P."""
+        batch, slots, width = x.shape
+        groups, length = mask.shape[1], mask.shape[3]
+        query, key, value = jnp.moveaxis(self.qkv(x).reshape(batch, slots, 3, self.heads, width // self.heads), 2, 0)
+        shape = (batch, groups, length, self.heads, width // self.heads)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        out = attend(query.reshape(shape), key.reshape(shape), value.reshape(shape), mask, backend=backend)
+        return self.proj(out.reshape(batch, slots, width))
+
+
+class VisionBlock(nnx.Module):
+    """One pre-norm block."""
+
+    def __init__(self, make: Factory, config: VisionConfig, std: float) -> None:
+        self.norm1 = RMSNorm(make, config.hidden_size, EPS)
+        self.norm2 = RMSNorm(make, config.hidden_size, EPS)
+        self.attn = VisionAttention(make, config, std)
+        self.mlp = SwiGLU(make, config.hidden_size, config.intermediate_size, bias=True, std=std)
+
+    def __call__(self, x: Array, cos: Array, sin: Array, mask: Array, backend: str) -> Array:
+        x = x + self.attn(self.norm1(x), cos, sin, mask, backend)
+        return constrain(x + self.mlp(self.norm2(x)), "batch", None, None)
+
+
+class Merger(nnx.Module):
+    """Joins the 2 x 2 patches of a merge block into one vector of the language model's width."""
+
+    def __init__(self, make: Factory, config: VisionConfig, std: float) -> None:
+        self.merge = config.spatial_merge_size**2
+        wide = config.hidden_size * self.merge
+        self.ln_q = RMSNorm(make, config.hidden_size, EPS)
+        self.fc1 = Linear(make, wide, wide, ("mlp", "embed"), bias=True, std=std)
+        self.fc2 = Linear(make, wide, config.out_hidden_size, ("embed", "mlp"), bias=True, std=std)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.ln_q(x)
+        x = x.reshape(x.shape[0], x.shape[1] // self.merge, x.shape[2] * self.merge)
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    """Patches in, merged features in slot order out."""
+
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, dtype: jnp.dtype, std: float) -> None:
+        make = Factory(rngs, dtype)
+        self.config = config
+        self.patch_embed = Linear(make, config.patch_features, config.hidden_size, ("embed", None), bias=False, std=std)
+        self.blocks = VisionBlock(Factory(rngs, dtype, (config.depth,)), config, std)
+        self.merger = Merger(make, config, std)
+
+    def __call__(self, patches: Array, patch_hw: Array, patch_image: Array, options: Options = Options()) -> Array:
+        """patches [B,P,1176], patch_hw [B,P,2], patch_image [B,P] (-1 = empty slot) -> features [B,P/4,D].
+
+        Features of empty slots are finite and meaningless; `Batch.image_index` never points at them.
+        """
+        config = self.config
+        batch, slots = patch_image.shape
+        dtype = self.patch_embed.weight.get_value().dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
+        real = patch_image >= 0
+        windows = real.reshape(batch, slots // config.window_slots, 1, config.window_slots)
+        images = ((patch_image[:, :, None] == patch_image[:, None, :]) & real[:, None, :])[:, None]
+        channels = config.hidden_size // config.num_heads
+        cos, sin = vision_rotary(patch_hw, channels, config.rope_theta, wide)
+
+        x = self.patch_embed(patches.astype(dtype))
+        for layers, full in _runs(config):
+            mask = images if full else windows
+
+            def body(block: VisionBlock, x: Array, _: None, mask: Array = mask) -> tuple[Array, None]:
+                return block(x, cos, sin, mask, options.attention), None
+
+            x, _ = scan_blocks(self.blocks, body, x, None, options, layers)
+        return self.merger(x)
+
+
+def _runs(config: VisionConfig) -> Iterator[tuple[slice, bool]]:
+    """The tower as runs of consecutive layers of one kind: (layers, whether they attend over the whole image)."""
+    start = 0
+    kinds = [layer in config.full_attention_layers for layer in range(config.depth)]
+    for stop in range(1, config.depth + 1):
+        if stop == config.depth or kinds[stop] != kinds[start]:
+            yield slice(start, stop), kinds[start]
+            start = stop

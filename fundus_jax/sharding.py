@@ -1,0 +1,107 @@
+"""Meshes from a string, and the one table that says which logical axis lies on which mesh axis.
+
+Parameters and activations are declared with logical axis names ("embed", "heads", "batch", ...). `RULES` maps each
+name to mesh axes; a new way to shard is a new row set here and nothing else. Models call `constrain`, which does
+nothing outside a mesh, so that they know no mesh. Neighbours: `models.layers` declares, the loops place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fundus_jax.records import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> mesh axes. `batch` is split over both kinds of data parallelism; `embed` (the model width of every
+# weight) is what FSDP splits; heads, MLP width and vocabulary are what tensor parallelism splits.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "norm": (),
+}
+
+
+def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """Build a mesh from e.g. ``data:1,fsdp:-1,tensor:2`` over `devices` (default: all); one size may be -1 (the rest).
+
+    Raises ConfigError for an unknown axis, two -1, or sizes that do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, text.split(",")):
+        name, colon, size = part.partition(":")
+        if name not in sizes or not colon or not size.lstrip("-").isdigit():
+            raise ConfigError(f"--mesh={text!r}: {part!r} is not AXIS:SIZE with AXIS one of {', '.join(AXES)}")
+        sizes[name] = int(size)
+    if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ConfigError(f"--mesh={text!r}: sizes must be >= 1, and at most one may be -1")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"--mesh={text!r} needs {math.prod(sizes.values())} devices, there are {len(devices)}; "
+            "make the sizes multiply to that number, or give one axis the size -1"
+        )
+    grid = np.asarray(devices, dtype=object).reshape(tuple(sizes.values()))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """PartitionSpec of logical `axes`; a mesh axis already taken by an earlier dimension is not used twice."""
+    taken: set[str] = set()
+    entries = []
+    for axis in axes:
+        mesh_axes = tuple(name for name in RULES[axis] if name not in taken) if axis else ()
+        taken.update(mesh_axes)
+        entries.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
+    return PartitionSpec(*entries)
+
+
+def fit(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """`partition` without the axes that do not divide their dimension of `shape`: such a dimension is replicated."""
+    entries = []
+    for size, entry in zip(shape, tuple(partition) + (None,) * (len(shape) - len(partition)), strict=True):
+        names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        parts = math.prod(mesh.shape[name] for name in names)
+        entries.append(entry if parts > 1 and size % parts == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def param_axes(param: nnx.Variable) -> tuple[str | None, ...]:
+    """Logical axes of a parameter as declared in `models.layers`; parameters without a declaration are replicated."""
+    return tuple(param.get_metadata().get("axes", (None,) * len(param.get_value().shape)))
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """A tree like `state` (nnx.State of arrays or ShapeDtypeStructs) with a NamedSharding in each parameter's place."""
+
+    def one(param: nnx.Variable) -> nnx.Variable:
+        value = param.get_value()
+        return param.replace(NamedSharding(mesh, fit(spec(param_axes(param)), value.shape, mesh)))
+
+    return jax.tree.map(one, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of everything whose first dimension is the batch."""
+    return NamedSharding(mesh, spec(("batch",)))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to its logical `axes` under the current mesh (`jax.set_mesh`); the identity without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, fit(spec(axes), x.shape, mesh))  # type: ignore[arg-type]

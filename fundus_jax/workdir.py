@@ -1,0 +1,140 @@
+"""The directory of one run: its configuration, bundles, metrics, and how far each stage has come.
+
+Stages (base, sft, grpo) follow each other; a bundle's number counts steps over all of them, so `checkpoints/` is one line of time.
+Running the same command again resumes; another configuration is refused, naming the fields that differ. The loops own their state
+and call `resume`, `save` and `log`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from fundus_jax.checkpoints import Checkpoints
+from fundus_jax.files import write_atomic
+from fundus_jax.metrics import Metrics, Progress
+from fundus_jax.records import ConfigError
+
+
+class Workdir:
+    """`path` of a run with `config` (JSON).
+
+    Attributes:
+        path: the directory. checkpoints: its bundles. metrics: its metrics.jsonl and tb/. config_hash: sha256 of the config.
+        stages: training stage -> its number of steps, in order; the caller sets it once the data says how many steps an epoch has.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.stages: dict[str, int] = {}
+        text = json.dumps(config, indent=1, sort_keys=True)
+        self.config_hash = hashlib.sha256(text.encode()).hexdigest()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim(config, text)
+        self.checkpoints = Checkpoints(self.path / "checkpoints", config_hash=self.config_hash)
+        self.metrics = Metrics(self.path)
+
+    def _claim(self, config: Mapping[str, Any], text: str) -> None:
+        """Write config.json, or refuse when another configuration stands there."""
+        path = self.path / "config.json"
+        if path.exists():
+            there = json.loads(path.read_text(encoding="utf-8"))
+            mine = json.loads(text)
+            changed = differences(there["config"], mine)
+            if changed:
+                raise ConfigError(
+                    f"{self.path} was made with another configuration ({'; '.join(changed[:8])}); "
+                    "go on with that one, or choose another --workdir"
+                )
+            return
+        write_atomic(path, json.dumps({"hash": self.config_hash, "config": config}, indent=1, sort_keys=True) + "\n")
+
+    def offset(self, stage: str) -> int:
+        """Number of the bundle before the first step of `stage`."""
+        names = list(self.stages)
+        return sum(self.stages[name] for name in names[: names.index(stage)])
+
+    def finished(self, stage: str) -> bool:
+        """Whether the last bundle of `stage` is there."""
+        return self.offset(stage) + self.stages[stage] in self.checkpoints.steps()
+
+    def resume(self, stage: str, state: Any, iterator: Any) -> tuple[Any, int]:
+        """(state, step) to go on with: those of the newest bundle of `stage`, or the given state and 0.
+
+        Puts the data iterator at its place, and drops metrics that were logged after that bundle.
+        """
+        first, last = self.offset(stage), self.offset(stage) + self.stages[stage]
+        steps = [step for step in self.checkpoints.steps() if first < step <= last]
+        done = max(steps, default=first) - first
+        later = list(self.stages)[list(self.stages).index(stage) + 1 :]
+        self.metrics.rewind({stage: done} | dict.fromkeys(later, 0))
+        if not steps:
+            return state, 0
+        bundle = self.checkpoints.restore(max(steps), state)
+        iterator.set_state(bundle.data_state)
+        logging.info("%s: resumed at step %d of %d", stage, done, self.stages[stage])
+        return bundle.state, done
+
+    def save(self, stage: str, step: int, state: Any, iterator: Any) -> None:
+        """Start to save the bundle after `step` steps of `stage`; the stage's last one is kept for good. Call it before the next
+        batch is drawn, or the iterator's place is not the state's."""
+        number = self.offset(stage) + step
+        if number not in self.checkpoints.steps():
+            counters = {"stage": stage, "step": step}
+            final = step == self.stages[stage]
+            self.checkpoints.save(number, state, data_state=iterator.get_state(), counters=counters, final=final)
+
+    def params(self, stage: str, abstract_params: Any) -> Any:
+        """The parameters that `stage` ended with. Raises DataError if it has not finished."""
+        self.checkpoints.wait()
+        wanted = {"params": abstract_params}
+        return self.checkpoints.restore(self.offset(stage) + self.stages[stage], wanted, partial=True).state["params"]
+
+    def progress(self, stage: str, start: int) -> Progress:
+        """A bar (or log lines) for the steps of `stage`."""
+        return Progress(self.stages[stage], stage, start=start)
+
+    def close(self) -> None:
+        """Wait for the save under way and close the metrics."""
+        self.checkpoints.wait()
+        self.metrics.close()
+
+
+def differences(old: Any, new: Any, field: str = "") -> list[str]:
+    """Each field in which two JSON values differ, as "a.b: 1 there, 2 here"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in differences(old.get(key, "nothing"), new.get(key, "nothing"), f"{field}.{key}" if field else key)
+        ]
+    return [] if old == new else [f"{field}: {old!r} there, {new!r} here"]
+
+
+class Stopwatch:
+    """Seconds spent in named phases since the last `lap`: `with watch("rollout"): ...`."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+        self._name, self._start = "", 0.0
+
+    def __call__(self, name: str) -> Stopwatch:
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._spent[self._name] = self._spent.get(self._name, 0.0) + time.perf_counter() - self._start
+
+    def lap(self) -> dict[str, float]:
+        """{"time/<phase>": seconds} since the last call."""
+        spent, self._spent = self._spent, {}
+        return {f"time/{name}": seconds for name, seconds in spent.items()}

@@ -1,0 +1,157 @@
+"""The quality check finds every kind of fault when it is put into a good trace, and only then."""
+
+import pytest
+
+from data_pipeline import quality
+from data_pipeline.quality import check
+from fundus_jax.records import Findings
+from tests.data_pipeline.made import GRADES, SPREAD, example
+from tests.data_pipeline.test_traces import NOTES
+
+THINK = (
+    "The image shows microaneurysms and haemorrhages. Haemorrhages beyond microaneurysms without "
+    "neovascularisation fit moderate disease. So the answer is Moderate NPDR."
+)
+FOUND = Findings(example="made/0", present=("haemorrhage", "microaneurysm"), votes={}, n=0, origin="pixels")
+MODERATE = NOTES["Moderate NPDR", "CFP"]
+
+
+def kinds(reasons: tuple[str, ...]) -> set[str]:
+    return {quality.kind(reason) for reason in reasons}
+
+
+def test_a_good_trace_passes() -> None:
+    assert check(example(), FOUND, MODERATE, THINK, "Moderate NPDR") == ()
+
+
+def test_a_free_text_of_another_writer_passes_too() -> None:
+    think = (
+        "Several MAs and dot-blot hemorrhages are visible in the posterior pole, with no new vessels or "
+        "vitreous hemorrhage. More than microaneurysms alone without proliferation is consistent with "
+        "moderate NPDR."
+    )
+    assert check(example(), FOUND, MODERATE, think, "moderate NPDR.") == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "think"),
+    [
+        (quality.MODALITY, THINK.replace("shows ", "shows intraretinal fluid, ")),
+        (quality.MODALITY, THINK.replace("The image", "The OCT B-scan")),
+        (quality.MODALITY, THINK.replace("The image", "The ultra-widefield image")),
+        (quality.ABSENT, THINK.replace("shows ", "shows hard exudates, ")),
+        (quality.ABSENT, THINK.replace("and haemorrhages", "and many haemorrhages in all quadrants")),
+        (quality.DENIED, "There are no microaneurysms. " + THINK),
+        (quality.DENIED, "No lesion is seen. " + THINK),
+        (quality.CONTRADICTION, "There are no haemorrhages. " + THINK),
+        (
+            quality.OMITTED,
+            THINK.replace("and haemorrhages", "").replace("Haemorrhages beyond", "Lesions with"),
+        ),
+        (quality.EXCLUDED, THINK.replace("and haem", "and neovascularisation and haem")),
+        (quality.KNOWLEDGE, THINK.split(". ")[0] + ". So the answer is Moderate NPDR."),
+        (quality.KNOWLEDGE, THINK.replace("moderate disease", "mild disease")),
+        (quality.LABEL, THINK.replace("So the answer is Moderate NPDR.", "")),
+        (quality.LABEL, THINK.replace("answer is Moderate NPDR", "answer is PDR")),
+        (quality.MALFORMED, ""),
+        (quality.MALFORMED, THINK + " <answer>"),
+        (quality.MALFORMED, THINK + " very" * 45),
+    ],
+)
+def test_each_fault_in_the_text_is_found(kind: str, think: str) -> None:
+    assert kind in kinds(check(example(), FOUND, MODERATE, think, "Moderate NPDR"))
+
+
+def test_each_fault_in_the_records_is_found() -> None:
+    good = (example(), FOUND, MODERATE, THINK, "Moderate NPDR")
+    assert kinds(check(*good[:2], None, *good[3:])) == {quality.KNOWLEDGE}
+    assert kinds(check(*good[:2], NOTES["Moderate NPDR", "UWF"], *good[3:])) == {quality.KNOWLEDGE}
+    assert kinds(check(*good[:2], NOTES["Mild NPDR", "CFP"], *good[3:])) == {quality.KNOWLEDGE}
+    assert kinds(check(*good[:4], "Mild NPDR")) == {quality.LABEL}
+    assert kinds(check(*good[:4], "")) == {quality.MALFORMED}
+    assert kinds(check(good[0], None, *good[2:])) == {quality.NO_FINDINGS}
+
+
+def test_severe_disease_is_told_from_moderate_by_the_spread() -> None:
+    severe, found = example(answer="Severe NPDR", boxes=SPREAD), FOUND
+    think = (
+        "The image shows microaneurysms and many haemorrhages in all quadrants. Haemorrhages in all "
+        "quadrants without neovascularisation fit severe disease. So the answer is Severe NPDR."
+    )
+    knowledge = NOTES["Severe NPDR", "CFP"]
+    assert check(severe, found, knowledge, think, "Severe NPDR") == ()
+    vague = think.replace(" in all quadrants", "")
+    assert kinds(check(severe, found, knowledge, vague, "Severe NPDR")) == {quality.LABEL}
+    assert quality.ABSENT in kinds(
+        check(example(answer="Severe NPDR"), found, knowledge, think, "Severe NPDR")
+    )
+    moderate = think.replace("severe disease", "moderate disease").replace("Severe", "Moderate")
+    assert kinds(check(example(boxes=SPREAD), found, MODERATE, moderate, "Moderate NPDR")) == {quality.LABEL}
+
+
+def test_a_normal_eye_needs_a_sentence_on_the_absence_of_lesions() -> None:
+    normal = example(answer="Normal", findings=(), boxes=())
+    clean = Findings(example="made/0", present=(), votes={}, n=0, origin="pixels")
+    knowledge = NOTES["Normal", "CFP"]
+    for middle in ("A retina without lesions fits a normal eye.", "No drusen fits a normal eye."):
+        think = f"No lesion is seen. {middle} So the answer is Normal."
+        assert check(normal, clean, knowledge, think, "Normal") == ()
+    think = "No lesion is seen. So the answer is Normal."
+    assert kinds(check(normal, clean, knowledge, think, "Normal")) == {quality.KNOWLEDGE}
+
+
+def test_npdr_does_not_say_pdr() -> None:
+    found = Findings(example="made/0", present=("neovascularisation",), votes={}, n=0, origin="pixels")
+    think = "The image shows neovascularisation. Neovascularisation fits proliferative disease. So NPDR."
+    reasons = check(
+        example(task="dr_grade", options=GRADES, answer="PDR"), found, NOTES["PDR", "CFP"], think, "PDR"
+    )
+    assert kinds(reasons) == {quality.LABEL}
+
+
+def test_the_other_tasks() -> None:
+    side = example(task="laterality", options=("Right eye", "Left eye"), answer="Right eye")
+    think = "The optic disc lies on the right of the image. So the answer is Right eye."
+    assert check(side, None, None, think, "Right eye") == ()
+    wrong = think.replace("on the right", "on the left")
+    assert kinds(check(side, None, None, wrong, "Right eye")) == {quality.PLACE}
+    claims = think.replace("So", "Drusen are seen. So")
+    assert kinds(check(side, None, None, claims, "Right eye")) == {quality.NO_FINDINGS}
+
+    seen = example(
+        task="lesion_presence",
+        question="Does this image show drusen?",
+        options=("Yes", "No"),
+        answer="No",
+    )
+    think = "The image shows haemorrhages. Drusen are absent. So the answer is No."
+    assert check(seen, FOUND, None, think, "No") == ()
+    silent = think.replace("Drusen are absent. ", "")
+    assert kinds(check(seen, FOUND, None, silent, "No")) == {quality.LABEL}
+
+    place = example(
+        task="lesion_location",
+        question="Where does this image mainly show haemorrhages?",
+        options=("Upper left", "Lower right"),
+        answer="Upper left",
+    )
+    think = "Haemorrhages lie in the upper left of the image. So the answer is Upper left."
+    assert check(place, FOUND, None, think, "Upper left") == ()
+    both = think.replace("So", "They are in the lower right. So")
+    assert kinds(check(place, FOUND, None, both, "Upper left")) == {quality.PLACE}
+    elsewhere = example(**{**_values(place), "answer": "Lower right"})
+    think = "Haemorrhages lie in the lower right of the image. So the answer is Lower right."
+    assert kinds(check(elsewhere, FOUND, None, think, "Lower right")) == {quality.PLACE}
+
+
+def _values(one) -> dict:
+    return {name: getattr(one, name) for name in one.__dataclass_fields__}
+
+
+def test_every_kind_of_reason_is_listed() -> None:
+    constants = {
+        value
+        for name, value in vars(quality).items()
+        if name.isupper() and not name.startswith("_") and isinstance(value, str)
+    }
+    assert constants - {quality.EVERYWHERE, quality.SEVERE} == set(quality.KINDS)

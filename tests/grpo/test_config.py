@@ -1,0 +1,115 @@
+"""The configuration of the GRPO stage: its defaults, the errors of bad values, what a flag can set."""
+
+import dataclasses
+
+import pytest
+
+from fundus_jax.grpo.config import GrpoConfig
+from fundus_jax.grpo.loss import LossConfig
+from fundus_jax.records import ConfigError
+
+BAD = [
+    ("group_size", 1),
+    ("group_size", 4.0),
+    ("group_size", True),
+    ("temperature", 0.0),
+    ("temperature", float("nan")),
+    ("temperature", "1.0"),
+    ("prompts_per_step", 0),
+    ("steps", 0),
+    ("max_new_tokens", 0),
+    ("mu", 0),
+    ("micro_batch", 0),
+    ("micro_batch", 7),
+    ("micro_batch", 2),  # half a group
+    ("micro_batch", 12),  # whole groups, but 64 / 12 is not whole
+    ("eval_every", -1),
+    ("save_every", -1),
+    ("seed", -1),
+    ("optim", None),
+    ("clip_low", 0.0),
+    ("clip_low", 1.0),
+    ("clip_high", 0.0),
+    ("clip_high", float("inf")),
+    ("kl", "k4"),
+    ("kl_coef", -0.1),
+    ("aggregate", "mean"),
+    ("aggregate", "constant"),
+    ("constant_norm", 512),
+    ("constant_norm", -1),
+    ("scale", "batch"),
+    ("answer_weight", -1.0),
+    ("tenuous", 1.5),
+    ("flawed", -0.5),
+    ("flawed", 0.75),
+    ("plausible", 0.25),
+    ("knowledge_implausible", 0.75),
+    ("max_abstain", 1.0),
+]
+
+
+def test_the_defaults_are_valid():
+    config = GrpoConfig()
+    config.validate()
+    assert (config.group_size, config.temperature) == (4, 1.0)  # the paper's
+    config.kl_coef = 1  # an int is a number too
+    config.validate()
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_value_is_named(name, value):
+    config = GrpoConfig(**{name: value})
+    with pytest.raises(ConfigError, match=r"^grpo\.\w+ is .*; it "):
+        config.validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [case for case in BAD if case[0] not in ("flawed", "aggregate", "plausible")]
+)
+def test_the_message_names_the_field_and_the_value(name, value):
+    with pytest.raises(ConfigError) as caught:
+        GrpoConfig(**{name: value}).validate()
+    message = str(caught.value)
+    # Two fields that contradict each other are reported under one of their names.
+    assert f"grpo.{name} is {value!r}" in message or name == "knowledge_implausible"
+
+
+def test_errors_give_the_arithmetic_and_the_remedy():
+    with pytest.raises(
+        ConfigError, match=r"micro_batch is 7; it must divide the 64 rollouts .*16 prompts x 4.*multiple of 4"
+    ):
+        GrpoConfig(micro_batch=7).validate()
+    with pytest.raises(
+        ConfigError, match='constant_norm is 0; it must be above 0 .*max_new_tokens.* "constant"'
+    ):
+        GrpoConfig(aggregate="constant").validate()
+    GrpoConfig(aggregate="constant", constant_norm=512).validate()
+    with pytest.raises(ConfigError, match="nothing is rewarded"):
+        GrpoConfig(answer_weight=0.0, format_weight=0.0, process_weight=0.0).validate()
+
+
+def test_the_optimizer_is_checked_too():
+    config = GrpoConfig()
+    config.optim.lr = -1.0
+    with pytest.raises(ConfigError, match="lr is -1.0"):
+        config.validate()
+    assert GrpoConfig().optim.lr != -1.0  # not shared between configs
+
+
+def test_flags_can_parse_every_field():
+    """ml_collections reads the annotation itself: a string or a Literal there makes the override crash."""
+    for item in dataclasses.fields(GrpoConfig):
+        assert item.type in (int, float, str) or dataclasses.is_dataclass(item.type), item.name
+
+
+def test_a_mistyped_field_is_refused():
+    with pytest.raises(TypeError):
+        GrpoConfig(clip_hihg=0.3)
+    with pytest.raises(AttributeError):
+        GrpoConfig().clip_hihg = 0.3
+
+
+def test_it_has_what_the_loss_reads():
+    fields = {item.name: item.type for item in dataclasses.fields(GrpoConfig)}
+    for name, kind in LossConfig.__annotations__.items():
+        assert fields[name] is kind
