@@ -1,8 +1,9 @@
 """From records and images on disk to batches: what every loop and every evaluation reads with.
 
-A stage directory of the pipeline is shards and a manifest; `read_stage` checks each shard against it. Images are records of
-ArrayRecord files, opened on demand. Batches come from Grain, whose iterator state travels in the checkpoint, so that a resumed run
-goes on with the very next batch. Neighbours: `records` (the formats), `models.batch` (what a batch is).
+A stage directory of the pipeline is shards and a manifest; `read_stage` checks each shard against it. Images
+are records of ArrayRecord files, opened on demand. Batches come from Grain, whose iterator state travels in
+the checkpoint, so that a resumed run goes on with the very next batch. Neighbours: `records` (the formats),
+`models.batch` (what a batch is).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from PIL import Image
 
 from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge, Trace, read_jsonl
 
-R = TypeVar("R")
+R = TypeVar("R", Example, Findings, Trace, Knowledge)
 MAX_PIXELS = 100_000_000  # the largest fundus photographs in use have about 16 million
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 
@@ -31,20 +32,26 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 def read_stage(directory: str | Path, cls: type[R]) -> Iterator[R]:
     """All records of a finished stage directory, in shard order.
 
-    Raises DataError where there is no manifest, or a shard is missing or is not what was published.
+    Raises DataError where there is no manifest, where a shard of the job was not published yet, or where one
+    is missing or is not what was published.
     """
     directory = Path(directory)
-    manifest = directory / "manifest.jsonl"
+    manifest, job = directory / "manifest.jsonl", directory / "job.json"
     if not manifest.is_file():
         raise DataError(f"{manifest} is missing: {directory} is no finished stage directory; run its job")
+    published: dict[str, str] = {}
     for line in manifest.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-            path = directory / f"{entry['name']}.jsonl"
-            published = entry["files"][path.name]["sha256"]
+            published[entry["name"]] = entry["files"][f"{entry['name']}.jsonl"]["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{manifest}: not a manifest line: {line[:80]!r}; run the job again") from error
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != published:
+    wanted = json.loads(job.read_text(encoding="utf-8"))["shards"] if job.is_file() else []
+    if not published.keys() >= set(wanted):
+        raise DataError(f"{directory} has {len(published)} of {len(wanted)} shards; run its job to the end")
+    for name, sha256 in published.items():
+        path = directory / f"{name}.jsonl"
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise DataError(f"{path} is missing or not what {manifest.name} lists; run the job again")
         yield from read_jsonl(path, cls)
 
@@ -57,28 +64,33 @@ def _reader(path: Path) -> Any:
 
 
 def load_image(directory: str | Path, key: str) -> Image.Image:
-    """The picture of `Example.image` ("FILE#INDEX") in the examples' stage directory; pixels are decoded when used."""
+    """The picture of `Example.image` ("FILE#INDEX") in the examples' stage directory; pixels are decoded when
+    used."""
     name, _, index = key.partition("#")
     reader = _reader(Path(directory) / name)
     if not index.isdigit() or int(index) >= reader.num_records():
-        raise DataError(f"{Path(directory) / name} has {reader.num_records()} images, none of number {index!r}")
+        raise DataError(
+            f"{Path(directory) / name} has {reader.num_records()} images, none of number {index!r}"
+        )
     return open_image(reader.read([int(index)])[0], key)
 
 
 def open_image(data: bytes, where: str) -> Image.Image:
-    """A picture from its bytes. Raises DataError, naming `where`, for another type than FORMATS or more than MAX_PIXELS pixels."""
+    """A picture from its bytes. Raises DataError, naming `where`, for another type than FORMATS or more than
+    MAX_PIXELS pixels."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: not a readable {', '.join(FORMATS)} image ({error})") from error
     if image.width * image.height > MAX_PIXELS:
-        raise DataError(f"{where}: {image.width} x {image.height} pixels, more than {MAX_PIXELS}; make it smaller")
+        raise DataError(f"{where}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
     return image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """The records of a workdir's data directory: examples of one split in order, and what is known about them by id."""
+    """The records of a workdir's data directory: examples of one split in order, and what is known about them
+    by id."""
 
     directory: Path
     examples: tuple[Example, ...]
@@ -101,11 +113,21 @@ class Pool:
             return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:4], "big")
 
         kept = tuple(
-            e for e in self.examples if (not tasks or e.task in tasks) and low <= place(f"{e.dataset}/{e.patient}") < high
+            e
+            for e in self.examples
+            if (not tasks or e.task in tasks) and low <= place(f"{e.dataset}/{e.patient}") < high
         )
         if not kept:
-            raise ConfigError(f"no example of {len(self.examples)} has a task in {list(tasks)} and lies in part {part}")
-        return Pool(directory=self.directory, examples=kept, findings=self.findings, traces=self.traces, knowledge=self.knowledge)
+            raise ConfigError(
+                f"no example of {len(self.examples)} has a task in {list(tasks)} and lies in part {part}"
+            )
+        return Pool(
+            directory=self.directory,
+            examples=kept,
+            findings=self.findings,
+            traces=self.traces,
+            knowledge=self.knowledge,
+        )
 
 
 def open_pool(directory: str | Path, split: str) -> Pool:
@@ -119,17 +141,24 @@ def open_pool(directory: str | Path, split: str) -> Pool:
         examples=examples,
         findings={record.example: record for record in read_stage(directory / "findings", Findings)},
         traces={record.example: record for record in read_stage(directory / "traces", Trace)},
-        knowledge={(record.label, record.modality): record for record in read_stage(directory / "knowledge", Knowledge)},
+        knowledge={
+            (record.label, record.modality): record
+            for record in read_stage(directory / "knowledge", Knowledge)
+        },
     )
 
 
 def batches(count: int, size: int, build: Callable[[np.ndarray], Any], *, seed: int, threads: int = 2) -> Any:
-    """An endless Grain iterator of `build(indices [size])` over [0, count), reshuffled every epoch; batches may straddle epochs.
+    """An endless Grain iterator of `build(indices [size])` over [0, count), reshuffled every epoch; batches
+    may straddle epochs.
 
-    `get_state`/`set_state` of the iterator name its place exactly. Raises ConfigError when there is less than one batch.
+    `get_state`/`set_state` of the iterator name its place exactly. Raises ConfigError when there is less than
+    one batch.
     """
     if count < size:
-        raise ConfigError(f"a batch of {size} rows needs at least as many records, there are {count}; lower the batch size")
+        raise ConfigError(
+            f"a batch of {size} rows needs at least as many records, there are {count}; lower the batch size"
+        )
     order = grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(size)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(order.map(build).to_iter_dataset(options))

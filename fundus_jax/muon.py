@@ -26,6 +26,9 @@ SCALE = 0.2  # gives an update the root mean square of Adam's, so that learning 
 
 # Their rows are words or classes, of which a batch has few: Muon would move the absent ones as far.
 TABLES = frozenset({"embed_tokens", "lm_head", "head"})
+# The merger's wide square: orthogonalising it takes as long as all other matrices of the small policy
+# together, and Adam teaches it as well (docs/log.md, 2026-11-23).
+COSTLY = frozenset({"fc1"})
 
 
 class MuonState(NamedTuple):
@@ -113,8 +116,9 @@ def orthogonalise(matrix: jax.Array) -> jax.Array:
 
 
 def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Whether a parameter gets Muon: a weight [out, in], or a stack, that is neither norm nor table."""
-    if leaf.ndim < 2 or not decays(path, leaf) or TABLES.intersection(_names(path)):
+    """Whether a parameter gets Muon: a weight [out, in], or a stack, that is neither norm, table nor
+    COSTLY."""
+    if leaf.ndim < 2 or not decays(path, leaf) or (TABLES | COSTLY).intersection(_names(path)):
         return False
     if leaf.ndim > 3:
         raise ConfigError(

@@ -1,7 +1,8 @@
-"""Supervised fine-tuning on reasoning traces: loss on what the assistant says, by position (paper, section 4.1: 2 epochs, AdamW).
+"""Supervised fine-tuning on reasoning traces: loss on what the assistant says, by position (paper, section
+4.1: 2 epochs, AdamW).
 
-Rows are whole conversations, image first; a row that is too long is left out and counted, never cut. Neighbours: `training` (the
-step), `data` (the rows), `workdir` (bundles and metrics).
+Rows are whole conversations, image first; a row that is too long is left out and counted, never cut.
+Neighbours: `training` (the step), `data` (the rows), `workdir` (bundles and metrics).
 """
 
 from collections import Counter
@@ -36,9 +37,11 @@ class PromptConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SftConfig:
-    """`steps` updates of `batch` conversations (or `epochs` over the data where steps is 0), in `micro_batches` pieces.
+    """`steps` updates of `batch` conversations (or `epochs` over the data where steps is 0), in
+    `micro_batches` pieces.
 
-    without_trace: what happens to an example whose trace was rejected: "skip" it, or train on the "answer" alone.
+    without_trace: what happens to an example whose trace was rejected: "skip" it, or train on the "answer"
+    alone.
     max_length: longer conversations are left out (tokens, image tokens included).
     """
 
@@ -67,7 +70,8 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class Rows:
-    """The conversations of a pool that fit: (example, reply) each, and the padded sizes that hold every one of them."""
+    """The conversations of a pool that fit: (example, reply) each, and the padded sizes that hold every one
+    of them."""
 
     pool: Pool
     rows: tuple[tuple[Example, str], ...]
@@ -83,7 +87,8 @@ class Rows:
 
 
 def make_rows(pool: Pool, processor: Processor, prompt: PromptConfig, config: SftConfig) -> Rows:
-    """Conversations from examples and their kept traces, without those longer than `max_length`; the counts are logged."""
+    """Conversations from examples and their kept traces, without those longer than `max_length`; the counts
+    are logged."""
     counts: Counter[str] = Counter()
     kept, length, patches = [], 0, 0
     for example in pool.examples:
@@ -104,19 +109,26 @@ def make_rows(pool: Pool, processor: Processor, prompt: PromptConfig, config: Sf
         length, patches = max(length, tokens), max(patches, slots)
     logging.info("sft rows: %s; longest %d tokens", dict(counts), length)
     if not kept:
-        raise ConfigError(f"no training row is left: {dict(counts)}; raise sft.max_length ({config.max_length}) or look at the traces")
+        raise ConfigError(
+            f"no training row is left: {dict(counts)}; "
+            f"raise sft.max_length ({config.max_length}) or look at the traces"
+        )
     return Rows(pool, tuple(kept), round_up(length, LENGTH_STEP), patches, prompt)
 
 
 def loss(model: Any, batch: Any, total: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Share of the mean negative log-likelihood: the sum over learned tokens of these rows / `total` learned tokens of the step.
+    """Share of the mean negative log-likelihood: the sum over learned tokens of these rows / `total` learned
+    tokens of the step.
 
     batch: (Batch, loss mask [B,T]), True at tokens to be predicted.
     """
     rows, learned = batch
     logprobs, entropy = token_logprobs(model.hidden(rows)[:, :-1], model.head, rows.tokens[:, 1:])
     learned = learned[:, 1:]
-    return -(logprobs * learned).sum() / total, {"entropy": (entropy * learned).sum() / total, "tokens": learned.sum()}
+    return -(logprobs * learned).sum() / total, {
+        "entropy": (entropy * learned).sum() / total,
+        "tokens": learned.sum(),
+    }
 
 
 def count(batch: Any) -> jax.Array:
@@ -125,21 +137,33 @@ def count(batch: Any) -> jax.Array:
 
 
 def train(
-    work: Workdir, model: Any, rows: Rows, processor: Processor, config: SftConfig, mesh: Mesh, *, compute: str = "float32",
+    work: Workdir,
+    model: Any,
+    rows: Rows,
+    processor: Processor,
+    config: SftConfig,
+    mesh: Mesh,
+    *,
+    compute: str = "float32",
     remat: bool = False,
-) -> training.Params:  # fmt: skip
+) -> training.Params:
     """Fine-tune and return the parameters. Resumes from, and ends with, a bundle of stage `sft`.
 
-    compute: dtype of the forward and backward pass; the weights stay float32 masters. remat: recompute blocks in the backward pass.
+    compute: dtype of the forward and backward pass; the weights stay float32 masters. remat: recompute blocks
+    in the backward pass.
     """
     steps = work.stages["sft"]
     skeleton, params = training.split(model)
     optimizer = training.make_optimizer(config.optim, steps)
     options = Options(remat=remat, unroll=model.options.unroll)
     step_of = training.make_step(
-        lambda params: skeleton.merge(params, options), loss, count, optimizer,
-        compute=compute, micro_batches=config.micro_batches,
-    )  # fmt: skip
+        lambda params: skeleton.merge(params, options),
+        loss,
+        count,
+        optimizer,
+        compute=compute,
+        micro_batches=config.micro_batches,
+    )
 
     def build(index: np.ndarray) -> Any:
         images = [[rows.pool.image(rows.rows[i][0])] for i in index]

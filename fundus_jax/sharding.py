@@ -1,13 +1,15 @@
 """Meshes from a string, and the one table that says which logical axis lies on which mesh axis.
 
-Parameters and activations are declared with logical axis names ("embed", "heads", "batch", ...). `RULES` maps each
-name to mesh axes; a new way to shard is a new row set here and nothing else. Models call `constrain`, which does
-nothing outside a mesh, so that they know no mesh. Neighbours: `models.layers` declares, the loops place.
+Parameters and activations are declared with logical axis names ("embed", "heads", "batch", ...). `RULES` maps
+each name to mesh axes; a new way to shard is a new row set here and nothing else. Models call `constrain`,
+which does nothing outside a mesh, so that they know no mesh. Neighbours: `models.layers` declares, the loops
+place.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +22,8 @@ from fundus_jax.records import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 
-# logical axis -> mesh axes. `batch` is split over both kinds of data parallelism; `embed` (the model width of every
-# weight) is what FSDP splits; heads, MLP width and vocabulary are what tensor parallelism splits.
+# logical axis -> mesh axes. `batch` is split over both kinds of data parallelism; `embed` (the model width of
+# every weight) is what FSDP splits; heads, MLP width and vocabulary are what tensor parallelism splits.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
@@ -34,32 +36,39 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 
 def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
-    """Build a mesh from e.g. ``data:1,fsdp:-1,tensor:2`` over `devices` (default: all); one size may be -1 (the rest).
+    """Build a mesh from e.g. ``data:1,fsdp:-1,tensor:2`` over `devices` (default: all).
 
-    Raises ConfigError for an unknown axis, two -1, or sizes that do not multiply to the number of devices.
+    Axes that are not named have size 1; one size may be -1 (the rest). Raises ConfigError for an unknown or
+    repeated axis, two -1, or sizes that do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dict.fromkeys(AXES, 1)
+    named: dict[str, int] = {}
     for part in filter(None, text.split(",")):
-        name, colon, size = part.partition(":")
-        if name not in sizes or not colon or not size.lstrip("-").isdigit():
-            raise ConfigError(f"--mesh={text!r}: {part!r} is not AXIS:SIZE with AXIS one of {', '.join(AXES)}")
-        sizes[name] = int(size)
-    if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        matched = re.fullmatch(r"([a-z]+):(-1|[0-9]{1,9})", part)
+        if not matched or matched[1] not in AXES:
+            raise ConfigError(
+                f"--mesh={text!r}: {part!r} is not AXIS:SIZE with AXIS one of {', '.join(AXES)}"
+            )
+        if matched[1] in named:
+            raise ConfigError(f"--mesh={text!r} names {matched[1]} twice; give each axis one size")
+        named[matched[1]] = int(matched[2])
+    sizes = dict.fromkeys(AXES, 1) | named
+    if list(sizes.values()).count(-1) > 1 or 0 in sizes.values():
         raise ConfigError(f"--mesh={text!r}: sizes must be >= 1, and at most one may be -1")
     known = math.prod(size for size in sizes.values() if size != -1)
     sizes = {name: len(devices) // known if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(
-            f"--mesh={text!r} needs {math.prod(sizes.values())} devices, there are {len(devices)}; "
-            "make the sizes multiply to that number, or give one axis the size -1"
+            f"--mesh={text!r} does not fit {len(devices)} devices: the sizes named multiply to {known}; "
+            "make them multiply to the number of devices, or divide it and give one axis the size -1"
         )
     grid = np.asarray(devices, dtype=object).reshape(tuple(sizes.values()))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """PartitionSpec of logical `axes`; a mesh axis already taken by an earlier dimension is not used twice."""
+    """PartitionSpec of logical `axes`; a mesh axis already taken by an earlier
+    dimension is not used twice."""
     taken: set[str] = set()
     entries = []
     for axis in axes:
@@ -70,7 +79,8 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def fit(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """`partition` without the axes that do not divide their dimension of `shape`: such a dimension is replicated."""
+    """`partition` without the axes that do not divide their dimension of
+    `shape`: such a dimension is replicated."""
     entries = []
     for size, entry in zip(shape, tuple(partition) + (None,) * (len(shape) - len(partition)), strict=True):
         names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
@@ -80,12 +90,14 @@ def fit(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> Partition
 
 
 def param_axes(param: nnx.Variable) -> tuple[str | None, ...]:
-    """Logical axes of a parameter as declared in `models.layers`; parameters without a declaration are replicated."""
+    """Logical axes of a parameter as declared in `models.layers`; parameters
+    without a declaration are replicated."""
     return tuple(param.get_metadata().get("axes", (None,) * len(param.get_value().shape)))
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """A tree like `state` (nnx.State of arrays or ShapeDtypeStructs) with a NamedSharding in each parameter's place."""
+    """A tree like `state` (nnx.State of arrays or ShapeDtypeStructs) with a
+    NamedSharding in each parameter's place."""
 
     def one(param: nnx.Variable) -> nnx.Variable:
         value = param.get_value()
@@ -99,8 +111,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",)))
 
 
+def parts(axis: str, size: int) -> int:
+    """Into how many parts the current mesh cuts a dimension of `size` on logical `axis`; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis])
+    return count if size % count == 0 else 1
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to its logical `axes` under the current mesh (`jax.set_mesh`); the identity without one."""
+    """Pin an activation to its logical `axes` under the current mesh
+    (`jax.set_mesh`); the identity without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

@@ -1,8 +1,9 @@
 """What the loops share: a model as a pytree of parameters, and one compiled, donated, sharded optimizer step.
 
-A step's gradient does not depend on how it is cut: losses are sums divided by a global count that is taken before the batch is cut
-into micro-batches, and mesh shapes only move the work. Weights are float32 masters; `compute` is the dtype of the forward and
-backward pass. Neighbours: `base`, `sft`, `grpo.update` give the losses, `workdir` the bundles.
+A step's gradient does not depend on how it is cut: losses are sums divided by a global count that is taken
+before the batch is cut into micro-batches, and mesh shapes only move the work. Weights are float32 masters;
+`compute` is the dtype of the forward and backward pass. Neighbours: `base`, `sft`, `grpo.update` give the
+losses, `workdir` the bundles.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from fundus_jax.records import ConfigError, DataError
 
 Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
-# loss(model, micro-batch, total) -> (its share of the loss, metrics); `total` is what `count` made of the whole batch
+# loss(model, micro-batch, total) -> (its share of the loss, metrics); `total` is what `count` made of the
+# whole batch
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Metrics]]
 
 
@@ -35,7 +37,8 @@ class State(NamedTuple):
 
 
 class Skeleton:
-    """A model without its parameters: `merge(params)` gives a model again. Parameters are a plain nested dict, a pytree."""
+    """A model without its parameters: `merge(params)` gives a model again. Parameters are a plain nested
+    dict, a pytree."""
 
     def __init__(self, model: nnx.Module) -> None:
         self.graph, state = nnx.split(model)
@@ -45,7 +48,7 @@ class Skeleton:
         """The model with `params`, which may have any dtype and may be tracers."""
         state = jax.tree.map(lambda leaf: leaf, self.abstract)
         nnx.replace_by_pure_dict(state, params)
-        model = nnx.merge(self.graph, state)
+        model: Any = nnx.merge(self.graph, state)
         if options is not None:
             model.options = options
         return model
@@ -61,16 +64,23 @@ def split(model: nnx.Module) -> tuple[Skeleton, Params]:
 
 
 def cast(params: Params, dtype: str) -> Params:
-    """Floating-point parameters in `dtype`, as the forward pass wants them; gradients come back in the masters' dtype."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
+    """Floating-point parameters in `dtype`, as the forward pass wants them; gradients come back in the
+    masters' dtype."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params
+    )
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """A batch on the mesh: every leaf split along its first axis. Raises ConfigError if the rows do not divide."""
+    """A batch on the mesh: every leaf split along its first axis. Raises ConfigError if the rows do not
+    divide."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
     if any(count % parts for count in rows):
-        raise ConfigError(f"{sorted(rows)} rows do not divide by data x fsdp = {parts} of the mesh; change the batch size or the mesh")
+        raise ConfigError(
+            f"{sorted(rows)} rows do not divide by data x fsdp = {parts} of the mesh; "
+            "change the batch size or the mesh"
+        )
     return jax.device_put(tree, sharding.batch_sharding(mesh))
 
 
@@ -95,8 +105,9 @@ def make_step(
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
     """Compile (state, batch) -> (state, metrics); the state is donated.
 
-    merge: parameters -> model. count: what the loss divides by, taken of the whole batch. combine: joins metrics that are stacked
-    over the micro-batches. Metrics gain the loss, the gradient's norm and the guard's count of non-finite steps.
+    merge: parameters -> model. count: what the loss divides by, taken of the whole batch. combine: joins
+    metrics that are stacked over the micro-batches. Metrics gain the loss, the gradient's norm and the
+    guard's count of non-finite steps.
     """
 
     def forward(params: Any, batch: Any, total: Any) -> tuple[jax.Array, Metrics]:
@@ -123,8 +134,9 @@ def make_step(
             zeros = jax.tree.map(jnp.zeros_like, state.params)
             grads, stacked = jax.lax.scan(add, zeros, cut)
             metrics = combine(stacked)
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, moved = optimizer.update(grads, state.optimizer, state.params)
+        opt_state: Any = moved
+        params: Any = optax.apply_updates(state.params, updates)
         extra = {"grad_norm": optax.global_norm(grads), "notfinite": notfinite_count(opt_state)}
         return State(params, opt_state), metrics | extra
 
@@ -132,12 +144,25 @@ def make_step(
 
 
 def check_finite(metrics: dict[str, float], config: OptimConfig, stage: str, step: int) -> None:
-    """Raise DataError once `skip_nonfinite` gradients in a row were not finite; each of them changed nothing."""
+    """Raise DataError once `skip_nonfinite` gradients in a row were not finite; each of them changed
+    nothing."""
     if metrics["notfinite"] >= config.skip_nonfinite:
         raise DataError(
-            f"{stage} step {step}: {int(metrics['notfinite'])} gradients in a row were not finite, and none was applied; "
+            f"{stage} step {step}: {int(metrics['notfinite'])} gradients in a row were not finite, "
+            "and none was applied; "
             f"lower {stage}.optim.lr or look at the batches of these steps; the last bundle is intact"
         )
 
 
-__all__ = ["Loss", "Skeleton", "State", "cast", "check_finite", "make_optimizer", "make_step", "place", "split", "start"]
+__all__ = [
+    "Loss",
+    "Skeleton",
+    "State",
+    "cast",
+    "check_finite",
+    "make_optimizer",
+    "make_step",
+    "place",
+    "split",
+    "start",
+]

@@ -1,8 +1,8 @@
 """The directory of one run: its configuration, bundles, metrics, and how far each stage has come.
 
-Stages (base, sft, grpo) follow each other; a bundle's number counts steps over all of them, so `checkpoints/` is one line of time.
-Running the same command again resumes; another configuration is refused, naming the fields that differ. The loops own their state
-and call `resume`, `save` and `log`.
+Stages (base, sft, grpo) follow each other; a bundle's number counts steps over all of them, so `checkpoints/`
+is one line of time. Running the same command again resumes; another configuration is refused, naming the
+fields that differ. The loops own their state and call `resume`, `save` and `log`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class Workdir:
     """`path` of a run with `config` (JSON).
 
     Attributes:
-        path: the directory. checkpoints: its bundles. metrics: its metrics.jsonl and tb/. config_hash: sha256 of the config.
-        stages: training stage -> its number of steps, in order; the caller sets it once the data says how many steps an epoch has.
+        path: the directory. checkpoints: its bundles. metrics: its metrics.jsonl and tb/. config_hash: sha256
+        of the config.
+        stages: training stage -> its number of steps, in order; the caller sets it once the data says how
+        many steps an epoch has.
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
@@ -53,7 +55,9 @@ class Workdir:
                     "go on with that one, or choose another --workdir"
                 )
             return
-        write_atomic(path, json.dumps({"hash": self.config_hash, "config": config}, indent=1, sort_keys=True) + "\n")
+        write_atomic(
+            path, json.dumps({"hash": self.config_hash, "config": config}, indent=1, sort_keys=True) + "\n"
+        )
 
     def offset(self, stage: str) -> int:
         """Number of the bundle before the first step of `stage`."""
@@ -82,19 +86,23 @@ class Workdir:
         return bundle.state, done
 
     def save(self, stage: str, step: int, state: Any, iterator: Any) -> None:
-        """Start to save the bundle after `step` steps of `stage`; the stage's last one is kept for good. Call it before the next
-        batch is drawn, or the iterator's place is not the state's."""
+        """Start to save the bundle after `step` steps of `stage`; the stage's last one is kept for good. Call
+        it before the next batch is drawn, or the iterator's place is not the state's."""
         number = self.offset(stage) + step
         if number not in self.checkpoints.steps():
             counters = {"stage": stage, "step": step}
             final = step == self.stages[stage]
-            self.checkpoints.save(number, state, data_state=iterator.get_state(), counters=counters, final=final)
+            self.checkpoints.save(
+                number, state, data_state=iterator.get_state(), counters=counters, final=final
+            )
 
     def params(self, stage: str, abstract_params: Any) -> Any:
         """The parameters that `stage` ended with. Raises DataError if it has not finished."""
         self.checkpoints.wait()
         wanted = {"params": abstract_params}
-        return self.checkpoints.restore(self.offset(stage) + self.stages[stage], wanted, partial=True).state["params"]
+        return self.checkpoints.restore(self.offset(stage) + self.stages[stage], wanted, partial=True).state[
+            "params"
+        ]
 
     def progress(self, stage: str, start: int) -> Progress:
         """A bar (or log lines) for the steps of `stage`."""
@@ -112,7 +120,9 @@ def differences(old: Any, new: Any, field: str = "") -> list[str]:
         return [
             line
             for key in sorted(old.keys() | new.keys())
-            for line in differences(old.get(key, "nothing"), new.get(key, "nothing"), f"{field}.{key}" if field else key)
+            for line in differences(
+                old.get(key, "nothing"), new.get(key, "nothing"), f"{field}.{key}" if field else key
+            )
         ]
     return [] if old == new else [f"{field}: {old!r} there, {new!r} here"]
 

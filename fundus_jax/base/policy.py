@@ -1,6 +1,8 @@
-"""The small policy: same architecture as Qwen2.5-VL, a few million parameters, a tokenizer learned from the traces it will write.
+"""The small policy: same architecture as Qwen2.5-VL, a few million parameters, a tokenizer learned from the
+traces it will write.
 
-It is written as a Hugging Face directory without weights, so that the processor comes from where every other processor comes from.
+It is written as a Hugging Face directory without weights, so that the processor comes from where every other
+processor comes from.
 """
 
 import json
@@ -23,10 +25,10 @@ from fundus_jax.records import ConfigError
 SPECIAL = tuple(
     f"<|{name}|>"
     for name in (
-        "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
-        "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad",
+        *("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end"),
+        *("quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"),
     )
-)  # fmt: skip
+)
 # Words, numbers digit by digit, punctuation, line breaks: the cut of Qwen2's tokenizer.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -38,7 +40,8 @@ TEMPLATE = """\
 {{- '<|im_start|>' + turn.role + '\\n' -}}
 {%- if turn.content is string -%}{{- turn.content -}}{%- else -%}
 {%- for part in turn.content -%}
-{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}{%- else -%}{{- part.text -}}{%- endif -%}
+{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- else -%}{{- part.text -}}{%- endif -%}
 {%- endfor -%}{%- endif -%}
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
@@ -48,7 +51,8 @@ TEMPLATE = """\
 
 @dataclass(kw_only=True, slots=True)
 class PolicyConfig:
-    """Sizes of the small policy; `pixels` is the side of the square that every image is resized to at most."""
+    """Sizes of the small policy; `pixels` is the side of the square that every image is resized to at
+    most."""
 
     vocab: int = 1024
     width: int = 128
@@ -78,11 +82,16 @@ def make_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab - len(SPECIAL), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab - len(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     return tokenizer
@@ -90,25 +99,44 @@ def make_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
 
 def model_config(policy: PolicyConfig, tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
     """The policy's Qwen2.5-VL configuration; the vocabulary is rounded up to a multiple of 64."""
-    ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end", "im_end")}
+    named = ("image_pad", "video_pad", "vision_start", "vision_end", "im_end")
+    ids = {name: tokenizer.get_vocab()[f"<|{name}|>"] for name in named}
     half = policy.width // policy.heads // 2
     side = round(half * 3 / 8)
     vision = VisionConfig(
-        depth=policy.vision_layers, hidden_size=policy.vision_width, intermediate_size=policy.vision_mlp,
-        num_heads=policy.vision_heads, out_hidden_size=policy.width, full_attention_layers=(policy.vision_layers - 1,),
-    )  # fmt: skip
+        depth=policy.vision_layers,
+        hidden_size=policy.vision_width,
+        intermediate_size=policy.vision_mlp,
+        num_heads=policy.vision_heads,
+        out_hidden_size=policy.width,
+        full_attention_layers=(policy.vision_layers - 1,),
+    )
     return Qwen2_5_VLConfig(
-        vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64, hidden_size=policy.width, intermediate_size=policy.mlp,
-        num_hidden_layers=policy.layers, num_attention_heads=policy.heads, num_key_value_heads=policy.kv_heads,
-        rope_theta=policy.rope_theta, mrope_section=(half - 2 * side, side, side), tie_word_embeddings=False,
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"], eos_ids=(ids["im_end"],), dtype="float32", vision=vision,
-        extras=json.dumps({"max_position_embeddings": 4096, "bos_token_id": tokenizer.token_to_id("<|endoftext|>")}),
-    )  # fmt: skip
+        vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
+        hidden_size=policy.width,
+        intermediate_size=policy.mlp,
+        num_hidden_layers=policy.layers,
+        num_attention_heads=policy.heads,
+        num_key_value_heads=policy.kv_heads,
+        rope_theta=policy.rope_theta,
+        mrope_section=(half - 2 * side, side, side),
+        tie_word_embeddings=False,
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        eos_ids=(ids["im_end"],),
+        dtype="float32",
+        vision=vision,
+        extras=json.dumps(
+            {"max_position_embeddings": 4096, "bos_token_id": tokenizer.token_to_id("<|endoftext|>")}
+        ),
+    )
 
 
 def write_policy(directory: Path, policy: PolicyConfig, texts: Iterable[str]) -> None:
-    """Write the policy as a Hugging Face directory without weights: config, tokenizer, chat template, image settings."""
+    """Write the policy as a Hugging Face directory without weights: config, tokenizer, chat template, image
+    settings."""
     policy.validate()
     tokenizer = make_tokenizer(texts, policy.vocab)
     config = model_config(policy, tokenizer)
@@ -119,23 +147,34 @@ def write_policy(directory: Path, policy: PolicyConfig, texts: Iterable[str]) ->
         weights.write_json(
             scratch / "tokenizer_config.json",
             {
-                "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None,
-                "unk_token": None, "additional_special_tokens": list(SPECIAL[1:]), "model_max_length": 4096,
+                "tokenizer_class": "Qwen2Tokenizer",
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|endoftext|>",
+                "bos_token": None,
+                "unk_token": None,
+                "additional_special_tokens": list(SPECIAL[1:]),
+                "model_max_length": 4096,
             },
-        )  # fmt: skip
+        )
         weights.write_json(
             scratch / "preprocessor_config.json",
             {
-                "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
-                "min_pixels": 28 * 28, "max_pixels": policy.pixels**2, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
-                "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "image_processor_type": "Qwen2VLImageProcessor",
+                "processor_class": "Qwen2_5_VLProcessor",
+                "min_pixels": 28 * 28,
+                "max_pixels": policy.pixels**2,
+                "patch_size": 14,
+                "temporal_patch_size": 2,
+                "merge_size": 2,
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
             },
-        )  # fmt: skip
+        )
 
 
 def fresh(config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VL:
-    """A model with first weights that learn fast at this size: fan-in normal matrices, residual outputs divided by sqrt(2 L),
-    embedding 0.3, zero head (so the first predictions are uniform)."""
+    """A model with first weights that learn fast at this size: fan-in normal matrices, residual outputs
+    divided by sqrt(2 L), embedding 0.3, zero head (so the first predictions are uniform)."""
     model = Qwen2_5_VL(config, rngs=nnx.Rngs(seed))
     state = nnx.state(model)
     key = jax.random.key(seed)

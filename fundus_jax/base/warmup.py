@@ -1,6 +1,8 @@
-"""Vision warm-up: the vision tower learns to see under a linear head that names findings and labels; the head is then discarded.
+"""Vision warm-up: the vision tower learns to see under a linear head that names findings and labels; the head
+is then discarded.
 
-A blind tower does not learn from a caption loss in the time a laptop has (docs/log.md), as the real model's vision encoder did not
+A blind tower does not learn from a caption loss in the time a laptop has (docs/log.md), as the real model's
+vision encoder did not
 either: it was pre-trained on its own. Only the tower and the merger are trained here.
 """
 
@@ -31,7 +33,9 @@ class BaseConfig:
     batch: int = 16
     seed: int = 0
     save_every: int = 0
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(name="muon", lr=5e-3, warmup=30, final_fraction=0.15, b2=0.98))
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(name="muon", lr=5e-3, warmup=30, final_fraction=0.15, b2=0.98)
+    )
 
     def validate(self) -> None:
         """Raises ConfigError through the optimizer's own check."""
@@ -50,8 +54,11 @@ def targets_of(examples: Sequence[Example]) -> tuple[list[str], np.ndarray]:
     return names, table
 
 
-def warm_up(work: Workdir, model: Any, processor: Processor, pool: Pool, config: BaseConfig, mesh: Mesh) -> training.Params:
-    """Train the vision tower and return all parameters of the model. Resumes from, and ends with, a bundle of stage `base`."""
+def warm_up(
+    work: Workdir, model: Any, processor: Processor, pool: Pool, config: BaseConfig, mesh: Mesh
+) -> training.Params:
+    """Train the vision tower and return all parameters of the model. Resumes from, and ends with, a bundle of
+    stage `base`."""
     images = {example.image: example for example in pool.examples}  # one question an image is enough
     examples = list(images.values())
     names, table = targets_of(examples)

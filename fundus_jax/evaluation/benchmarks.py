@@ -6,20 +6,16 @@ funbench.py reads FunBench's own tree, items.py says what an item is.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from fundus_jax import dialog, findings
+from fundus_jax.data import load_image, read_stage
 from fundus_jax.evaluation.funbench import FunBench
-from fundus_jax.evaluation.items import Benchmark, Item, Selection, open_image
-from fundus_jax.records import ConfigError, DataError, Example, read_jsonl
+from fundus_jax.evaluation.items import Benchmark, Item, Selection
+from fundus_jax.records import ConfigError, DataError, Example
 
 LEVELS = {  # our tasks on FunBench's levels: modality, anatomy, lesion analysis, diagnosis
     "modality": "L1",
@@ -43,46 +39,14 @@ class PhantomBenchmark:
         self.source = Path(source)
         self.missing: tuple[str, ...] = ()  # a finished stage directory is complete, or it is refused
         selection = selection or Selection()
-        examples = (example for example in read_examples(self.source) if example.split == selection.split)
+        examples = (
+            example for example in read_stage(self.source, Example) if example.split == selection.split
+        )
         self.items = selection.choose([item_of(example, selection) for example in examples])
 
     def load_image(self, image: str) -> Image.Image:
         """The picture of a key "FILE#INDEX": record INDEX of the ArrayRecord file FILE."""
-        name, _, index = image.partition("#")
-        reader = _reader(self.source / name)
-        if int(index) >= reader.num_records():
-            raise DataError(
-                f"{self.source / name} has {reader.num_records()} images, not one of number {index}"
-            )
-        return open_image(reader.read([int(index)])[0], f"{self.source / name}#{index}")
-
-
-@functools.lru_cache(maxsize=64)
-def _reader(path: Path) -> Any:
-    if not path.is_file():
-        raise DataError(f"{path} is missing, though an Example names it: run the ingest job again")
-    return ArrayRecordReader(str(path))
-
-
-def read_examples(source: Path) -> Iterator[Example]:
-    """All Examples of a finished stage directory, in shard order.
-
-    Raises:
-        DataError: the directory has no manifest, or a shard is missing or changed.
-    """
-    manifest = source / "manifest.jsonl"
-    if not manifest.is_file():
-        raise DataError(f"{manifest} is missing: {source} is no finished stage directory; run the ingest job")
-    for line in manifest.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-            path = source / f"{entry['name']}.jsonl"
-            published = entry["files"][path.name]["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{manifest}: not a manifest line: {line[:80]!r}; run the ingest job") from error
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != published:
-            raise DataError(f"{path} is missing or not what {manifest.name} lists: run the ingest job again")
-        yield from read_jsonl(path, Example)
+        return load_image(self.source, image)
 
 
 def item_of(example: Example, selection: Selection) -> Item:

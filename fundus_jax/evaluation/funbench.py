@@ -16,7 +16,8 @@ from typing import Any
 from PIL import Image
 
 from fundus_jax import dialog
-from fundus_jax.evaluation.items import Item, Selection, open_image
+from fundus_jax.data import open_image
+from fundus_jax.evaluation.items import Item, Selection
 from fundus_jax.records import ConfigError, DataError
 
 # Beginning of an image key -> modality; the first row that fits counts.

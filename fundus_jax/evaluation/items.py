@@ -8,7 +8,6 @@ run.py (asks a model), report.py (scores the answers).
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,9 +15,6 @@ from typing import Any, Protocol
 from PIL import Image
 
 from fundus_jax.records import ConfigError, DataError
-
-MAX_PIXELS = 100_000_000  # the largest fundus photographs in use have about 16 million
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,19 +120,3 @@ class Benchmark(Protocol):
     def load_image(self, image: str) -> Image.Image:
         """The picture of an item's `image`; its pixels are decoded when they are used."""
         ...
-
-
-def open_image(data: bytes, where: str) -> Image.Image:
-    """A picture whose pixels are decoded when they are used; refused if it is too large or of no known
-    format.
-
-    Raises:
-        DataError: naming `where`.
-    """
-    try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: not a readable {', '.join(FORMATS)} picture: {error}") from error
-    if picture.width * picture.height > MAX_PIXELS:
-        raise DataError(f"{where}: {picture.width} x {picture.height} pixels, at most {MAX_PIXELS} are read")
-    return picture

@@ -31,7 +31,7 @@ class GrpoConfig:
     tokens at `temperature` (at which the log-probabilities of the update are taken too), then makes `mu`
     passes over them, each one optimizer update whose gradient is summed over micro-batches of `micro_batch`
     rollouts (whole groups, which share the work on their prompt). `steps` of these make the stage. Every
-    `eval_every` steps the probe is measured, every `save_every` a checkpoint is written (0: only at the end).
+    `save_every` steps a bundle is saved and a few groups are written to rollouts/ (0: only at the end).
     `seed` fixes prompts and sampling.
     """
 
@@ -43,7 +43,6 @@ class GrpoConfig:
     mu: int = 1
     micro_batch: int = 8
     optim: OptimConfig = field(default_factory=OptimConfig)
-    eval_every: int = 0
     save_every: int = 0
     seed: int = 0
 
@@ -135,7 +134,6 @@ _AT_LEAST = {
     "max_new_tokens": 1,
     "mu": 1,
     "micro_batch": 1,
-    "eval_every": 0,
     "save_every": 0,
     "seed": 0,
     "kl_coef": 0,

@@ -1,8 +1,9 @@
 """Rollouts: G continuations of each prompt, sampled by the trainer's own module in one compiled loop.
 
-Each image is encoded and each prompt prefilled once; the group shares the prompt's keys and values. Decoding stops as soon as
-every rollout has ended. The log-probs it returns are those of the distribution it drew from, so the trainer's can be compared
-with them from step 0. Image and vision ids are impossible, here and in the trainer (`models.logprobs`).
+Each image is encoded and each prompt prefilled once; the group shares the prompt's keys and values. Decoding
+stops as soon as every rollout has ended. The log-probs it returns are those of the distribution it drew from,
+so the trainer's can be compared with them from step 0. Image and vision ids are impossible, here and in the
+trainer (`models.logprobs`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ Array = jax.Array
 
 
 class Rollout(NamedTuple):
-    """tokens [B,G,N] int32, their log-probs [B,G,N] float32 (at the sampling temperature; greedy: at 1), and mask [B,G,N], True up
-    to and including the end token. Beyond it tokens are the first end id, log-probs 0."""
+    """G rollouts of N tokens for each of B prompts.
+
+    Attributes:
+        tokens: [B,G,N] int32; beyond the end token they are the first end id.
+        logprobs: [B,G,N] float32, at the sampling temperature (greedy: at 1); 0 beyond the end token.
+        mask: [B,G,N] bool, True up to and including the end token.
+    """
 
     tokens: Array
     logprobs: Array
@@ -33,25 +39,39 @@ class Rollout(NamedTuple):
 
 
 def generate(
-    model: Qwen2_5_VL, batch: Batch, *, max_new_tokens: int, temperature: float = 1.0, group_size: int = 1, seed: int | Array = 0
+    model: Qwen2_5_VL,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    group_size: int = 1,
+    seed: int | Array = 0,
 ) -> Rollout:
-    """Sample `group_size` continuations of every row of `batch`; temperature 0 is greedy. Compiled once a shape and setting.
+    """Sample `group_size` continuations of every row of `batch`; temperature 0 is greedy.
 
-    A rollout ends with any id of `model.config.eos_ids` or after `max_new_tokens`. Equal seeds give equal rollouts, on any mesh.
-    Raises ConfigError for a negative temperature, or sizes below 1.
+    A rollout ends with any id of `model.config.eos_ids` or after `max_new_tokens`. Equal seeds (a number, or
+    a key of jax.random) give equal rollouts, on any mesh. Compiled once a shape and setting. Raises
+    ConfigError for a negative temperature, or sizes below 1.
     """
-    if max_new_tokens < 1 or group_size < 1 or temperature < 0:
+    if max_new_tokens < 1 or group_size < 1 or not temperature >= 0:
         raise ConfigError(
-            f"max_new_tokens {max_new_tokens} and group_size {group_size} must be >= 1, temperature {temperature} >= 0"
+            f"max_new_tokens {max_new_tokens} and group_size {group_size} must be >= 1, "
+            f"temperature {temperature} >= 0"
         )
     graph, state = nnx.split(model)
-    key = jax.random.key(seed) if isinstance(seed, int) else seed
+    key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
     return _generate(graph, state, batch, key, max_new_tokens, float(temperature), group_size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
 def _generate(
-    graph: nnx.GraphDef, state: nnx.State, batch: Batch, key: Array, max_new_tokens: int, temperature: float, group_size: int
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    batch: Batch,
+    key: Array,
+    max_new_tokens: int,
+    temperature: float,
+    group_size: int,
 ) -> Rollout:
     return rollout(nnx.merge(graph, state), batch, key, max_new_tokens, temperature, group_size)
 
@@ -68,7 +88,9 @@ def rollout(
 
     def draw(hidden: Array, step: Array) -> tuple[Array, Array]:
         """hidden [B,G,D] -> token and its log-prob [B,G]."""
-        logits = constrain(scaled_logits(model.logits(hidden), config.banned_ids, temperature or 1.0), "batch", None, None)
+        logits = constrain(
+            scaled_logits(model.logits(hidden), config.banned_ids, temperature or 1.0), "batch", None, None
+        )
         if temperature == 0:
             token = jnp.argmax(logits, axis=-1)
         else:
@@ -79,7 +101,9 @@ def rollout(
     def put(out: Rollout, token: Array, logprob: Array, alive: Array, step: Array) -> Rollout:
         token, logprob = jnp.where(alive, token, ends[0]), jnp.where(alive, logprob, 0.0)
         new = Rollout(token, logprob, alive)
-        return jax.tree.map(lambda old, column: jax.lax.dynamic_update_index_in_dim(old, column, step, 2), out, new)
+        return jax.tree.map(
+            lambda old, column: jax.lax.dynamic_update_index_in_dim(old, column, step, 2), out, new
+        )
 
     def proceed(carry: tuple) -> Array:
         _, _, alive, _, step = carry

@@ -1,7 +1,8 @@
-"""GRPO, as a story: rollouts -> rewards -> advantages -> update -> log -> save (paper, section 3.3; DESIGN, section 6).
+"""GRPO, as a story: rollouts -> rewards -> advantages -> update -> log -> save (paper, section 3.3; DESIGN,
+section 6).
 
-Prompts are drawn in an order that the seed fixes; sampling keys are folded from the step, so a resumed run draws what an uninterrupted
-one would have drawn. The reference is the policy the stage started from.
+Prompts are drawn in an order that the seed fixes; sampling keys are folded from the step, so a resumed run
+draws what an uninterrupted one would have drawn. The reference is the policy the stage started from.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ SHOWN = 4  # groups of a step that are written to rollouts/ for people to read
 
 
 class Prompts:
-    """The prompts of a pool that fit `max_length` tokens, and the padded sizes that hold every one of them."""
+    """The prompts of a pool that fit `max_length` tokens, and the padded sizes that hold every one of
+    them."""
 
     def __init__(self, pool: Pool, processor: Processor, prompt: PromptConfig, max_length: int) -> None:
         self.pool, self.processor = pool, processor
@@ -49,7 +51,10 @@ class Prompts:
             kept.append((example, text))
             longest, self.patches = max(longest, tokens), max(self.patches, slots)
         if not kept:
-            raise ConfigError(f"all {dropped} prompts are longer than {max_length} tokens; raise the bound or lower max_pixels")
+            raise ConfigError(
+                f"all {dropped} prompts are longer than {max_length} tokens; "
+                "raise the bound or lower max_pixels"
+            )
         self.rows: Sequence[tuple[Example, str]] = kept
         self.length = round_up(longest, LENGTH_STEP)
         logging.info("grpo prompts: %d kept, %d too long; longest %d tokens", len(kept), dropped, longest)
@@ -57,7 +62,9 @@ class Prompts:
     def build(self, index: np.ndarray) -> tuple[np.ndarray, Any]:
         """(rows chosen, their Batch)."""
         images = [[self.pool.image(self.rows[i][0])] for i in index]
-        return index, self.processor([self.rows[i][1] for i in index], images, length=self.length, patches=self.patches)
+        return index, self.processor(
+            [self.rows[i][1] for i in index], images, length=self.length, patches=self.patches
+        )
 
 
 def score_all(
@@ -72,21 +79,30 @@ def score_all(
         group = [tokens[row, g][mask[row, g]] for g in range(tokens.shape[1])]
         ended = [len(one) > 0 and int(one[-1]) in prompts.processor.eos_ids for one in group]
         texts.append([prompts.processor.decode(one) for one in group])
-        scores.append([
-            score_rollout(text, example, findings, prompts.pool.knowledge, judge, config, finished=end)
-            for text, end in zip(texts[-1], ended, strict=True)
-        ])  # fmt: skip
+        scores.append(
+            [
+                score_rollout(text, example, findings, prompts.pool.knowledge, judge, config, finished=end)
+                for text, end in zip(texts[-1], ended, strict=True)
+            ]
+        )
     return texts, scores
 
 
 def train(
-    work: Workdir, model: Any, prompts: Prompts, judge: Judge, config: GrpoConfig, mesh: Mesh, *, compute: str = "float32",
+    work: Workdir,
+    model: Any,
+    prompts: Prompts,
+    judge: Judge,
+    config: GrpoConfig,
+    mesh: Mesh,
+    *,
+    compute: str = "float32",
     remat: bool = False,
-) -> training.Params:  # fmt: skip
+) -> training.Params:
     """Improve the policy and return its parameters. Resumes from, and ends with, a bundle of stage `grpo`.
 
-    `model` is the policy to start from, and the reference. Raises ConfigError when the judge abstains too often, DataError when
-    gradients stay non-finite.
+    `model` is the policy to start from, and the reference. Raises ConfigError when the judge abstains too
+    often, DataError when gradients stay non-finite.
     """
     skeleton, params = training.split(model)
     options = Options(remat=remat, unroll=model.options.unroll)
@@ -99,7 +115,9 @@ def train(
     key = jax.random.key(config.seed)
     with jax.set_mesh(mesh):
         state = training.start(skeleton, params, optimizer, mesh)
-        reference = jax.tree.map(lambda leaf: leaf.astype(compute).copy(), state.params) if config.kl_coef else None
+        reference = (
+            jax.tree.map(lambda leaf: leaf.astype(compute).copy(), state.params) if config.kl_coef else None
+        )
         iterator = batches(len(prompts.rows), config.prompts_per_step, prompts.build, seed=config.seed)
         state, done = work.resume("grpo", state, iterator)
         progress, watch = work.progress("grpo", done), Stopwatch()
@@ -110,9 +128,13 @@ def train(
             with watch("rollout"):
                 policy = skeleton.merge(training.cast(state.params, compute), model.options)
                 rollout = generate(
-                    policy, batch, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                    group_size=config.group_size, seed=jax.random.fold_in(key, step),
-                )  # fmt: skip
+                    policy,
+                    batch,
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature,
+                    group_size=config.group_size,
+                    seed=jax.random.fold_in(key, step),
+                )
                 jax.block_until_ready(rollout)
             with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
                 ref = None if reference is None else score(reference, batch, rollout.tokens)
@@ -124,15 +146,22 @@ def train(
             with watch("update"):
                 advantages = group_advantages(np.where(valid, rewards, 0), valid, scale=config.scale)
                 samples = Samples(
-                    prompts=batch, tokens=rollout.tokens, mask=rollout.mask, sampled=rollout.logprobs,
-                    advantages=training.place(np.asarray(advantages, np.float32), mesh), old=old, ref=ref,
-                )  # fmt: skip
+                    prompts=batch,
+                    tokens=rollout.tokens,
+                    mask=rollout.mask,
+                    sampled=rollout.logprobs,
+                    advantages=training.place(np.asarray(advantages, np.float32), mesh),
+                    old=old,
+                    ref=ref,
+                )
                 for _ in range(config.mu):
                     state, metrics = update(state, samples)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
             values |= {f"reward/{name}": value for name, value in reward_metrics(scores).items()}
-            values |= {name: float(value) for name, value in group_stats(np.where(valid, rewards, 0), valid).items()}
+            values |= {
+                name: float(value) for name, value in group_stats(np.where(valid, rewards, 0), valid).items()
+            }
             lengths = np.asarray(rollout.mask).sum(axis=-1)
             values |= {"length": float(lengths.mean()), "length_max": float(lengths.max())}
             work.metrics.log("grpo", step, values | watch.lap())
@@ -145,22 +174,35 @@ def train(
 
 
 def show(
-    work: Workdir, step: int, prompts: Prompts, index: np.ndarray, texts: Any, scores: Any, advantages: np.ndarray
+    work: Workdir,
+    step: int,
+    prompts: Prompts,
+    index: np.ndarray,
+    texts: Any,
+    scores: Any,
+    advantages: np.ndarray,
 ) -> None:
-    """Write a few groups of a step to rollouts/<step>.jsonl: example, texts, reward parts, verdicts, advantages."""
+    """Write a few groups of a step to rollouts/<step>.jsonl: example, texts, reward parts, verdicts,
+    advantages."""
     lines = []
     for row, i in list(enumerate(index))[:SHOWN]:
         example = prompts.rows[i][0]
         rollouts = [
             {
-                "text": text, "answer": score.answer, "format": score.format, "process": score.process, "total": score.total,
+                "text": text,
+                "answer": score.answer,
+                "format": score.format,
+                "process": score.process,
+                "total": score.total,
                 "rating": score.verdict.rating if score.verdict else None,
-                "reasons": list(score.verdict.reasons) if score.verdict else [], "advantage": float(advantage),
+                "reasons": list(score.verdict.reasons) if score.verdict else [],
+                "advantage": float(advantage),
             }
             for text, score, advantage in zip(texts[row], scores[row], advantages[row], strict=True)
-        ]  # fmt: skip
-        lines.append(json.dumps({"step": step, "example": example.id, "rollouts": rollouts}, ensure_ascii=False))
+        ]
+        lines.append(
+            json.dumps({"step": step, "example": example.id, "rollouts": rollouts}, ensure_ascii=False)
+        )
     folder = work.path / "rollouts"
     folder.mkdir(exist_ok=True)
     write_atomic(folder / f"{step:06d}.jsonl", "\n".join(lines) + "\n")
-

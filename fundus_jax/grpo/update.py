@@ -1,8 +1,8 @@
 """One optimizer step on a batch of rollouts, and the scoring pass of a frozen policy over them.
 
-Both read each prompt and its image once a group: the prompt is prefilled, and the G responses are scored against its keys and
-values, exactly as the sampler produced them. Gradients flow through the shared prefix. Neighbours: `loss` and `advantages` (pure
-arithmetic), `rollout` (the sampler), `train` (the story).
+Both read each prompt and its image once a group: the prompt is prefilled, and the G responses are scored
+against its keys and values, exactly as the sampler produced them. Gradients flow through the shared prefix.
+Neighbours: `loss` and `advantages` (pure arithmetic), `rollout` (the sampler), `train` (the story).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A step's rollouts of B prompts: tokens, mask, the sampler's log-probs [B,G,N], advantages [B,G]; `old` are the log-probs that
-    the ratio is taken to (None: those of this very pass, the on-policy case), `ref` those of the reference (None: no KL)."""
+    """A step's rollouts of B prompts: tokens, mask, the sampler's log-probs [B,G,N], advantages [B,G]; `old`
+    are the log-probs that the ratio is taken to (None: those of this very pass, the on-policy case), `ref`
+    those of the reference (None: no KL)."""
 
     prompts: Batch
     tokens: Array
@@ -40,7 +41,8 @@ class Samples:
 
 
 def response_logprobs(model: Any, prompts: Batch, tokens: Array, temperature: float) -> tuple[Array, Array]:
-    """log p and entropy [B,G,N] of responses tokens [B,G,N] to their prompts, at the sampler's temperature and with its banned ids."""
+    """log p and entropy [B,G,N] of responses tokens [B,G,N] to their prompts, at the sampler's temperature
+    and with its banned ids."""
     prompt = model.prefill(prompts)
     hidden = model.extend(prompt, tokens[:, :, :-1])
     first = jnp.broadcast_to(prompt.last[:, None, None], (*tokens.shape[:2], 1, prompt.last.shape[-1]))
@@ -48,11 +50,15 @@ def response_logprobs(model: Any, prompts: Batch, tokens: Array, temperature: fl
     return token_logprobs(states, model.head, tokens, banned=model.config.banned_ids, temperature=temperature)
 
 
-def make_score(merge: Callable[[Any], Any], config: GrpoConfig, compute: str) -> Callable[[Any, Batch, Array], Array]:
+def make_score(
+    merge: Callable[[Any], Any], config: GrpoConfig, compute: str
+) -> Callable[[Any, Batch, Array], Array]:
     """Compile (params, prompts, tokens) -> log-probs [B,G,N] of a policy that is not trained here."""
 
     def score(params: Any, prompts: Batch, tokens: Array) -> Array:
-        return response_logprobs(merge(training.cast(params, compute)), prompts, tokens, config.temperature)[0]
+        return response_logprobs(merge(training.cast(params, compute)), prompts, tokens, config.temperature)[
+            0
+        ]
 
     return jax.jit(score)
 
@@ -60,10 +66,11 @@ def make_score(merge: Callable[[Any], Any], config: GrpoConfig, compute: str) ->
 def make_update(
     merge: Callable[[Any], Any], optimizer: optax.GradientTransformation, config: GrpoConfig, compute: str
 ) -> Callable[[training.State, Samples], tuple[training.State, dict[str, Array]]]:
-    """Compile (state, samples) -> (state, metrics): one update, its gradient summed over micro-batches of whole groups.
+    """Compile (state, samples) -> (state, metrics): one update, its gradient summed over micro-batches of
+    whole groups.
 
-    Metrics gain `entropy` (nats a token) and `sampler_gap`, the mean |sampler's - trainer's| log-prob: rounding if the sampler and
-    the trainer compute the same distribution, which from step 0 they must.
+    Metrics gain `entropy` (nats a token) and `sampler_gap`, the mean |sampler's - trainer's| log-prob:
+    rounding if the sampler and the trainer compute the same distribution, which from step 0 they must.
     """
 
     def loss(model: Any, samples: Samples, total: Array) -> tuple[Array, dict[str, Array]]:
@@ -72,9 +79,14 @@ def make_update(
         rows = (-1, logprobs.shape[-1])
         mask = samples.mask.reshape(rows)
         value, metrics = policy_loss(
-            logprobs.reshape(rows), old.reshape(rows), None if samples.ref is None else samples.ref.reshape(rows),
-            samples.advantages.reshape(-1), mask, config, denominator=total,
-        )  # fmt: skip
+            logprobs.reshape(rows),
+            old.reshape(rows),
+            None if samples.ref is None else samples.ref.reshape(rows),
+            samples.advantages.reshape(-1),
+            mask,
+            config,
+            denominator=total,
+        )
         tokens = jnp.maximum(mask.sum(), 1)
         gap = jnp.abs(logprobs - samples.sampled).reshape(rows)
         metrics["sampler_gap"] = jax.lax.stop_gradient(jnp.where(mask, gap, 0).sum() / tokens)
@@ -89,4 +101,6 @@ def make_update(
         return combine_metrics(stacked) | {"loss": losses.sum()}
 
     pieces = config.prompts_per_step * config.group_size // config.micro_batch
-    return training.make_step(merge, loss, count, optimizer, compute=compute, micro_batches=pieces, combine=combine)
+    return training.make_step(
+        merge, loss, count, optimizer, compute=compute, micro_batches=pieces, combine=combine
+    )

@@ -1,8 +1,8 @@
 """Attention behind one function. Back ends: plain XLA, everywhere.
 
-Rollouts of one prompt share its keys and values: queries come as [B, G, N, ...], the prompt's keys as [B, S, ...] without the
-group axis, so a prompt's cache is read once a group, not copied G times. The same function serves the full forward pass
-(G = 1, no prefix), the scoring of G responses, and one decoding step.
+Rollouts of one prompt share its keys and values: queries come as [B, G, N, ...], the prompt's keys as
+[B, S, ...] without the group axis, so a prompt's cache is read once a group, not copied G times. The same
+function serves the full forward pass (G = 1, no prefix), the scoring of G responses, and one decoding step.
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ class Prefix(NamedTuple):
 
 
 def attend(
-    query: Array, keys: Array, values: Array, mask: Array, prefix: Prefix | None = None, *, backend: str = "xla"
+    query: Array,
+    keys: Array,
+    values: Array,
+    mask: Array,
+    prefix: Prefix | None = None,
+    *,
+    backend: str = "xla",
 ) -> Array:
     """Softmax attention with grouped key/value heads.
 
-    query [B,G,N,H,C]; keys, values [B,G,S,K,C], H a multiple of K; mask broadcastable to [B,G,N,S], True where a key may be
-    seen; prefix: keys every query of the row may see. Returns [B,G,N,H,C] in the query's dtype; scores and softmax are
-    float32 at least. A query that sees no key at all (padding) gets a finite, meaningless value.
+    query [B,G,N,H,C]; keys, values [B,G,S,K,C], H a multiple of K; mask broadcastable to [B,G,N,S], True
+    where a key may be seen; prefix: keys every query of the row may see. Returns [B,G,N,H,C] in the query's
+    dtype; scores and softmax are float32 at least. A query that sees no key at all (padding) gets a finite,
+    meaningless value.
     """
     if backend != "xla":
         raise ConfigError(f"attention back end {backend!r} is unknown; there is: xla")

@@ -1,8 +1,10 @@
-"""The few layers all models are made of. Weights keep Hugging Face's [out, in] layout, so files load without a transpose.
+"""The few layers all models are made of. Weights keep Hugging Face's [out, in]
+layout, so files load without a transpose.
 
-Layers of one kind are stacked: every parameter of a block has a leading axis L, declared once with `stack=(L,)`, and
-`scan_blocks` runs them one after the other. Each parameter names its logical axes, which `sharding.RULES` maps to a mesh.
-Neighbours: `attention` (the core of every attention layer), `qwen2_5_vl` (the models).
+Layers of one kind are stacked: every parameter of a block has a leading axis L, declared once with
+`stack=(L,)`, and `scan_blocks` runs them one after the other. Each parameter names its logical axes, which
+`sharding.RULES` maps to a mesh. Neighbours: `attention` (the core of every attention layer), `qwen2_5_vl`
+(the models).
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a model computes, never what: `remat` recomputes each block in the backward pass, `unroll` blocks are laid out per
-    scan step (compile time against speed), `attention` names the back end of `models.attention`."""
+    """How a model computes, never what.
+
+    `remat` recomputes each block in the backward pass, `unroll` blocks are laid out per scan step (compile
+    time against speed), `attention` names the back end of `models.attention`.
+    """
 
     remat: bool = False
     unroll: int = 1
@@ -29,13 +34,15 @@ class Options:
 
 
 class Factory:
-    """Makes parameters: shape, logical axes, initial standard deviation. One random stream, one dtype, one optional stack."""
+    """Makes parameters: shape, logical axes, initial standard deviation. One
+    random stream, one dtype, one optional stack."""
 
     def __init__(self, rngs: nnx.Rngs, dtype: Any, stack: tuple[int, ...] = ()) -> None:
         self.rngs, self.dtype, self.stack = rngs, dtype, stack
 
     def __call__(self, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None) -> nnx.Param:
-        """A normal parameter of `shape` with the stack in front; `std=None` gives ones (norms), 0 gives zeros (biases)."""
+        """A normal parameter of `shape` with the stack in front; `std=None`
+        gives ones (norms), 0 gives zeros (biases)."""
         full = (*self.stack, *shape)
         if std is None:
             value = jnp.ones(full, self.dtype)
@@ -50,7 +57,14 @@ class Linear(nnx.Module):
     """x @ weight.T + bias over the last axis; weight [out, in] as in torch.nn.Linear."""
 
     def __init__(
-        self, make: Factory, n_in: int, n_out: int, axes: tuple[str | None, str | None], *, bias: bool, std: float
+        self,
+        make: Factory,
+        n_in: int,
+        n_out: int,
+        axes: tuple[str | None, str | None],
+        *,
+        bias: bool,
+        std: float,
     ) -> None:
         self.weight = make((n_out, n_in), axes, std)
         self.bias = make((n_out,), axes[:1], 0.0) if bias else None
@@ -61,7 +75,8 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight, with the statistics in float32 (float64 stays float64) and the product in the input's dtype."""
+    """x / rms(x) * weight, with the statistics in float32 (float64 stays
+    float64) and the product in the input's dtype."""
 
     def __init__(self, make: Factory, width: int, eps: float) -> None:
         self.weight = make((width,), ("norm",), None)
@@ -86,7 +101,8 @@ class SwiGLU(nnx.Module):
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary embedding of x [..., heads, C] by cos/sin [..., 1, C] (halves rotated against each other, as in Llama).
+    """Rotary embedding of x [..., heads, C] by cos/sin [..., 1, C] (halves
+    rotated against each other, as in Llama).
 
     Computed in float32 at least: angles of far tokens do not survive bfloat16.
     """
@@ -97,13 +113,19 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def scan_blocks(
-    block: nnx.Module, body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]], carry: Any, xs: Any, options: Options,
+    block: nnx.Module,
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any,
+    options: Options,
     layers: slice | None = None,
 ) -> tuple[Any, Any]:
-    """Run `carry, y = body(block_l, carry, xs_l)` over the stacked layers of `block` (or a static slice of them).
+    """Run `carry, y = body(block_l, carry, xs_l)` over the stacked layers of
+    `block` (or a static slice of them).
 
-    Returns (carry, stacked ys). `xs` has the leading axis of the chosen layers. The slice lets a caller run groups of layers
-    that differ in kind (window and full attention) without a branch inside the compiled loop.
+    Returns (carry, stacked ys). `xs` has the leading axis of the chosen layers. The slice lets a caller run
+    groups of layers that differ in kind (window and full attention) without a branch inside the compiled
+    loop.
     """
     graph, params = nnx.split(block)
     if layers is not None:

@@ -1,11 +1,11 @@
 """The model families this project knows, by config.json's `model_type`: the only file that names them all.
 
-A family is a module with `Config.from_hf`, `load`, `save` and a Processor; a new one is a folder and a row here.
+A family is a module with `Config.from_hf`, `load`, `save` and a
+Processor; a new one is a folder and a row here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ FAMILIES = {"qwen2_5_vl": (Qwen2_5_VLConfig, qwen2_5_vl, Processor)}
 
 
 def read_config(hf_dir: str | Path) -> Qwen2_5_VLConfig:
-    """The configuration of a Hugging Face directory; end-of-text ids from generation_config.json where it has them.
+    """The configuration of a Hugging Face directory; end-of-text ids from
+    generation_config.json where it has them.
 
     Raises ConfigError for a missing config.json and for families that are not in FAMILIES.
     """
@@ -37,15 +38,18 @@ def read_config(hf_dir: str | Path) -> Qwen2_5_VLConfig:
     if generation.is_file():
         eos: Any = weights.read_json(generation).get("eos_token_id")
         if eos is not None:
-            config = dataclasses.replace(config, eos_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+            config = config.ending_with(tuple(eos) if isinstance(eos, list) else (eos,))
     return config
 
 
-def load_pretrained(hf_dir: str | Path, dtype: str | None = "float32", mesh: Mesh | None = None) -> tuple[Qwen2_5_VL, Processor]:
+def load_pretrained(
+    hf_dir: str | Path, dtype: str | None = "float32", mesh: Mesh | None = None
+) -> tuple[Qwen2_5_VL, Processor]:
     """Model and processor of a Hugging Face directory (config.json, safetensors, tokenizer files).
 
-    dtype: of the parameters in memory; None keeps the files'. mesh: place every parameter by `sharding.RULES`.
-    Raises ConfigError or DataError, naming every key that is missing, unexpected or misshapen.
+    dtype: of the parameters in memory; None keeps the files'. mesh: place every parameter by
+    `sharding.RULES`. Raises ConfigError or DataError, naming every key that is missing, unexpected or
+    misshapen.
     """
     config = read_config(hf_dir)
     _, params, processor = FAMILIES["qwen2_5_vl"]
@@ -53,13 +57,18 @@ def load_pretrained(hf_dir: str | Path, dtype: str | None = "float32", mesh: Mes
 
 
 def save_pretrained(model: Qwen2_5_VL, processor: Processor, out_dir: str | Path) -> Path:
-    """Write a Hugging Face directory that transformers and vLLM load: weights in the hub's layout and the checkpoint's own dtype
-    (`model.config.dtype`), configuration, tokenizer, image settings. Atomic; raises ConfigError if `out_dir` exists."""
+    """Write a Hugging Face directory that transformers and vLLM load: weights in the hub's layout and the
+    checkpoint's own dtype (`model.config.dtype`), configuration, tokenizer, image settings. Atomic; raises
+    ConfigError if `out_dir` exists."""
     out_dir = Path(out_dir)
     with weights.new_directory(out_dir) as scratch:
         qwen2_5_vl.save(scratch, model)
         weights.write_json(scratch / "config.json", model.config.to_hf())
-        generation = {"eos_token_id": list(model.config.eos_ids), "pad_token_id": processor.pad_id, "do_sample": False}
+        generation = {
+            "eos_token_id": list(model.config.eos_ids),
+            "pad_token_id": processor.pad_id,
+            "do_sample": False,
+        }
         weights.write_json(scratch / "generation_config.json", generation)
         processor.save_pretrained(scratch)
     return out_dir

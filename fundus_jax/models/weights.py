@@ -1,7 +1,8 @@
-"""Safetensors directories, read lazily and written atomically. Knows tensors by name; `params` tables say what they mean.
+"""Safetensors directories, read lazily and written atomically. Knows tensors by
+name; `params` tables say what they mean.
 
-Only safetensors and JSON are opened: a pickle in the directory is never touched. Reading takes slices, so that a sharded model
-reads only what each device holds.
+Only safetensors and JSON are opened: a pickle in the directory is never touched.
+Reading takes slices, so that a sharded model reads only what each device holds.
 """
 
 from __future__ import annotations
@@ -38,35 +39,69 @@ class Entry(NamedTuple):
 class TensorFiles:
     """The safetensors of a Hugging Face directory: one file, or shards with an index.
 
-    `entries` maps every stored name to its Entry. Raises DataError for unreadable files, shards that the index names and the
-    directory lacks, tensors that the index and the files disagree about, and dtypes other than bf16, f16 and f32.
+    Where both are there the single file is read, as transformers does.
+
+    Attributes:
+        entries: every stored name and its Entry.
+        faults: what is wrong with the tensors by themselves, whatever model they are for: stored in two
+            shards, in another shard than the index says, or of a dtype other than bf16, f16 and f32. The
+            caller reports them together with its own.
+
+    Raises ConfigError where there is no safetensors file, DataError for unreadable files and for shards that
+    the index names and the directory lacks.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._open: dict[str, Any] = {}
-        index = self.directory / INDEX
-        if index.exists():
-            listed: dict[str, str] = read_json(index)["weight_map"]
-            files = sorted(set(listed.values()))
-        elif (self.directory / SINGLE).exists():
-            listed, files = {}, [SINGLE]
-        else:
-            raise ConfigError(f"{self.directory} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
-        missing = [name for name in files if Path(name).name != name or not (self.directory / name).is_file()]
-        if missing:
-            raise DataError(f"{self.directory} lacks the shards {', '.join(missing)} that {INDEX} names; download them again")
+        listed = self._listed()
         self.entries: dict[str, Entry] = {}
-        for file in files:
+        self.faults: list[str] = []
+        for file in sorted(set(listed.values())) or [SINGLE]:
             handle = self._handle(file)
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
                 view = handle.get_slice(name)
-                if view.get_dtype() not in DTYPES:
-                    raise DataError(f"{self.directory / file}: {name} is {view.get_dtype()}; weights must be bf16, f16 or f32")
-                self.entries[name] = Entry(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
-        wrong = sorted(name for name in listed if name not in self.entries or self.entries[name].file != listed[name])
-        if wrong:
-            raise DataError(f"{index}: {len(wrong)} tensors are not in the shard it names, first {wrong[:3]}")
+                dtype = str(view.get_dtype())
+                if dtype not in DTYPES:
+                    self.faults.append(f"unreadable: {name} is {dtype}; weights must be bf16, f16 or f32")
+                if name in self.entries:
+                    self.faults.append(f"stored twice: {name} in {self.entries[name].file} and {file}")
+                self.entries[name] = Entry(file, tuple(view.get_shape()), DTYPES.get(dtype, dtype))
+        for name, file in listed.items():
+            if name in self.entries and self.entries[name].file != file:
+                self.faults.append(f"misplaced: {name} is not in {file}, where {INDEX} says it is")
+
+    def _listed(self) -> dict[str, str]:
+        """Tensor name -> shard, as the index says; empty for a single file."""
+        index = self.directory / INDEX
+        if (self.directory / SINGLE).is_file():
+            return {}
+        if not index.is_file():
+            raise ConfigError(
+                f"{self.directory} has neither {SINGLE} nor {INDEX}. Other formats are never opened, since "
+                "they may run code: where you trust such a checkpoint, load it with transformers and "
+                "write it with save_pretrained"
+            )
+        listed = read_json(index).get("weight_map")
+        if (
+            not isinstance(listed, dict)
+            or not listed
+            or not all(type(file) is str for file in listed.values())
+        ):
+            raise DataError(f"{index} has no weight_map from tensor names to files; download it again")
+        missing = sorted(
+            {
+                file
+                for file in listed.values()
+                if Path(file).name != file or not (self.directory / file).is_file()
+            }
+        )
+        if missing:
+            raise DataError(
+                f"{self.directory} lacks the shards {', '.join(missing)} that {INDEX} names; "
+                "download them again"
+            )
+        return listed
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor `name`, or the slice `index` of it, in its stored dtype."""
@@ -78,7 +113,10 @@ class TensorFiles:
             try:
                 self._open[file] = safe_open(self.directory / file, framework="np").__enter__()
             except SafetensorError as error:
-                raise DataError(f"{self.directory / file} is not a readable safetensors file ({error}); download it again") from error
+                path = self.directory / file
+                raise DataError(
+                    f"{path} is not a readable safetensors file ({error}); download it again"
+                ) from error
         return self._open[file]
 
 
@@ -106,22 +144,35 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     if target.exists():
-        raise ConfigError(f"{target} already exists; exports never overwrite: choose another directory or remove it")
+        raise ConfigError(
+            f"{target} already exists; exports never overwrite: choose another directory or remove it"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield scratch
         scratch.chmod(0o755)
-        for path in scratch.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in (*scratch.rglob("*"), scratch):
+            _sync(path)
         scratch.rename(target)
+        _sync(target.parent)  # the new name has to survive a power cut too
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_tensors(
-    directory: Path, sizes: Sequence[tuple[str, int]], fetch: Callable[[str], np.ndarray], max_shard: int = MAX_SHARD
+    directory: Path,
+    sizes: Sequence[tuple[str, int]],
+    fetch: Callable[[str], np.ndarray],
+    max_shard: int = MAX_SHARD,
 ) -> None:
     """Write tensors (name, bytes) into one file or into shards of at most `max_shard` bytes with an index.
 
@@ -135,9 +186,20 @@ def write_tensors(
             room = max_shard
         shards[-1].append(name)
         room -= size
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for file, names in zip(files, shards, strict=True):
-        save_file({name: np.ascontiguousarray(fetch(name)) for name in names}, directory / file, metadata={"format": "pt"})
+        save_file(
+            {name: np.ascontiguousarray(fetch(name)) for name in names},
+            directory / file,
+            metadata={"format": "pt"},
+        )
     if len(files) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(directory / INDEX, {"metadata": {"total_size": sum(size for _, size in sizes)}, "weight_map": weight_map})
+        write_json(
+            directory / INDEX,
+            {"metadata": {"total_size": sum(size for _, size in sizes)}, "weight_map": weight_map},
+        )

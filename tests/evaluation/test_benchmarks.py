@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fundus_jax.data import open_image
 from fundus_jax.evaluation.benchmarks import BENCHMARKS, PhantomBenchmark, item_of, open_benchmark
-from fundus_jax.evaluation.items import Selection, open_image
+from fundus_jax.evaluation.items import Selection
 from fundus_jax.records import ConfigError, DataError
 from tests.evaluation.samples import example, item, picture, stage
 
@@ -117,7 +118,7 @@ def test_pictures_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with pytest.raises(DataError, match="somewhere: not a readable JPEG, PNG"):
         open_image(b"GIF89a....", "somewhere")
     picture(1).save(tmp_path / "p.png")
-    monkeypatch.setattr("fundus_jax.evaluation.items.MAX_PIXELS", 56 * 56 - 1)
+    monkeypatch.setattr("fundus_jax.data.MAX_PIXELS", 56 * 56 - 1)
     with pytest.raises(DataError, match="56 x 56 pixels, at most 3135"):
         open_image((tmp_path / "p.png").read_bytes(), "somewhere")
 

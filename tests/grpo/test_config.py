@@ -23,7 +23,6 @@ BAD = [
     ("micro_batch", 7),
     ("micro_batch", 2),  # half a group
     ("micro_batch", 12),  # whole groups, but 64 / 12 is not whole
-    ("eval_every", -1),
     ("save_every", -1),
     ("seed", -1),
     ("optim", None),

@@ -1,13 +1,14 @@
 """Qwen2.5-VL as one Flax NNX module: images into the token stream, decoder, head.
 
-Besides the plain forward pass there are the three passes of reinforcement learning, all through the same layers: `prefill` reads
-each prompt (and its image) once, `extend` scores the G responses of a prompt against its keys and values, `decode` adds one
-token to each. Neighbours: `params` (weights in and out), `processor` (makes the Batch), `grpo.rollout` (the decoding loop).
+Besides the plain forward pass there are the three passes of reinforcement learning, all through the same
+layers: `prefill` reads each prompt (and its image) once, `extend` scores the G responses of a prompt against
+its keys and values, `decode` adds one token to each. Neighbours: `params` (weights in and out), `processor`
+(makes the Batch), `grpo.rollout` (the decoding loop).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ Array = jax.Array
 
 
 class Prompt(NamedTuple):
-    """What a prefilled prompt leaves behind: keys and values [L,B,T,K,C], the hidden state of its last real token [B,D] and the
-    position of the token that would follow [B]."""
+    """What a prefilled prompt leaves behind: keys and values [L,B,T,K,C], the hidden state
+    of its last real token [B,D] and the position of the token that would follow [B]."""
 
     prefix: Prefix
     last: Array
@@ -37,11 +38,13 @@ class Head(nnx.Module):
     """The output projection [V, D] of untied models."""
 
     def __init__(self, make: Factory, config: Qwen2_5_VLConfig) -> None:
-        self.weight = make((config.vocab_size, config.hidden_size), ("vocab", "embed"), config.initializer_range)
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = make(shape, ("vocab", "embed"), config.initializer_range)
 
 
 class Qwen2_5_VL(nnx.Module):
-    """The whole model. `options` (remat, unrolling, attention back end) may be replaced at any time; it changes no number."""
+    """The whole model. `options` (remat, unrolling, attention back end) may be
+    replaced at any time; it changes no number."""
 
     def __init__(self, config: Qwen2_5_VLConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
         self.config = config
@@ -62,11 +65,13 @@ class Qwen2_5_VL(nnx.Module):
 
     def encode(self, batch: Batch) -> Array:
         """Image features of each row in slot order, [B, P/4, D]."""
-        return self.visual(batch.patches, batch.patch_hw, batch.patch_image, self.options)
+        patches, patch_hw = jnp.asarray(batch.patches), jnp.asarray(batch.patch_hw)
+        return self.visual(patches, patch_hw, jnp.asarray(batch.patch_image), self.options)
 
     def embed(self, batch: Batch) -> Array:
-        """Embeddings [B, T, D] with the image features in the places that `image_index` names (by position, not by token id)."""
-        x = self.text.embed(batch.tokens)
+        """Embeddings [B, T, D] with the image features in the places that
+        `image_index` names (by position, not by token id)."""
+        x = self.text.embed(jnp.asarray(batch.tokens))
         if batch.patches.shape[1]:
             features = self.encode(batch).astype(x.dtype)
             index = batch.image_index[:, :, None]
@@ -78,7 +83,8 @@ class Qwen2_5_VL(nnx.Module):
         return self._forward(batch, keep=False)[0]
 
     def __call__(self, batch: Batch) -> Array:
-        """Logits [B, T, V], float32 at least. For long vocabularies use `hidden` and `models.logprobs`, which never build this."""
+        """Logits [B, T, V], float32 at least. For long vocabularies use
+        `hidden` and `models.logprobs`, which never build this."""
         return self.logits(self.hidden(batch))
 
     def prefill(self, batch: Batch) -> Prompt:
@@ -94,7 +100,8 @@ class Qwen2_5_VL(nnx.Module):
         )
 
     def extend(self, prompt: Prompt, tokens: Array) -> Array:
-        """Hidden states [B, G, N, D] of responses tokens [B, G, N] after their prompt; state n predicts token n + 1."""
+        """Hidden states [B, G, N, D] of responses tokens [B, G, N] after their
+        prompt; state n predicts token n + 1."""
         length = tokens.shape[2]
         mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
         positions = (prompt.position[:, None] + jnp.arange(length))[:, None].repeat(3, axis=1)
@@ -107,14 +114,17 @@ class Qwen2_5_VL(nnx.Module):
         return Cache(zeros, zeros)
 
     def decode(self, prompt: Prompt, cache: Cache, tokens: Array, step: Array) -> tuple[Array, Cache]:
-        """One token [B, G] a continuation, the `step`-th (from 0): hidden states [B, G, D] and the grown cache."""
+        """One token [B, G] a continuation, the `step`-th (from 0): hidden
+        states [B, G, D] and the grown cache."""
         mask = (jnp.arange(cache.keys.shape[3]) <= step)[None, None, None]
         positions = (prompt.position + step)[:, None, None].repeat(3, axis=1)
         x = self.text.embed(tokens)[:, :, None]
-        hidden, cache = self.text(x, positions, mask, self.options, prefix=prompt.prefix, cache=cache, step=step)
-        return hidden[:, :, 0], cache  # type: ignore[return-value]
+        hidden, cache = self.text(
+            x, positions, mask, self.options, prefix=prompt.prefix, cache=cache, step=step
+        )
+        return hidden[:, :, 0], cache
 
-    def _forward(self, batch: Batch, *, keep: bool) -> tuple[Array, Cache | None]:
+    def _forward(self, batch: Batch, *, keep: bool) -> tuple[Array, Any]:
         length = batch.tokens.shape[1]
         mask = jnp.tril(jnp.ones((length, length), bool)) & batch.mask[:, None, :]
         x, positions = self.embed(batch)[:, None], jnp.asarray(batch.positions)

@@ -1,15 +1,15 @@
 """Qwen2.5-VL's weights in and out: which parameter is which tensor of Hugging Face's files.
 
-A parameter's place in the module tree is the tensor's name, but for the few renames below; parameters of stacked layers are
-one tensor a layer. Both key layouts are read (`model.layers`, `visual` on the hub; `model.language_model.layers`,
-`model.visual` from some transformers versions); the hub's is written.
+A parameter's place in the module tree is the tensor's name, but for the few renames below; parameters of
+stacked layers are one tensor a layer. Both key layouts are read (`model.layers`, `visual` on the hub;
+`model.language_model.layers`, `model.visual` from some transformers versions); the hub's is written.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,12 @@ RENAMES = (
     (("visual", "merger", "ln_q"), "visual.merger.ln_q"),
     (("lm_head",), "lm_head"),
 )
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One tensor of the hub's layout: the parameter it belongs to, which layer of it (None: not stacked), its shape there."""
+    """One tensor of the hub's layout: its parameter, the layer of it (None: not stacked), its shape there."""
 
     path: Path_
     layer: int | None
@@ -67,9 +67,10 @@ def table(config: Qwen2_5_VLConfig) -> Mapping[str, Slot]:
         if "{}" in name:
             slots |= {name.format(layer): Slot(path, layer, shape[1:]) for layer in range(shape[0])}
         else:
-            vision = config.vision
             if path[:2] == ("visual", "patch_embed"):  # a convolution whose stride is its kernel
-                shape = (shape[0], vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+                vision = config.vision
+                kernel = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+                shape = (shape[0], vision.in_channels, *kernel)
             slots[name] = Slot(path, None, shape)
     return slots
 
@@ -93,67 +94,119 @@ def hub_name(name: str) -> str:
 
 
 def match(config: Qwen2_5_VLConfig, files: weights.TensorFiles) -> dict[str, str]:
-    """Hub name -> stored name, one to one. Raises one DataError that lists all missing, unexpected, repeated and misshapen keys.
+    """Hub name -> stored name, one to one, each parameter's tensors complete and of the right shape.
 
-    A tied checkpoint may store the head as well, if it equals the embedding.
+    A tied checkpoint may store the head as well, if it equals the embedding. Raises one DataError that lists
+    all keys that are missing, unexpected, misshapen, stored twice, or unreadable.
     """
     wanted = table(config)
     stored: dict[str, list[str]] = {}
     for name in files.entries:
         stored.setdefault(hub_name(name), []).append(name)
     faults = [f"missing: {name} {slot.shape}" for name, slot in wanted.items() if name not in stored]
-    faults += [f"stored twice: {name} as {' and '.join(names)}" for name, names in stored.items() if len(names) > 1]
-    for name, (first, *_) in stored.items():
-        shape = files.entries[first].shape
+    faults += files.faults
+    for name, names in stored.items():
+        first, shape = names[0], files.entries[names[0]].shape
+        if len(names) > 1:
+            faults.append(f"stored twice: {name} as {' and '.join(names)}")
         if name == HEAD and config.tie_word_embeddings:
-            twin = stored.get("model.embed_tokens.weight")
-            if twin is None or not np.array_equal(files.read(first), files.read(twin[0])):
-                faults.append(f"unexpected: {first}, since tie_word_embeddings is true and it differs from the embedding")
+            if not _equal(files, first, stored.get(EMBEDDING, [""])[0]):
+                tied = "since tie_word_embeddings is true and it differs from the embedding"
+                faults.append(f"unexpected: {first} {shape}, {tied}")
         elif name not in wanted:
             faults.append(f"unexpected: {first} {shape}")
         elif shape != wanted[name].shape:
             faults.append(f"misshapen: {first} is {shape}, the configuration says {wanted[name].shape}")
     if faults:
         listing = "\n  ".join(faults)
-        raise DataError(f"{files.directory} does not hold this model's weights ({len(faults)} faults):\n  {listing}")
+        raise DataError(
+            f"{files.directory} does not hold this model's weights ({len(faults)} faults); get the "
+            f"checkpoint that its config.json belongs to:\n  {listing}"
+        )
     return {name: stored[name][0] for name in wanted}
 
 
-def load(directory: str | Path, config: Qwen2_5_VLConfig, dtype: str | None, mesh: Mesh | None) -> Qwen2_5_VL:
-    """A model filled from a directory, every parameter once. `dtype=None` keeps the stored one; with a mesh each device reads
-    only its own part. The model's `config.dtype` says what the files held."""
-    files = weights.TensorFiles(directory)
+def _equal(files: weights.TensorFiles, one: str, other: str) -> bool:
+    """Whether two stored tensors are of one shape and readable dtypes and have the same values."""
+    entries = [files.entries.get(name) for name in (one, other)]
+    readable = [entry.shape for entry in entries if entry and entry.dtype in weights.DTYPES.values()]
+    same_shape = len(readable) == 2 and readable[0] == readable[1]
+    return same_shape and bool(np.array_equal(files.read(one), files.read(other)))
+
+
+def sources(config: Qwen2_5_VLConfig, files: weights.TensorFiles) -> dict[Path_, list[str]]:
+    """Parameter -> the stored names it is made of, one a layer if stacked. Raises DataError as `match`."""
     names = match(config, files)
-    kinds = {files.entries[name].dtype for name in names.values()}
-    stored = kinds.pop() if len(kinds) == 1 else "float32"
-    if kinds:
-        logging.warning("%s mixes dtypes; an export of it will be float32 throughout", directory)
-    config = dataclasses.replace(config, dtype=stored)
-    target = np.dtype(dtype or stored)
-    if target.itemsize == 8 and not jax.config.jax_enable_x64:
-        raise ConfigError("dtype float64 needs jax.config.update('jax_enable_x64', True) before the first computation")
     by_path: dict[Path_, list[str]] = {}
     for name, slot in table(config).items():
         by_path.setdefault(slot.path, []).append(names[name])
+    return by_path
 
-    model = abstract(config, target)
+
+def load(directory: str | Path, config: Qwen2_5_VLConfig, dtype: str | None, mesh: Mesh | None) -> Qwen2_5_VL:
+    """A model filled from a directory, every parameter once. `dtype=None` keeps the stored one.
+
+    With a mesh each device reads only its own part. The model's `config.dtype` says what the files held.
+    Raises ConfigError for a dtype that parameters can not have, DataError as `match`.
+    """
+    files = weights.TensorFiles(directory)
+    by_path = sources(config, files)
+    kinds = {files.entries[name].dtype for names in by_path.values() for name in names}
+    stored = min(kinds) if len(kinds) == 1 else "float32"
+    if len(kinds) > 1:
+        logging.warning("%s mixes dtypes; an export of it will be float32 throughout", directory)
+    target = _checked(dtype or stored)
+    model = abstract(dataclasses.replace(config, dtype=stored), target)
     graph, state = nnx.split(model)
     for path, param in nnx.to_flat_state(state):
-        shape = tuple(param.get_value().shape)
-        read = functools.partial(_read, files, by_path[path], shape, "layers" in sharding.param_axes(param), target)
+        axes, shape = sharding.param_axes(param), tuple(param.get_value().shape)
+        read = functools.partial(_read, files, by_path[path], shape, "layers" in axes, target)
         if mesh is None:
             param.set_value(jnp.asarray(read((slice(None),) * len(shape))))
         else:
-            place = NamedSharding(mesh, sharding.fit(sharding.spec(sharding.param_axes(param)), shape, mesh))
-            param.set_value(jax.make_array_from_callback(shape, place, read))
+            place = NamedSharding(mesh, sharding.fit(sharding.spec(axes), shape, mesh))
+            param.set_value(jax.make_array_from_callback(shape, place, _once(read)))
     return nnx.merge(graph, state)
 
 
+def _checked(dtype: str) -> np.dtype:
+    """The dtype of that name. Raises ConfigError for one that parameters can not have here."""
+    known = (*weights.DTYPES.values(), "float64")
+    if dtype not in known:
+        raise ConfigError(f"parameters can not be {dtype!r}; dtype is one of {', '.join(known)}")
+    if dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ConfigError(
+            "dtype float64 needs jax.config.update('jax_enable_x64', True) before the first computation"
+        )
+    return np.dtype(dtype)
+
+
+def _once(read: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+    """`read`, called once for each part: devices that hold the same part of a parameter share it."""
+    done: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
+
+    def cached(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in done:
+            done[key] = read(index)
+        return done[key]
+
+    return cached
+
+
 def _read(
-    files: weights.TensorFiles, names: list[str], shape: tuple[int, ...], stacked: bool, dtype: np.dtype, index: tuple[slice, ...]
+    files: weights.TensorFiles,
+    names: list[str],
+    shape: tuple[int, ...],
+    stacked: bool,
+    dtype: np.dtype,
+    index: tuple[slice, ...],
 ) -> np.ndarray:
     """The part `index` of a parameter of `shape` that is stored as `names` (one a layer if `stacked`)."""
-    full = all(part.indices(size) == (0, size, 1) for part, size in zip(index[stacked:], shape[stacked:], strict=True))
+    full = all(
+        part.indices(size) == (0, size, 1)
+        for part, size in zip(index[stacked:], shape[stacked:], strict=True)
+    )
 
     def one(name: str) -> np.ndarray:
         if len(files.entries[name].shape) != len(shape) - stacked:  # the patch convolution
@@ -163,7 +216,8 @@ def _read(
     if not stacked:
         return one(names[0])
     chosen = names[index[0]]
-    out = np.empty((len(chosen), *(len(range(*part.indices(size))) for part, size in zip(index[1:], shape[1:], strict=True))), dtype)
+    rest = (len(range(*part.indices(size))) for part, size in zip(index[1:], shape[1:], strict=True))
+    out = np.empty((len(chosen), *rest), dtype)
     for row, name in zip(out, chosen, strict=True):
         row[...] = one(name)
     return out
@@ -187,4 +241,6 @@ def save(directory: Path, model: Qwen2_5_VL, max_shard: int = weights.MAX_SHARD)
 
 def _hub_order(names: Mapping[str, Slot]) -> list[str]:
     """Names with layers in numerical order, so that a shard holds neighbouring layers."""
-    return sorted(names, key=lambda name: tuple(int(part) if part.isdigit() else part for part in name.split(".")))
+    return sorted(
+        names, key=lambda name: tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    )

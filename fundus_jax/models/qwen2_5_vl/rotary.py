@@ -1,7 +1,8 @@
-"""Rotary angles of both towers: two axes (row, column) for patches, three (time, row, column) for text positions.
+"""Rotary angles of both towers: two axes (row, column) for patches, three
+(time, row, column) for text positions.
 
-Inverse frequencies are rounded to float32 step by step as the reference rounds them; at 10,000 positions a last-bit
-difference would show in the logits. Position ids come from `rope.mrope_ids`, at data time.
+Inverse frequencies are rounded to float32 step by step as the reference rounds them; at 10,000 positions
+a last-bit difference would show in the logits. Position ids come from `rope.mrope_ids`, at data time.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ def inverse_frequencies(channels: int, theta: float) -> np.ndarray:
 
 
 def _cos_sin(angles: Array) -> tuple[Array, Array]:
-    """Angles [..., C/2] -> cos, sin [..., 1, C]: both halves of a head turn by the same angles; 1 is the head axis."""
+    """Angles [..., C/2] -> cos, sin [..., 1, C]: both halves of a head turn by
+    the same angles; 1 is the head axis."""
     angles = jnp.concatenate([angles, angles], axis=-1)[..., None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def vision_rotary(patch_hw: Array, channels: int, theta: float, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """cos, sin [B, P, 1, C] from the row and column of every patch slot [B, P, 2]; half of the angles follow each axis."""
+    """cos, sin [B, P, 1, C] from the row and column of every patch slot [B, P, 2].
+
+    Half of the angles follow each axis.
+    """
     frequencies = jnp.asarray(inverse_frequencies(channels // 2, theta), dtype)
     angles = patch_hw[..., None].astype(dtype) * frequencies
     return _cos_sin(angles.reshape(*angles.shape[:-2], channels // 2))
@@ -36,7 +41,8 @@ def vision_rotary(patch_hw: Array, channels: int, theta: float, dtype: jnp.dtype
 def text_rotary(
     positions: Array, channels: int, theta: float, section: tuple[int, ...], dtype: jnp.dtype
 ) -> tuple[Array, Array]:
-    """M-RoPE cos, sin [B, T, 1, C] from positions [B, 3, T]: the frequencies are dealt to the axes in runs of `section`."""
+    """M-RoPE cos, sin [B, T, 1, C] from positions [B, 3, T]: the frequencies
+    are dealt to the axes in runs of `section`."""
     frequencies = jnp.asarray(inverse_frequencies(channels, theta), dtype)
     angles = positions[..., None].astype(dtype) * frequencies
     bounds = np.cumsum((0, *section))

@@ -1,12 +1,13 @@
 """Qwen2.5's decoder: grouped-query attention with biased q/k/v, M-RoPE, SwiGLU, pre-norm.
 
-Hidden states are [B, G, N, D]: G continuations of one prompt, N positions each. A plain forward pass has G = 1. With a prompt's
-keys and values as prefix, the same code scores whole responses or extends them by one token.
+Hidden states are [B, G, N, D]: G continuations of one prompt, N positions each. A plain forward pass has
+G = 1. With a prompt's keys and values as prefix, the same code scores whole responses or extends them by one
+token.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,10 @@ Array = jax.Array
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens a group has produced so far: [L, B, G, N, K, C] each; slots beyond the step are unset."""
+    """Keys and values of the tokens a group has produced so far: [L, B, G, N, K, C] each.
+
+    Slots beyond the step are unset.
+    """
 
     keys: Array
     values: Array
@@ -43,7 +47,8 @@ class Attention(nnx.Module):
     def project(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """x [B,G,N,D] -> query [B,G,N,H,C], key and value [B,G,N,K,C], rotated."""
         query, key, value = (
-            linear(x).reshape(*x.shape[:-1], -1, self.channels) for linear in (self.q_proj, self.k_proj, self.v_proj)
+            linear(x).reshape(*x.shape[:-1], -1, self.channels)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
@@ -69,7 +74,8 @@ class Decoder(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: Qwen2_5_VLConfig, dtype: jnp.dtype) -> None:
         make = Factory(rngs, dtype)
         self.config = config
-        self.embed_tokens = make((config.vocab_size, config.hidden_size), ("vocab", "embed"), config.initializer_range)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = make(shape, ("vocab", "embed"), config.initializer_range)
         self.layers = DecoderLayer(Factory(rngs, dtype, (config.num_hidden_layers,)), config)
         self.norm = RMSNorm(make, config.hidden_size, config.rms_norm_eps)
 
@@ -78,14 +84,24 @@ class Decoder(nnx.Module):
         return jnp.take(self.embed_tokens.get_value(), tokens, axis=0)
 
     def __call__(
-        self, x: Array, positions: Array, mask: Array, options: Options, *, prefix: Prefix | None = None,
-        cache: Cache | None = None, step: Array | int = 0, keep: bool = False,
-    ) -> tuple[Array, Cache | None]:
-        """Run the layers over x [B,G,N,D] at M-RoPE positions [B,3,N] (one group shares them). Returns (hidden, cache).
+        self,
+        x: Array,
+        positions: Array,
+        mask: Array,
+        options: Options,
+        *,
+        prefix: Prefix | None = None,
+        cache: Cache | None = None,
+        step: Array | int = 0,
+        keep: bool = False,
+    ) -> tuple[Array, Any]:
+        """Run the layers over x [B,G,N,D] at M-RoPE positions [B,3,N] (one group shares them).
 
-        mask [B,G or 1,N,S]: which of the S own keys each query sees. Without a cache S = N, the keys of x itself; with one
-        the keys of x are written at `step` and S is the cache's length. prefix: the prompt's keys and values, stacked
-        [L,B,S,K,C]. keep: also return the keys and values of x as a Cache.
+        Returns (hidden, cache): a Cache if `keep` or a cache was given, else None.
+
+        mask [B,G or 1,N,S]: which of the S own keys each query sees. Without a cache S = N, the keys of x
+        itself; with one the keys of x are written at `step` and S is the cache's length. prefix: the prompt's
+        keys and values, stacked [L,B,S,K,C]. keep: also return the keys and values of x as a Cache.
         """
         config = self.config
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -94,20 +110,23 @@ class Decoder(nnx.Module):
 
         def body(layer: DecoderLayer, carry: tuple, xs: tuple) -> tuple[tuple, Cache | None]:
             x, cache = carry
-            index, shared = xs
+            index, *shared = xs
             query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
             made = Cache(key, value) if keep else None
             if cache is not None:
                 start = (index, 0, 0, step, 0, 0)
-                cache = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new[None], start), cache, Cache(key, value))
+                new = Cache(key, value)
+                cache = jax.tree.map(
+                    lambda old, new: jax.lax.dynamic_update_slice(old, new[None], start), cache, new
+                )
                 key, value = (jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for leaf in cache)
-            seen = None if prefix is None else Prefix(*shared, prefix.mask)
+            seen = None if prefix is None else Prefix(shared[0], shared[1], prefix.mask)
             heads = attend(query, key, value, mask, seen, backend=options.attention)
             x = x + layer.self_attn.output(heads)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             return (constrain(x, "batch", None, None, None), cache), made
 
         shared = () if prefix is None else (prefix.keys, prefix.values)
-        xs = (jnp.arange(config.num_hidden_layers), shared)
+        xs = (jnp.arange(config.num_hidden_layers), *shared)
         (x, cache), made = scan_blocks(self.layers, body, (x, cache), xs, options)
         return self.norm(x), made if keep else cache

@@ -1,8 +1,9 @@
-"""Qwen2.5-VL's vision tower: window attention in most blocks, full attention within an image in a few, then the merger.
+"""Qwen2.5-VL's vision tower: window attention in most blocks, full attention
+within an image in a few, then the merger.
 
-Patches arrive in window order, each window owning a fixed run of slots (see `models.batch`). Window attention is then a
-reshape, without gathers, sliding bands or masks of P x P; full attention masks by image number. Short windows at an image's
-border leave slots empty, which no query sees.
+Patches arrive in window order, each window owning a fixed run of slots (see `models.batch`). Window attention
+is then a reshape, without gathers, sliding bands or masks of P x P; full attention masks by image number.
+Short windows at an image's border leave slots empty, which no query sees.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from fundus_jax.sharding import constrain
 
 Array = jax.Array
 EPS = 1e-6  # of every norm of the tower; not a field of the configuration
+PLAIN = Options()
 
 
 class VisionAttention(nnx.Module):
-    """Fused query/key/value projection, rotary by row and column, attention among the slots of one window or one image."""
+    """Fused query/key/value projection, rotary by row and column, attention
+    among the slots of one window or one image."""
 
     def __init__(self, make: Factory, config: VisionConfig, std: float) -> None:
         width = config.hidden_size
@@ -36,8 +39,9 @@ class VisionAttention(nnx.Module):
         """x [B,P,D]; mask [B,G,1 or N,N] with G windows (or 1) of N slots, G * N = P."""
         batch, slots, width = x.shape
         groups, length = mask.shape[1], mask.shape[3]
-        query, key, value = jnp.moveaxis(self.qkv(x).reshape(batch, slots, 3, self.heads, width // self.heads), 2, 0)
-        shape = (batch, groups, length, self.heads, width // self.heads)
+        channels = width // self.heads
+        query, key, value = jnp.moveaxis(self.qkv(x).reshape(batch, slots, 3, self.heads, channels), 2, 0)
+        shape = (batch, groups, length, self.heads, channels)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         out = attend(query.reshape(shape), key.reshape(shape), value.reshape(shape), mask, backend=backend)
         return self.proj(out.reshape(batch, slots, width))
@@ -79,11 +83,14 @@ class VisionTower(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: VisionConfig, dtype: jnp.dtype, std: float) -> None:
         make = Factory(rngs, dtype)
         self.config = config
-        self.patch_embed = Linear(make, config.patch_features, config.hidden_size, ("embed", None), bias=False, std=std)
+        width, features = config.hidden_size, config.patch_features
+        self.patch_embed = Linear(make, features, width, ("embed", None), bias=False, std=std)
         self.blocks = VisionBlock(Factory(rngs, dtype, (config.depth,)), config, std)
         self.merger = Merger(make, config, std)
 
-    def __call__(self, patches: Array, patch_hw: Array, patch_image: Array, options: Options = Options()) -> Array:
+    def __call__(
+        self, patches: Array, patch_hw: Array, patch_image: Array, options: Options = PLAIN
+    ) -> Array:
         """patches [B,P,1176], patch_hw [B,P,2], patch_image [B,P] (-1 = empty slot) -> features [B,P/4,D].
 
         Features of empty slots are finite and meaningless; `Batch.image_index` never points at them.
@@ -110,7 +117,8 @@ class VisionTower(nnx.Module):
 
 
 def _runs(config: VisionConfig) -> Iterator[tuple[slice, bool]]:
-    """The tower as runs of consecutive layers of one kind: (layers, whether they attend over the whole image)."""
+    """The tower as runs of consecutive layers of one kind: (layers, whether
+    they attend over the whole image)."""
     start = 0
     kinds = [layer in config.full_attention_layers for layer in range(config.depth)]
     for stop in range(1, config.depth + 1):

@@ -1,0 +1,49 @@
+"""Fundus-R1-3B (the paper's set-up G): Qwen2.5-VL-3B, SFT on reasoning traces, then GRPO with the process
+reward.
+
+    python launch/run.py --config=configs/fundus_r1_3b.py --config.model=DIR --config.data.dataset=idrid
+    --config.data.source=DIR \
+        --mesh=data:1,fsdp:-1,tensor:1
+
+--config.model is a Hugging Face directory of Qwen2.5-VL-3B-Instruct. Hardware in the paper: 8 x H800 80 GB,
+bf16. From the paper: 2 epochs of SFT, AdamW, 4 rollouts at temperature 1.0. Ours, since its text lost them:
+learning rates, batch sizes, rating values. What fits which mesh has not been measured here yet.
+"""
+
+from fundus_jax.grpo.config import GrpoConfig
+from fundus_jax.optim import OptimConfig
+from fundus_jax.sft import PromptConfig, SftConfig
+from launch.config import DataConfig, EvaluateConfig, RunConfig
+
+
+def get_config(arg: str = "") -> RunConfig:
+    """The recipe; it takes no argument."""
+    del arg
+    return RunConfig(
+        name="fundus_r1_3b",
+        model="Qwen2.5-VL-3B-Instruct",
+        compute="bfloat16",
+        remat=True,
+        max_pixels=448 * 448,
+        max_prompt=1024,
+        data=DataConfig(dataset="idrid", max_side=1024),
+        prompt=PromptConfig(style="options", think=True, instruct=True),
+        sft=SftConfig(
+            epochs=2,
+            batch=64,
+            micro_batches=4,
+            max_length=2048,
+            save_every=200,
+            optim=OptimConfig(name="adamw", lr=1e-5, warmup=10, final_fraction=0.1, b2=0.999),
+        ),
+        grpo=GrpoConfig(
+            steps=1000,
+            prompts_per_step=128,
+            group_size=4,
+            micro_batch=64,
+            max_new_tokens=512,
+            save_every=50,
+            optim=OptimConfig(name="adamw", lr=1e-6, warmup=10, decay="constant", b2=0.999),
+        ),
+        evaluate=EvaluateConfig(sampled=500, samples=4, batch=128),
+    )

@@ -1,0 +1,155 @@
+"""Small charts as inline SVG: curves, and intervals on a common axis.
+
+Written by hand because a page of twenty charts is then 100 kB, needs no script, prints sharply, and takes its
+colours from the page's style sheet, so that both themes work. `Markup.format` escapes the labels. Neighbours:
+`curves` and `figures` choose what is drawn, `templates/style.css` says how a class looks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+Point = tuple[float, float | None]
+WIDTH, HEIGHT = 320, 168
+LEFT, RIGHT, TOP, BOTTOM = 44, 52, 22, 26  # margins of a curve: ticks, the last value, the unit, the steps
+MOST = 240  # points of a polyline; more are averaged in buckets
+STRIP = (180, 15)  # width of an interval strip, height of one of its rows
+
+
+def curve(points: Sequence[Point], *, unit: str, zero: bool = False) -> Markup | None:
+    """Values over steps: raw ones faint, a running mean on top, the last mean written beside it.
+
+    Missing values (None) are left out; a chart without any is None. `zero`: the axis starts at 0 or below.
+    """
+    known = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+    if not known:
+        return None
+    steps, raw = _buckets([step for step, _ in known]), _buckets([value for _, value in known])
+    calm = _buckets(smooth([value for _, value in known]))
+    low, high = _range(raw, calm, zero)
+    ticks = nice_ticks(low, high)
+    low, high = min(low, ticks[0]), max(high, ticks[-1])
+    first, last = known[0][0], max(known[-1][0], known[0][0] + 1)
+    x = [LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT) for step in steps]
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    grid = Markup().join(
+        Markup(
+            '<path class="grid" d="M{} {:.1f}H{}"/><text class="tick end" x="{}" y="{:.1f}">{}</text>'
+        ).format(LEFT, y(tick), WIDTH - RIGHT, LEFT - 6, y(tick) + 3.5, short(tick))
+        for tick in ticks
+    )
+    foot = Markup('<text class="tick" x="{}" y="{}">{}</text>').format(
+        LEFT, HEIGHT - 8, f"step {short(first)}"
+    )
+    foot += Markup('<text class="tick end" x="{}" y="{}">{}</text>').format(
+        WIDTH - RIGHT, HEIGHT - 8, short(known[-1][0])
+    )
+    ends = (x[-1], y(calm[-1]))
+    mark = Markup(
+        '<circle class="line" cx="{:.1f}" cy="{:.1f}" r="2.6"/>'
+        '<text class="last" x="{:.1f}" y="{:.1f}">{}</text>'
+    )
+    inside = Markup('<path class="raw" d="{}"/><path class="calm" d="{}"/>').format(
+        _path(x, [y(min(max(value, low), high)) for value in raw]), _path(x, [y(value) for value in calm])
+    )
+    return Markup(
+        '<svg class="curve" viewBox="0 0 {} {}" role="img">'
+        '<text class="unit" x="0" y="11">{}</text>{}{}{}{}</svg>'
+    ).format(
+        WIDTH, HEIGHT, unit, grid, foot, inside, mark.format(*ends, ends[0] + 7, ends[1] + 4, short(calm[-1]))
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A value with the ends of its interval; `kind` is a class of the style sheet: base, sft or grpo."""
+
+    kind: str
+    value: float
+    low: float
+    high: float
+
+
+def strip(
+    intervals: Sequence[Interval], *, tick: float | None = None, low: float = 0.0, high: float = 1.0
+) -> Markup:
+    """Intervals under each other on the axis [low, high], with a line at `tick` (a baseline), if any."""
+    width, row = STRIP
+    height = row * max(len(intervals), 1) + 4
+
+    def x(value: float) -> float:
+        return 4 + (min(max(value, low), high) - low) / (high - low) * (width - 8)
+
+    grid = Markup().join(
+        Markup('<path class="grid" d="M{:.1f} 0V{}"/>').format(x(low + part * (high - low)), height)
+        for part in (0, 0.25, 0.5, 0.75, 1)
+    )
+    if tick is not None:
+        grid += Markup('<path class="baseline" d="M{:.1f} 0V{}"/>').format(x(tick), height)
+    marks = Markup().join(
+        Markup(
+            '<path class="span {0}" d="M{1:.1f} {2}H{3:.1f}"/><path class="mark {0}" d="M{4:.1f} {5}v10"/>'
+        ).format(one.kind, x(one.low), middle, x(one.high), x(one.value), middle - 5)
+        for one, middle in zip(intervals, (2 + row * (i + 0.5) for i in range(len(intervals))), strict=True)
+    )
+    return Markup(
+        '<svg class="strip" viewBox="0 0 {0} {1}" width="{0}" height="{1}" aria-hidden="true">{2}{3}</svg>'
+    ).format(width, height, grid, marks)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """A centred running mean over about a twelfth of the values, one-sided at both ends."""
+    reach = len(values) // 24
+    total = [0.0]
+    for value in values:
+        total.append(total[-1] + value)
+    edges = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    return [(total[end] - total[start]) / (end - start) for start, end in edges]
+
+
+def nice_ticks(low: float, high: float, count: int = 3) -> list[float]:
+    """Round values (1, 2 or 5 times a power of ten) that cover [low, high] in about `count` intervals."""
+    span = max(high - low, 1e-12)
+    power = 10 ** math.floor(math.log10(span / count))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * count >= span * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{number * step:.12g}") for number in range(first, max(last, first + 1) + 1)]
+
+
+def short(value: float) -> str:
+    """A number for an axis: as few digits as tell it apart, powers of ten for very small ones."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 1e-3 or size >= 1e6:
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')}e{int(power)}".replace("-", "−")
+    text = f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
+    return text.replace("-", "−")
+
+
+def _range(raw: Sequence[float], calm: Sequence[float], zero: bool) -> tuple[float, float]:
+    """What the axis shows: all of the running mean, and the raw values but the outermost 2 per cent."""
+    ordered = sorted(raw)
+    cut = len(ordered) // 50
+    low, high = min(ordered[cut], *calm), max(ordered[len(ordered) - 1 - cut], *calm)
+    low = min(low, 0.0) if zero else low
+    return (low, high) if high > low else (low - (0 if zero else abs(low) / 2), high + (abs(high) / 2 or 1.0))
+
+
+def _buckets(values: Sequence[float]) -> list[float]:
+    if len(values) <= MOST:
+        return list(values)
+    edges = [round(i * len(values) / MOST) for i in range(MOST + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _path(x: Sequence[float], y: Sequence[float]) -> str:
+    return "M" + "L".join(f"{one:.1f} {two:.1f}" for one, two in zip(x, y, strict=True))

@@ -1,0 +1,124 @@
+"""The configuration of a whole run: one typed tree, built by a file in configs/, overridden by
+`--config.field=value`.
+
+Each stage's own dataclass stands with its code; here they are put together, with what belongs to none of
+them. `validate` is called before anything else happens.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from fundus_jax.base.policy import PolicyConfig
+from fundus_jax.base.warmup import BaseConfig
+from fundus_jax.grpo.config import GrpoConfig
+from fundus_jax.records import ConfigError
+from fundus_jax.sft import PromptConfig, SftConfig
+
+COMPUTE = ("float32", "bfloat16")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where examples come from and which stage learns from which.
+
+    dataset, source: a row of data_pipeline's table and the publisher's folder ("" for phantoms). tasks:
+    questions an image, e.g. "disease:1,modality:0.2" ("" takes ingest's own). max_side: larger images are
+    reduced at ingest. train, test, seed, size: phantoms to draw. sft_part: share of the patients that SFT
+    learns from; GRPO draws its prompts from the rest, or from all where it is 1. grpo_tasks, probe_tasks:
+    tasks of GRPO's prompts and of the evaluation ("" takes all), comma-separated.
+    """
+
+    dataset: str = "phantom"
+    source: str = ""
+    tasks: str = ""
+    max_side: int = 0
+    train: int = 15000
+    test: int = 900
+    seed: int = 0
+    size: int = 112
+    workers: int = 2
+    sft_part: float = 1.0
+    grpo_tasks: str = ""
+    probe_tasks: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """How the policy is measured after each stage, on the test split.
+
+    questions: at most so many greedy questions (0: all). sampled: questions that are also answered `samples`
+    times at temperature 1, among `data.grpo_tasks`. batch: prompts decoded together. before: greedy questions
+    for the policy before SFT.
+    """
+
+    questions: int = 0
+    before: int = 200
+    sampled: int = 900
+    samples: int = 3
+    batch: int = 64
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A run from data to export.
+
+    model: Hugging Face directory to start from; "" makes the small policy in a `base` stage that stands in
+    for pre-training.
+    compute: dtype of forward and backward passes; weights are float32 masters. remat: recompute blocks in the
+    backward pass.
+    unroll: layers laid out per scan step. max_prompt: longer prompts are left out of GRPO. min_pixels,
+    max_pixels: bounds of an image after resizing (0: the checkpoint's). skip_sft: go from the start straight
+    to GRPO (the paper's set-up C).
+    """
+
+    name: str = "run"
+    model: str = ""
+    compute: str = "float32"
+    remat: bool = False
+    unroll: int = 1
+    max_prompt: int = 2048
+    min_pixels: int = 0
+    max_pixels: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def validate(self) -> None:
+        """Raises ConfigError for the first thing that does not make sense, in any stage."""
+        if self.compute not in COMPUTE:
+            raise ConfigError(f"compute is {self.compute!r}; it must be one of {', '.join(COMPUTE)}")
+        if not 0 < self.data.sft_part <= 1:
+            raise ConfigError(f"data.sft_part is {self.data.sft_part}; it must be above 0 and at most 1")
+        rates(self.data.tasks)
+        self.policy.validate()
+        for stage in (self.base, self.sft, self.grpo):
+            stage.validate()
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A comma-separated list as a tuple."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def rates(text: str) -> dict[str, float] | None:
+    """ "disease:1,modality:0.2" as a dictionary; None for "". Raises ConfigError for anything else."""
+    found: dict[str, float] = {}
+    for part in names(text):
+        task, colon, number = part.partition(":")
+        try:
+            found[task] = float(number) if colon else 1.0
+        except ValueError:
+            raise ConfigError(
+                f"data.tasks has {part!r}; write TASK:NUMBER, e.g. disease:1,modality:0.2"
+            ) from None
+    return found or None
+
+
+def as_json(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as JSON values, for config.json and its hash."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,106 @@
+"""The one entry: from data to a trained, evaluated, exported model and a report.
+
+    python launch/run.py --config=configs/demo.py --workdir=runs/demo
+    python launch/run.py --config=configs/fundus_r1_3b.py --config.model=DIR --mesh=data:1,fsdp:-1,tensor:1
+    --stage=grpo
+
+Stages: data, base (only where no model is given), sft, grpo, evaluate, export. Running the same command again
+goes on where it stopped; another configuration in the same workdir is refused.
+"""
+
+import json
+import logging as python_logging
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from fundus_jax import sharding
+from fundus_jax.records import ConfigError, DataError
+from fundus_jax.report import write_report
+from fundus_jax.workdir import Workdir
+from launch import evaluate, stages
+from launch.config import RunConfig, as_json
+
+STAGES = ("data", "base", "sft", "grpo", "evaluate", "export")
+
+config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/, with an argument after a colon.", lock_config=False
+)
+flags.DEFINE_string("mesh", "data:-1", "Devices by axis, e.g. data:1,fsdp:-1,tensor:1; one size may be -1.")
+flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Run one stage only; those before it must have finished.")
+flags.DEFINE_string("workdir", None, "Directory of the run; runs/NAME by default.")
+
+
+@contextmanager
+def timed(work: Workdir, stage: str):
+    """Append what a stage took to timeline.jsonl, also when it was resumed or found finished."""
+    logging.info("=== %s", stage)
+    begun, clock = time.time(), time.monotonic()
+    yield
+    line = {"stage": stage, "started": begun, "seconds": time.monotonic() - clock}
+    with (work.path / "timeline.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def run(config: RunConfig, workdir: str | Path, mesh_text: str, stage: str = "all") -> Path:
+    """Run `stage` (or all) of `config` in `workdir` and return the path of report.html.
+
+    Raises ConfigError or DataError with what to change.
+    """
+    config.validate()
+    mesh = sharding.parse_mesh(mesh_text)
+    work = Workdir(workdir, as_json(config))
+    logging.info(
+        "%s: %d x %s, mesh %s", work.path, jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape)
+    )
+    wanted = STAGES if stage == "all" else (stage,)
+    try:
+        if "data" in wanted:
+            with timed(work, "data"):
+                stages.prepare_data(config, work)
+        trainer = stages.Trainer(config, work, mesh)
+        for name in ("base", "sft", "grpo"):
+            if name in wanted and name in trainer.plan:
+                with timed(work, name):
+                    trainer.run(name)
+        if "evaluate" in wanted:
+            with timed(work, "evaluate"):
+                evaluate.measure(config, work, trainer)
+        if "export" in wanted:
+            with timed(work, "export"):
+                stages.export(work, trainer)
+        return write_report(work.path)
+    finally:
+        work.close()
+
+
+def quiet(record: python_logging.LogRecord) -> bool:
+    """Log filter: Orbax reports every read and write in a dozen lines, which would bury ours; its warnings
+    stay."""
+    return record.levelno > python_logging.INFO or "orbax" not in record.pathname
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"unexpected arguments {argv[1:]}; options are --config, --mesh, --stage, --workdir"
+        )
+    logging.get_absl_handler().addFilter(quiet)
+    config: RunConfig = flags.FLAGS.config
+    if config is None:
+        raise app.UsageError("--config is missing, e.g. --config=configs/demo.py")
+    workdir = flags.FLAGS.workdir or f"runs/{config.name}"
+    try:
+        report = run(config, workdir, flags.FLAGS.mesh, flags.FLAGS.stage)
+    except (ConfigError, DataError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    print(f"report: {report.resolve()}")
+
+
+if __name__ == "__main__":
+    app.run(main)

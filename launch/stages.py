@@ -1,0 +1,153 @@
+"""The stages of a run: data through the pipeline's jobs, training through the loops, export to Hugging Face's
+layout.
+
+A policy "after" a stage is always rebuilt from what is on disk, so that any stage can be run by itself and a
+resumed run computes what an uninterrupted one would have.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh
+
+from data_pipeline import findings as findings_job
+from data_pipeline import ingest, knowledge_base, traces
+from data_pipeline.datasets.phantom_source import PhantomConfig
+from fundus_jax import sft, training
+from fundus_jax.base import policy, warmup
+from fundus_jax.data import Pool, open_pool
+from fundus_jax.grpo import train as grpo
+from fundus_jax.grpo.judge import RulesJudge
+from fundus_jax.models import load_pretrained, read_config, save_pretrained
+from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from fundus_jax.models.qwen2_5_vl.processor import Processor
+from fundus_jax.records import ConfigError
+from fundus_jax.workdir import Workdir
+from launch.config import RunConfig, names, rates
+
+
+def prepare_data(config: RunConfig, work: Workdir) -> None:
+    """Ingest -> knowledge -> findings -> traces with the quality check, into workdir/data."""
+    data, folder = config.data, work.path / "data"
+    examples, knowledge, found = (folder / name for name in ("examples", "knowledge", "findings"))
+    phantom = PhantomConfig(seed=data.seed, size=data.size, train=data.train, val=0, test=data.test)
+    ingest.run(
+        data.dataset,
+        Path(data.source) if data.source else None,
+        examples,
+        tasks=rates(data.tasks),
+        max_side=data.max_side,
+        phantom=phantom if data.dataset == "phantom" else None,
+        workers=data.workers,
+    )
+    knowledge_base.run(knowledge, examples=examples)
+    findings_job.run(examples, found)
+    traces.run(examples, found, knowledge, folder / "traces")
+
+
+class Trainer:
+    """The training stages of a run: the plan (stage -> steps), and the policy after any stage."""
+
+    def __init__(self, config: RunConfig, work: Workdir, mesh: Mesh) -> None:
+        self.config, self.work, self.mesh = config, work, mesh
+        self.pool = open_pool(work.path / "data", "train")
+        self.hf_dir = Path(config.model) if config.model else self._policy_directory()
+        bounds = {"min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
+        self.processor = Processor.from_pretrained(self.hf_dir, **bounds)
+        sft_pool = self.pool.choose(part=(0.0, config.data.sft_part))
+        self.rows = sft.make_rows(sft_pool, self.processor, config.prompt, config.sft)
+        self.plan = {
+            **({} if config.model else {"base": config.base.steps}),
+            "sft": config.sft.total_steps(len(self.rows.rows)),
+            "grpo": config.grpo.steps,
+        }
+        work.stages = self.plan
+
+    def _policy_directory(self) -> Path:
+        """workdir/policy: configuration and tokenizer of the small policy, learned from the training
+        texts."""
+        directory = self.work.path / "policy"
+        if not directory.exists():
+            texts = [trace.think + "\n" + trace.answer for trace in self.pool.traces.values() if trace.think]
+            texts += [example.question for example in self.pool.examples]
+            texts += [
+                f"<think></think> <answer>{option}</answer>"
+                for e in self.pool.examples
+                for option in e.options
+            ]
+            policy.write_policy(directory, self.config.policy, sorted(texts))
+        return directory
+
+    def run(self, stage: str) -> None:
+        """Run one training stage, unless it has finished. Raises ConfigError when the stage before it has
+        not."""
+        if self.work.finished(stage):
+            logging.info("%s has finished already", stage)
+            return
+        config, common = self.config, {"compute": self.config.compute, "remat": self.config.remat}
+        if stage == "base":
+            warmup.warm_up(self.work, self.start(), self.processor, self.pool, config.base, self.mesh)
+        elif stage == "sft":
+            sft.train(
+                self.work, self.before(stage), self.rows, self.processor, config.sft, self.mesh, **common
+            )
+        else:
+            prompts = grpo.Prompts(self.grpo_pool(), self.processor, config.prompt, config.max_prompt)
+            grpo.train(self.work, self.before(stage), prompts, RulesJudge(), config.grpo, self.mesh, **common)
+        self.work.checkpoints.wait()
+
+    def grpo_pool(self) -> Pool:
+        """GRPO's examples: of patients that SFT has not seen, or of all where SFT saw all."""
+        part = self.config.data.sft_part
+        return self.pool.choose(
+            tasks=names(self.config.data.grpo_tasks), part=(part, 1.0) if part < 1 else (0.0, 1.0)
+        )
+
+    def start(self) -> Qwen2_5_VL:
+        """The policy before any stage."""
+        if self.config.model:
+            return self._with_options(load_pretrained(self.hf_dir, "float32", self.mesh)[0])
+        return self._with_options(policy.fresh(read_config(self.hf_dir), self.config.policy.seed))
+
+    def before(self, stage: str) -> Qwen2_5_VL:
+        """The policy that `stage` starts from."""
+        order = list(self.plan)
+        earlier = order[: order.index(stage)]
+        return self.after(earlier[-1]) if earlier else self.start()
+
+    def after(self, stage: str) -> Qwen2_5_VL:
+        """The policy that `stage` ended with. Raises ConfigError if it has not finished."""
+        if not self.work.finished(stage):
+            raise ConfigError(
+                f"stage {stage} of {self.work.path} has not finished; run it first, or use --stage=all"
+            )
+        if stage == "base":
+            model = self.start()
+            skeleton, params = training.split(model)
+            wanted = {"visual": params["visual"]}
+            return self._with_options(skeleton.merge(params | self.work.params(stage, wanted)))
+        model = nnx.eval_shape(lambda: Qwen2_5_VL(read_config(self.hf_dir), rngs=nnx.Rngs(0)))
+        skeleton = training.Skeleton(model)
+        places = skeleton.shardings(self.mesh)
+        shapes = nnx.to_pure_dict(skeleton.abstract)
+        wanted = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
+        )
+        return self._with_options(skeleton.merge(self.work.params(stage, wanted)))
+
+    def _with_options(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
+        model.options = dataclasses.replace(model.options, unroll=self.config.unroll)
+        return model
+
+
+def export(work: Workdir, trainer: Trainer) -> Path:
+    """Write the policy after the last stage as a Hugging Face directory, workdir/hf; one that is there stays
+    as it is."""
+    target = work.path / "hf"
+    if target.exists():
+        logging.info("%s is there already", target)
+        return target
+    return save_pretrained(trainer.after(list(trainer.plan)[-1]), trainer.processor, target)

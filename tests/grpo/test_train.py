@@ -1,0 +1,182 @@
+"""The GRPO loop on drawn retinas: what it logs and writes, which prompts it takes, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from fundus_jax import training
+from fundus_jax.grpo import train as grpo
+from fundus_jax.grpo.config import GrpoConfig
+from fundus_jax.grpo.judge import RulesJudge
+from fundus_jax.records import ConfigError, Verdict
+from launch.stages import Trainer
+from tests import small
+
+SMALL = small.config().grpo
+METRICS = {
+    "loss", "grad_norm", "notfinite", "kl", "old_kl", "entropy", "clip_low", "clip_high", "ratio_mean", "ratio_max", "tokens",
+    "sampler_gap", "zero_variance", "too_few", "abstain", "reward", "reward_std", "length", "length_max", "reward/answer",
+    "reward/format", "reward/total", "reward/not_applicable", "time/data", "time/rollout", "time/score", "time/judge", "time/update",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.data(tmp_path_factory)
+
+
+def run(path: Path, source: Path, config: GrpoConfig, judge: Any = None) -> tuple[Trainer, training.Params, list[dict]]:
+    """The stage from a stirred policy; (trainer, parameters, metrics)."""
+    trainer = small.open_run(path, source, small.config(grpo=config))
+    trainer.plan = trainer.work.stages = {"grpo": config.steps}
+    prompts = grpo.Prompts(trainer.grpo_pool(), trainer.processor, trainer.config.prompt, 512)
+    model = small.stir(trainer.start())
+    try:
+        params = grpo.train(trainer.work, model, prompts, judge or RulesJudge(), config, trainer.mesh)
+    finally:
+        trainer.work.close()
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return trainer, params, lines
+
+
+def test_a_few_steps(source: Path, tmp_path: Path) -> None:
+    trainer, params, lines = run(tmp_path, source, replace(SMALL, steps=3, save_every=2))
+    assert [(line["stage"], line["step"]) for line in lines] == [("grpo", 1), ("grpo", 2), ("grpo", 3)]
+    for line in lines:
+        assert line.keys() >= METRICS, METRICS - line.keys()
+        assert line["sampler_gap"] < 1e-4
+        assert line["ratio_max"] == 1.0
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6), "the policy starts as its reference"
+    assert lines[2]["kl"] > lines[0]["kl"]
+    assert trainer.work.checkpoints.steps() == [2, 3]
+    before = training.split(small.stir(trainer.start()))[1]
+    moved = jax.tree.map(lambda one, other: not np.array_equal(one, other), params, before)
+    assert any(jax.tree.leaves(moved))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, training.split(trainer.after("grpo"))[1], params)))
+
+
+def test_groups_are_written_for_people(source: Path, tmp_path: Path) -> None:
+    config = replace(SMALL, steps=3, save_every=2, prompts_per_step=6, micro_batch=12)
+    trainer, _, _ = run(tmp_path, source, config)
+    names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert names == ["000002.jsonl", "000003.jsonl"]
+    groups = [json.loads(line) for line in (tmp_path / "rollouts" / names[0]).read_text().splitlines()]
+    assert len(groups) == grpo.SHOWN
+    ids = {example.id for example in trainer.pool.examples}
+    for group in groups:
+        assert group["step"] == 2
+        assert group["example"] in ids
+        assert len(group["rollouts"]) == config.group_size
+        for one in group["rollouts"]:
+            assert {"text", "answer", "format", "process", "total", "rating", "reasons", "advantage"} == one.keys()
+        assert sum(one["advantage"] for one in group["rollouts"]) == pytest.approx(0, abs=1e-5)
+
+
+class Flip:
+    """A judge of whims: every other trace is good, so that groups have variance."""
+
+    def __init__(self, rating: str = "") -> None:
+        self.rating, self.calls = rating, 0
+
+    def __call__(self, trace: str, reference: Any, modality: str, **more: Any) -> Verdict:
+        self.calls += 1
+        return Verdict(rating=self.rating or "plausible", reference="findings", reasons=("a whim",))
+
+
+def test_two_passes_over_the_same_rollouts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo, "score_all", whims)
+    once = run(tmp_path / "one", source, replace(SMALL, steps=2))[2]
+    twice = run(tmp_path / "two", source, replace(SMALL, steps=2, mu=2))[2]
+    assert [line["ratio_max"] for line in once] == [1.0, 1.0]
+    assert all(line["ratio_max"] > 1.001 for line in twice), "the second pass is off the policy that sampled"
+    assert all(line["old_kl"] > 0 for line in twice)
+    assert [line["reward"] for line in once[:1]] == [line["reward"] for line in twice[:1]], "sampled alike"
+    assert len(twice) == 2, "a step is one line, however many passes"
+
+
+def whims(prompts: Any, index: Any, rollout: Any, judge: Any, config: GrpoConfig) -> tuple[list, list]:
+    """Scores that reward every other rollout of a group."""
+    good = grpo.Score(answer=1.0, format=0.0, process=0.0, total=1.0, verdict=None)
+    group = [replace(good, answer=float(g % 2), total=float(g % 2)) for g in range(config.group_size)]
+    return [["text"] * config.group_size for _ in index], [group for _ in index]
+
+
+def test_what_is_rewarded_becomes_likelier(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reward for a token that any policy can learn to say first."""
+    wanted = 17
+
+    def likes(prompts: Any, index: Any, rollout: Any, judge: Any, config: GrpoConfig) -> tuple[list, list]:
+        said = np.asarray(rollout.tokens)[:, :, 0] % 20 < wanted
+        scores = [
+            [grpo.Score(answer=float(one), format=0.0, process=0.0, total=float(one), verdict=None) for one in group]
+            for group in said
+        ]
+        return [["text"] * config.group_size for _ in index], scores
+
+    monkeypatch.setattr(grpo, "score_all", likes)
+    config = replace(
+        SMALL, steps=12, prompts_per_step=8, group_size=4, micro_batch=32, max_new_tokens=2, kl_coef=0.0, optim=small.optim(lr=3e-3)
+    )
+    lines = run(tmp_path, source, config)[2]
+    rewards = [line["reward"] for line in lines]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3])
+    assert np.mean(rewards[-3:]) > 0.97
+
+
+def test_without_kl_there_is_no_reference(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> Any:
+        raise AssertionError("nothing is to be scored: no KL, and one pass")
+
+    monkeypatch.setattr(grpo, "make_score", lambda *_: forbidden)
+    lines = run(tmp_path, source, replace(SMALL, steps=1, kl_coef=0.0))[2]
+    assert "kl" not in lines[0]
+    with pytest.raises(AssertionError, match="nothing is to be scored"):
+        run(tmp_path / "with", source, replace(SMALL, steps=1))
+
+
+def test_the_seed_fixes_prompts_and_samples(source: Path, tmp_path: Path) -> None:
+    def story(name: str, seed: int) -> str:
+        run(tmp_path / name, source, replace(SMALL, steps=1, seed=seed))
+        return (tmp_path / name / "rollouts" / "000001.jsonl").read_text()
+
+    assert story("a", 0) == story("b", 0) != story("c", 1)
+
+
+def test_a_judge_that_fails_stops_the_stage(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> tuple[list, list]:
+        texts, scores = whims(*args)
+        verdict = Verdict(rating="abstain", reference="findings", reasons=("the server is down",))
+        lost = grpo.Score(answer=0.0, format=0.0, process=None, total=None, verdict=verdict)
+        return texts, [[lost] * len(group) for group in scores]
+
+    monkeypatch.setattr(grpo, "score_all", failing)
+    with pytest.raises(ConfigError, match=r"abstained on 8 of 8 rollouts.*the server is down"):
+        run(tmp_path, source, SMALL)
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = small.open_run(tmp_path, source, small.config())
+    arguments = (trainer.grpo_pool(), trainer.processor, trainer.config.prompt)
+    whole = grpo.Prompts(*arguments, 512)
+    lengths = [trainer.processor.row_size(text, [whole.pool.image(example)])[0] for example, text in whole.rows]
+    bound = max(lengths) - 1
+    with caplog.at_level(logging.INFO, logger="absl"):
+        cut = grpo.Prompts(*arguments, bound)
+    assert len(cut.rows) == sum(length <= bound for length in lengths) < len(whole.rows)
+    assert f"{len(cut.rows)} kept, {len(whole.rows) - len(cut.rows)} too long; longest {max(set(lengths) - {bound + 1})}" in caplog.text
+    index, batch = cut.build(np.asarray([2, 0]))
+    assert index.tolist() == [2, 0]
+    assert batch.tokens.shape == (2, cut.length)
+    assert trainer.processor.decode(batch.tokens[0][batch.mask[0]], skip_special_tokens=False).endswith("assistant\n")
+    with pytest.raises(ConfigError, match=r"all [0-9]+ prompts are longer than 5 tokens"):
+        grpo.Prompts(*arguments, 5)

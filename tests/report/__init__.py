@@ -1,0 +1,1 @@
+"""Tests of `fundus_jax.report`."""

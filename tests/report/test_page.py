@@ -1,0 +1,214 @@
+"""The whole report.html: every section, nothing loaded, hostile text as text, unfinished workdirs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from fundus_jax.base import policy
+from fundus_jax.models import read_config
+from fundus_jax.records import ConfigError
+from fundus_jax.report import cases, curves, write_report
+from tests.report.made import make_answers, make_run
+
+SECTIONS = ("results", "pipeline", "cases", "rollouts", "curves", "evaluation", "time", "setup")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests that change it copy it first."""
+    return make_run(tmp_path_factory.mktemp("report") / "demo")
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(
+        shutil.copytree(finished, tmp_path / "demo", ignore=shutil.ignore_patterns("checkpoints", "tb"))
+    )
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: its tags with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note a tag."""
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        """Note a text."""
+        self.text += data
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        """The attributes of every tag of one name."""
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def missing(self) -> int:
+        """How many lines say that something is missing."""
+        return sum(attributes.get("class") == "missing" for attributes in self.named("p"))
+
+
+def page_of(workdir: Path) -> Page:
+    """The report of a workdir, parsed."""
+    return Page(write_report(workdir).read_text(encoding="utf-8"))
+
+
+def loads_nothing(page: Page) -> bool:
+    """Whether the page asks for nothing, runs nothing, and forbids itself both."""
+    names = {name for name, _ in page.tags}
+    attributes = [(key, value or "") for _, found in page.tags for key, value in found.items()]
+    addresses = [value for key, value in attributes if key in ("src", "href", "srcset", "action", "data")]
+    policies = [one.get("content") or "" for one in page.named("meta") if one.get("http-equiv")]
+    return (
+        not names & {"script", "link", "iframe", "object", "embed", "form", "base"}
+        and all(one.startswith(("data:image/jpeg;base64,", "#")) for one in addresses)
+        and not any(key.startswith("on") or "url(" in value for key, value in attributes)
+        and not re.search(r"url\(|@import", page.text)
+        and any("default-src 'none'" in one for one in policies)
+    )
+
+
+def test_a_finished_run_has_every_section(finished: Path) -> None:
+    page = page_of(finished)
+    assert [one["id"] for one in page.named("section")] == list(SECTIONS)
+    assert page.missing == 0
+    for text in (
+        "phantoms: drawn", "then discarded", "gives no diagnosis", "Moderate NPDR", "microaneurysm",
+        "Judge: plausible", "advantage", "Sampler against trainer", "FunBench", "kl_coef", "4 min 40 s",
+    ):  # fmt: skip
+        assert text in page.text, text
+    model = policy.fresh(read_config(finished / "policy"), 0)
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    assert f"{count / 1e6:.1f} million parameters" in page.text
+    assert len(page.named("img")) == cases.CASES + 6
+    assert page.text.count("after GRPO") > cases.CASES
+    curves_drawn = [one for one in page.named("svg") if one.get("class") == "curve"]
+    assert len(curves_drawn) == sum(len(rows) for rows in curves.PANELS.values())
+
+
+def test_it_is_one_small_file_that_loads_nothing(finished: Path) -> None:
+    path = write_report(finished)
+    assert path == finished / "report.html"
+    assert path.stat().st_size < 6_000_000
+    assert loads_nothing(Page(path.read_text(encoding="utf-8")))
+    first = path.read_bytes()
+    assert write_report(finished).read_bytes() == first  # nothing in it depends on when it was written
+    assert not list(finished.glob(".report*"))
+
+
+@pytest.mark.parametrize(
+    "markup",
+    [
+        '<script src="data:,x"></script>',
+        '<img src="https://a.example/x.png">',
+        '<p style="background:url(x)">',
+        '<p onclick="x">',
+    ],
+)
+def test_the_check_of_what_is_loaded_can_fail(finished: Path, markup: str) -> None:
+    text = write_report(finished).read_text(encoding="utf-8")
+    assert not loads_nothing(Page(text.replace("</main>", f"{markup}</main>")))
+
+
+def test_what_a_model_writes_never_becomes_markup(copied: Path) -> None:
+    make_answers(copied, 30, hostile=True)
+    config = json.loads((copied / "config.json").read_text())
+    config["config"]["name"] = "</title><script>alert(2)</script>"
+    (copied / "config.json").write_text(json.dumps(config))
+    text = write_report(copied).read_text(encoding="utf-8")
+    page = Page(text)
+    assert loads_nothing(page)
+    assert 'alert("x")' in page.text  # as text it is there
+    assert "</article>PDR" in page.text
+    assert text.count("<article") == text.count("</article>")
+    assert not re.search("[\x00\u202e]", text)
+
+
+def test_the_headline_is_the_summary(finished: Path) -> None:
+    summary = json.loads((finished / "evaluation" / "summary.json").read_text())
+    text = page_of(finished).text
+    for stage in ("sft", "grpo"):
+        entry = summary["stages"][stage]
+        for found in (
+            entry["greedy"]["accuracy"],
+            entry["sampled"]["accuracy"],
+            entry["greedy"]["findings"]["f1"],
+        ):
+            assert f"{100 * found['value']:.1f} %" in text
+            assert f"[{100 * found['low']:.1f}, {100 * found['high']:.1f}]" in text
+    gain = summary["differences"]["reward_total"]
+    assert f"{gain['value']:+.3f}" in text
+
+
+def drop(folder: Path, *names: str) -> None:
+    """Delete files or folders of a workdir."""
+    for name in names:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_an_empty_workdir_says_what_is_missing(tmp_path: Path) -> None:
+    page = page_of(tmp_path)
+    assert [one["id"] for one in page.named("section")] == list(SECTIONS)
+    assert page.missing >= len(SECTIONS)
+    assert "not been measured yet" in page.text
+
+
+def test_only_data(copied: Path) -> None:
+    drop(copied, "metrics.jsonl", "timeline.jsonl", "rollouts", "evaluation")
+    page = page_of(copied)
+    assert len(page.named("img")) == cases.CASES
+    assert "Questions by task" in page.text
+    for text in (
+        "run the stages sft, grpo",
+        "No answers to show",
+        "run the stage grpo",
+        "No stage has finished",
+    ):
+        assert text in page.text
+
+
+def test_no_grpo_yet(copied: Path) -> None:
+    path = copied / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["stages"]["grpo"]
+    path.write_text(json.dumps({**summary, "differences": {}}))
+    drop(copied, "rollouts")
+    page = page_of(copied)
+    assert "GRPO has not been measured." in page.text
+    assert "run the stage grpo" in page.text
+    assert "after SFT" in page.text
+    assert "GRPO raised" not in page.text
+
+
+def test_damage_is_reported_and_nothing_else_is_lost(copied: Path) -> None:
+    (copied / "evaluation" / "summary.json").write_text("{")
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "grpo", "st')
+    drop(
+        copied, *(str(path.relative_to(copied)) for path in copied.glob("data/examples/test-*.array_record"))
+    )
+    text = page_of(copied).text
+    assert "evaluation/summary.json could not be read" in text
+    assert "metrics.jsonl: 1 lines are damaged" in text
+    assert "the picture could not be read" in text
+    assert "Sampler against trainer" in text
+
+
+def test_no_workdir_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no directory"):
+        write_report(tmp_path / "nothing")

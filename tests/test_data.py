@@ -1,0 +1,194 @@
+"""Reading what the pipeline wrote: integrity, images, parts by patient, and batches that resume at every position."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline.datasets import phantom_source
+from fundus_jax import data
+from fundus_jax.records import ConfigError, DataError, Example, Trace
+from tests import small
+from tests.data_pipeline.test_images import bomb
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.data(tmp_path_factory) / "data"
+
+
+@pytest.fixture
+def examples(run: Path, tmp_path: Path) -> Path:
+    """A copy of the examples that may be damaged."""
+    return Path(shutil.copytree(run / "examples", tmp_path / "examples"))
+
+
+def test_every_record_of_a_stage_is_read(run: Path) -> None:
+    found = list(data.read_stage(run / "examples", Example))
+    lines = [line for path in sorted((run / "examples").glob("*-0*.jsonl")) for line in path.read_text().splitlines()]
+    assert len(found) == len([line for line in lines if '"kind": "Example"' in line or '"kind":"Example"' in line])
+    assert {one.split for one in found} == {"train", "test"}
+    assert {one.example for one in data.read_stage(run / "traces", Trace)} == {one.id for one in found}
+
+
+def damage(folder: Path, kind: str) -> None:
+    manifest, shard = folder / "manifest.jsonl", folder / "train-00000.jsonl"
+    if kind == "flipped":
+        whole = bytearray(shard.read_bytes())
+        whole[len(whole) // 2] ^= 1
+        shard.write_bytes(whole)
+    elif kind == "shortened":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif kind == "gone":
+        shard.unlink()
+    elif kind == "no manifest":
+        manifest.unlink()
+    elif kind == "unfinished":  # a killed job: one shard is published, the other is not
+        manifest.write_text(manifest.read_text().splitlines(keepends=True)[0])
+    elif kind == "torn":
+        manifest.write_text(manifest.read_text()[:-30])
+    else:
+        entry = json.loads(manifest.read_text().splitlines()[0])
+        manifest.write_text(json.dumps({**entry, "files": {}}) + "\n")
+
+
+DAMAGES = {
+    "flipped": r"train-00000\.jsonl is missing or not what manifest\.jsonl lists; run the job again",
+    "shortened": r"train-00000\.jsonl is missing or not what",
+    "gone": r"train-00000\.jsonl is missing or not what",
+    "no manifest": r"manifest\.jsonl is missing: .* is no finished stage directory",
+    "unfinished": "has 1 of 2 shards; run its job to the end",
+    "torn": r"manifest\.jsonl: not a manifest line",
+    "listed without files": r"manifest\.jsonl: not a manifest line",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_stage_is_refused(examples: Path, kind: str) -> None:
+    damage(examples, kind)
+    with pytest.raises(DataError, match=DAMAGES[kind]):
+        list(data.read_stage(examples, Example))
+
+
+def test_images_are_those_that_were_drawn(run: Path) -> None:
+    pool = data.open_pool(run, "train")
+    for example in pool.examples[:5]:
+        seed, index = example.patient.removeprefix("phantom/").split("-")
+        drawn = phantom_source.sample("train", int(seed), int(index), 56).image
+        assert np.array_equal(np.asarray(pool.image(example)), np.asarray(Image.open(io.BytesIO(drawn))))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("train-00000.array_record#36", "has 36 images, none of number '36'"),
+        ("train-00000.array_record#-1", "none of number '-1'"),
+        ("train-00000.array_record", "none of number ''"),
+        ("train-00009.array_record#0", r"train-00009\.array_record is missing, though an Example names it"),
+    ],
+)
+def test_a_key_without_an_image_is_an_error(run: Path, key: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        data.load_image(run / "examples", key)
+
+
+def test_hostile_images_are_refused_before_they_are_decoded() -> None:
+    gif = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(gif, "GIF")
+    for content in (gif.getvalue(), b"", b"<html>", b"\x89PNG\r\n\x1a\n"):
+        with pytest.raises(DataError, match="here#0: not a readable"):
+            data.open_image(content, "here#0")
+    with pytest.raises(DataError, match="here#1"):
+        data.open_image(bomb(), "here#1")
+    with pytest.raises(DataError, match="here#2: 9990 x 10020 pixels"):
+        wide = io.BytesIO()
+        Image.new("1", (9990, 10020)).save(wide, "PNG")
+        data.open_image(wide.getvalue(), "here#2")
+
+
+@given(cut=st.floats(0.05, 0.95))
+@settings(max_examples=20, deadline=None)
+def test_parts_share_no_patient_and_lose_none(pool: data.Pool, cut: float) -> None:
+    def ids(part: tuple[float, float]) -> set[tuple[str, str]]:
+        try:
+            return {(e.patient, e.id) for e in pool.choose(part=part).examples}
+        except ConfigError:  # nobody falls into a small part
+            return set()
+
+    low, high = ids((0.0, cut)), ids((cut, 1.0))
+    assert {patient for patient, _ in low}.isdisjoint(patient for patient, _ in high)
+    assert low | high == {(e.patient, e.id) for e in pool.examples}
+
+
+@pytest.fixture(scope="module")
+def pool(run: Path) -> data.Pool:
+    """Examples of which several have one patient."""
+    whole = data.open_pool(run, "train")
+    return replace(whole, examples=tuple(replace(e, patient=f"p{i % 9}") for i, e in enumerate(whole.examples)))
+
+
+def test_a_larger_part_holds_a_smaller_one(pool: data.Pool) -> None:
+    half, most = ({e.id for e in pool.choose(part=(0.0, part)).examples} for part in (0.5, 0.8))
+    assert half < most
+
+
+def test_tasks_are_chosen_and_nothing_left_is_an_error(pool: data.Pool) -> None:
+    assert {e.task for e in pool.choose(tasks=("modality",)).examples} == {"modality"}
+    with pytest.raises(ConfigError, match=r"has a task in \['lesion_location'\] and lies in part \(0.0, 1.0\)"):
+        pool.choose(tasks=("lesion_location",))
+
+
+def test_another_split_has_other_examples_and_a_missing_one_is_an_error(run: Path) -> None:
+    test, train = data.open_pool(run, "test"), data.open_pool(run, "train")
+    assert {e.patient for e in test.examples}.isdisjoint(e.patient for e in train.examples)
+    with pytest.raises(DataError, match="no example of split 'val'"):
+        data.open_pool(run, "val")
+
+
+def draw(count: int, size: int, steps: int, **more: int) -> list[list[int]]:
+    iterator = data.batches(count, size, lambda index: index.tolist(), **{"seed": 3, **more})
+    return [next(iterator) for _ in range(steps)]
+
+
+def test_batches_are_shuffled_epochs_and_may_straddle_them() -> None:
+    drawn = np.concatenate(draw(7, 3, 14))
+    epochs = [drawn[i : i + 7].tolist() for i in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1, "every epoch has an order of its own"
+    assert draw(7, 3, 14, threads=1) == draw(7, 3, 14, threads=4) == draw(7, 3, 14)
+    assert draw(7, 3, 14, seed=4) != draw(7, 3, 14)
+
+
+def test_an_iterator_resumes_with_the_very_next_batch_at_every_position() -> None:
+    wanted = draw(7, 3, 12)
+    iterator = data.batches(7, 3, lambda index: index.tolist(), seed=3)
+    for place in range(9):
+        state = iterator.get_state()
+        state = state if isinstance(state, bytes) else json.loads(json.dumps(state))  # it travels in a bundle
+        other = data.batches(7, 3, lambda index: index.tolist(), seed=3)
+        next(other)  # one that has been in use elsewhere
+        other.set_state(state)
+        assert [next(other) for _ in range(3)] == wanted[place : place + 3]
+        assert next(iterator) == wanted[place]
+
+
+def test_less_than_one_batch_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="a batch of 8 rows needs at least as many records, there are 7"):
+        data.batches(7, 8, lambda index: index, seed=0)
+
+
+@given(size=st.integers(0, 10**6), step=st.integers(1, 512))
+def test_rounding_up_adds_less_than_a_step(size: int, step: int) -> None:
+    rounded = data.round_up(size, step)
+    assert rounded % step == 0
+    assert rounded >= max(size, 1)
+    assert rounded - size < step or size == 0

@@ -1,0 +1,192 @@
+"""Supervised fine-tuning: which rows, which tokens are learned, what the loss is, and a few steps of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fundus_jax import dialog, sft
+from fundus_jax.data import Pool
+from fundus_jax.records import ConfigError, DataError, Trace
+from launch.stages import Trainer
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.data(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def trainer(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return small.open_run(tmp_path_factory.mktemp("sft"), source, small.config())
+
+
+def rows_of(trainer: Trainer, pool: Pool, **changes: object) -> sft.Rows:
+    config = trainer.config
+    return sft.make_rows(pool, trainer.processor, config.prompt, replace(config.sft, **changes))
+
+
+def encoded(trainer: Trainer, rows: sft.Rows, index: list[int]):
+    images = [[rows.pool.image(rows.rows[i][0])] for i in index]
+    dialogs = [rows.dialog(i) for i in index]
+    return trainer.processor.encode_dialogs(dialogs, images, length=rows.length, patches=rows.patches)
+
+
+def test_what_the_assistant_says_is_learned_and_nothing_else(trainer: Trainer) -> None:
+    rows, processor = trainer.rows, trainer.processor
+    batch, learned = encoded(trainer, rows, list(range(6)))
+    assert batch.tokens.shape == (6, rows.length)
+    for row in range(6):
+        said = processor.decode(batch.tokens[row][learned[row]], skip_special_tokens=False)
+        assert said == rows.rows[row][1] + "<|im_end|>"
+        places = np.flatnonzero(learned[row])
+        assert np.array_equal(places, np.arange(places[0], places[-1] + 1)), "one stretch, after the prompt"
+        assert not learned[row][~batch.mask[row]].any()
+        before = processor.decode(batch.tokens[row, : places[0]], skip_special_tokens=False)
+        assert rows.rows[row][0].question in before
+        assert before.count("<|im_end|>") == 1, "the user's end token has the value of the learned one"
+        assert batch.tokens[row, places[-1]] in batch.tokens[row, : places[0]]
+
+
+def test_the_mask_goes_by_position_where_prompt_and_reply_are_the_same_words(trainer: Trainer) -> None:
+    example = trainer.pool.examples[0]
+    reply = dialog.render("red dots", "Normal")
+    twin = replace(example, question=reply, options=(), answer="Normal")
+    pool = replace(
+        trainer.pool, examples=(twin,), traces={twin.id: Trace(example=twin.id, think="red dots", answer="Normal", kept=True, reasons=())}
+    )  # fmt: skip
+    batch, learned = encoded(trainer, rows_of(trainer, pool), [0])
+    whole = trainer.processor.decode(batch.tokens[0], skip_special_tokens=False)
+    assert whole.count(reply) == 2
+    count = learned.sum()
+    assert trainer.processor.decode(batch.tokens[0][learned[0]]) == reply
+    first = np.flatnonzero(learned[0])[0]
+    assert np.flatnonzero(learned[0]).tolist() == list(range(first, first + count))
+    assert reply in trainer.processor.decode(batch.tokens[0, :first])
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(trainer: Trainer, caplog: pytest.LogCaptureFixture) -> None:
+    whole = trainer.rows
+    lengths = []
+    for i in range(len(whole.rows)):
+        batch, _ = encoded(trainer, whole, [i])
+        lengths.append(int(batch.mask.sum()))
+    bound = sorted(lengths)[len(lengths) // 2]
+    with caplog.at_level(logging.INFO, logger="absl"):
+        cut = rows_of(trainer, whole.pool, max_length=bound)
+    assert [row for row, length in zip(whole.rows, lengths, strict=True) if length <= bound] == list(cut.rows)
+    assert cut.length == math.ceil(bound / sft.LENGTH_STEP) * sft.LENGTH_STEP
+    dropped = sum(length > bound for length in lengths)
+    assert dropped > 0
+    assert f"'too long': {dropped}" in caplog.text
+    assert f"'kept': {len(cut.rows)}" in caplog.text
+    with pytest.raises(ConfigError, match=r"no training row is left: .*'too long'.*raise sft\.max_length \(10\)"):
+        rows_of(trainer, whole.pool, max_length=10)
+
+
+def test_an_example_without_a_kept_trace_is_skipped_or_answered_bare(trainer: Trainer) -> None:
+    first, second, third, *_ = (row[0] for row in trainer.rows.rows)
+    traces = dict(trainer.pool.traces)
+    traces[first.id] = replace(traces[first.id], kept=False, reasons=("for a test",))
+    del traces[second.id]
+    pool = replace(trainer.pool, examples=(first, second, third), traces=traces)
+    assert [example.id for example, _ in rows_of(trainer, pool).rows] == [third.id]
+    answered = rows_of(trainer, pool, without_trace="answer").rows
+    assert [reply for _, reply in answered[:2]] == [f"<answer>{e.answer}</answer>" for e in (first, second)]
+    assert answered[2][1].startswith(f"<think>{traces[third.id].think}</think> <answer>")
+    without = sft.make_rows(pool, trainer.processor, sft.PromptConfig(style="options", think=False), trainer.config.sft)
+    assert {reply.startswith("<answer>") for _, reply in without.rows} == {True}, "no trace where none is asked for"
+    assert len(without.rows) == 3
+
+
+def test_the_loss_is_the_mean_of_minus_log_p_over_learned_tokens(trainer: Trainer) -> None:
+    model = small.stir(trainer.start())
+    batch, learned = encoded(trainer, trainer.rows, [0, 3, 5])
+    value, metrics = sft.loss(model, (batch, learned), sft.count((batch, learned)))
+    logits = np.asarray(model(batch), np.float64)
+    total, tokens, entropy = 0.0, 0, 0.0
+    for row, place in zip(*np.nonzero(learned), strict=True):
+        scores = logits[row, place - 1]
+        logs = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
+        total -= logs[batch.tokens[row, place]]
+        entropy -= (np.exp(logs) * logs).sum()
+        tokens += 1
+    assert tokens == learned.sum() == metrics["tokens"]
+    np.testing.assert_allclose(value, total / tokens, rtol=1e-5)
+    np.testing.assert_allclose(metrics["entropy"], entropy / tokens, rtol=1e-5)
+
+
+def test_micro_batches_of_the_loss_add_up(trainer: Trainer) -> None:
+    model = small.stir(trainer.start())
+    whole = encoded(trainer, trainer.rows, [0, 3, 5, 7])
+    total = sft.count(whole)
+    value = sft.loss(model, whole, total)[0]
+    parts = [jax.tree.map(lambda leaf, part=part: leaf[part::2], whole) for part in (0, 1)]
+    np.testing.assert_allclose(sum(sft.loss(model, part, total)[0] for part in parts), value, rtol=1e-5)
+
+
+def test_the_image_reaches_the_loss(trainer: Trainer) -> None:
+    model = small.stir(trainer.start())
+    batch, learned = encoded(trainer, trainer.rows, [0])
+    other = replace(batch, patches=batch.patches[:, ::-1].copy())
+    total = sft.count((batch, learned))
+    assert sft.loss(model, (batch, learned), total)[0] != sft.loss(model, (other, learned), total)[0]
+
+
+def test_training_falls_from_uniform_and_ends_with_a_bundle(source: Path, tmp_path: Path) -> None:
+    config = small.config(sft=sft.SftConfig(steps=10, batch=4, micro_batches=2, max_length=512, save_every=5, optim=small.optim()))
+    trainer = small.open_run(tmp_path, source, config)
+    trainer.plan = trainer.work.stages = {"sft": 10, "grpo": 2}
+    model = trainer.start()
+    before = np.asarray(model.head)
+    sft.train(trainer.work, model, trainer.rows, trainer.processor, config.sft, trainer.mesh)
+    trainer.work.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[0]["loss"] == pytest.approx(math.log(model.config.vocab_size), rel=1e-5), "the fresh head is uniform"
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert {"loss", "entropy", "tokens", "grad_norm", "notfinite", "time/data", "time/update"} <= lines[0].keys()
+    assert trainer.work.checkpoints.steps() == [5, 10]
+    assert trainer.work.finished("sft")
+    assert not np.array_equal(trainer.after("sft").head, before)
+
+
+def test_gradients_that_stay_not_finite_stop_the_stage(source: Path, tmp_path: Path) -> None:
+    config = small.config(sft=replace(small.config().sft, steps=6))
+    trainer = small.open_run(tmp_path, source, config)
+    trainer.plan = trainer.work.stages = {"sft": 6}
+    model = trainer.start()
+    model.text.embed_tokens.set_value(model.text.embed_tokens.get_value() * np.nan)
+    with pytest.raises(DataError, match="sft step 3: 3 gradients in a row were not finite"):
+        sft.train(trainer.work, model, trainer.rows, trainer.processor, config.sft, trainer.mesh)
+    assert trainer.work.checkpoints.steps() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"without_trace": "guess"}, "sft.without_trace is 'guess'; it must be skip or answer"),
+        ({"batch": 6, "micro_batches": 4}, "sft.micro_batches 4 must divide sft.batch 6"),
+        ({"batch": 4, "micro_batches": 0}, "sft.micro_batches"),
+        ({"batch": 0}, "sft.batch"),
+        ({"steps": -1}, "sft.steps"),
+        ({"epochs": 0.0}, "sft.epochs"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sft.SftConfig(**changes).validate()
+
+
+def test_steps_of_a_stage() -> None:
+    assert sft.SftConfig(steps=7).total_steps(1000) == 7
+    assert sft.SftConfig(epochs=2, batch=16).total_steps(1000) == 125
+    assert sft.SftConfig(epochs=2, batch=16).total_steps(3) == 1

@@ -1,0 +1,154 @@
+"""The directory of a run: refusals that name fields, stages on one line of time, and resuming after every step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fundus_jax.data import batches
+from fundus_jax.records import ConfigError, DataError
+from fundus_jax.workdir import Stopwatch, Workdir, differences
+
+CONFIG = {"name": "run", "sft": {"steps": 5, "optim": {"lr": 1e-3}}, "tags": ["a", "b"]}
+STAGES = {"sft": 5, "grpo": 4}
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def open_work(path: Path) -> Workdir:
+    work = Workdir(path, CONFIG)
+    work.stages = dict(STAGES)
+    return work
+
+
+def train(work: Workdir, stage: str, params: Any, kill_after: tuple[str, int] = ("", 0)) -> Any:
+    """A loop of the form that all stages have: the weights depend on every batch and on their order."""
+    iterator = batches(11, 2, lambda index: index, seed=1)
+    state, done = work.resume(stage, {"params": params, "count": jnp.int32(0)}, iterator)
+    assert int(state["count"]) == done
+    for step in range(done + 1, work.stages[stage] + 1):
+        total = float(next(iterator).sum())
+        state = {"params": {"w": state["params"]["w"] * 1.5 + total}, "count": state["count"] + 1}
+        work.metrics.log(stage, step, {"total": total})
+        if step % 2 == 0 or step == work.stages[stage]:
+            work.save(stage, step, state, iterator)
+        if (stage, step) == kill_after:
+            work.close()
+            raise KilledError
+    work.checkpoints.wait()
+    return state["params"]
+
+
+def run(path: Path, kill_after: tuple[str, int] = ("", 0)) -> tuple[np.ndarray, list[str]]:
+    """Both stages; final weights and the metrics without their times."""
+    work = open_work(path)
+    shape = {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    params: Any = {"w": jnp.arange(3.0)}
+    for stage in STAGES:
+        params = work.params(stage, shape) if work.finished(stage) else train(work, stage, params, kill_after)
+    work.close()
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return np.asarray(params["w"]), [json.dumps({**line, "time": 0}) for line in lines]
+
+
+@pytest.mark.parametrize("stop", [(stage, step) for stage, steps in STAGES.items() for step in range(1, steps + 1)])
+def test_a_run_stopped_after_any_step_ends_as_an_undisturbed_one(tmp_path: Path, stop: tuple[str, int]) -> None:
+    weights, lines = run(tmp_path / "undisturbed")
+    assert len(lines) == 9
+    with pytest.raises(KilledError):
+        run(tmp_path / "stopped", stop)
+    again, lines_again = run(tmp_path / "stopped")
+    assert again.tobytes() == weights.tobytes()
+    assert lines_again == lines
+    steps = open_work(tmp_path / "stopped").checkpoints.steps()
+    assert steps == open_work(tmp_path / "undisturbed").checkpoints.steps() == [5, 7, 9]
+
+
+def test_stages_lie_on_one_line_of_time(tmp_path: Path) -> None:
+    work = open_work(tmp_path)
+    assert (work.offset("sft"), work.offset("grpo")) == (0, 5)
+    train(work, "sft", {"w": jnp.zeros(3)})
+    assert work.finished("sft")
+    assert not work.finished("grpo")
+    bundle = json.loads((tmp_path / "checkpoints" / "5" / "bundle.json").read_text())
+    assert bundle["counters"] == {"stage": "sft", "step": 5}
+    assert bundle["config_hash"] == json.loads((tmp_path / "config.json").read_text())["hash"] == work.config_hash
+
+
+def test_a_half_done_stage_is_not_finished_and_has_no_parameters(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        train(work := open_work(tmp_path), "sft", {"w": jnp.zeros(3)}, ("sft", 4))
+    assert work.checkpoints.steps() == [2, 4]
+    assert not work.finished("sft")
+    with pytest.raises(DataError, match="5 is not a finished bundle; finished steps are"):
+        work.params("sft", {"w": jax.ShapeDtypeStruct((3,), jnp.float32)})
+
+
+def test_resuming_drops_what_later_stages_measured(tmp_path: Path) -> None:
+    work = open_work(tmp_path)
+    work.metrics.log("base", 1, {"loss": 1.0})
+    for stage in STAGES:
+        work.metrics.log(stage, 1, {"loss": 1.0})
+    work.resume("sft", {"w": jnp.zeros(3)}, batches(11, 2, lambda index: index, seed=1))
+    work.close()
+    kept = [json.loads(line)["stage"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == ["base"]
+
+
+def test_a_step_that_is_there_is_not_saved_again(tmp_path: Path) -> None:
+    work, iterator = open_work(tmp_path), batches(11, 2, lambda index: index, seed=1)
+    for value in (1.0, 2.0):
+        work.save("sft", 2, {"params": {"w": jnp.full(3, value)}}, iterator)
+        work.checkpoints.wait()
+    work.close()
+    restored = open_work(tmp_path).checkpoints.restore(2, {"params": {"w": jnp.zeros(3)}})
+    assert np.asarray(restored.state["params"]["w"]).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_same_configuration_goes_on(tmp_path: Path) -> None:
+    first = Workdir(tmp_path, CONFIG)
+    before = (tmp_path / "config.json").read_bytes()
+    second = Workdir(tmp_path, json.loads(json.dumps(CONFIG)) | {"tags": ("a", "b")})
+    assert second.config_hash == first.config_hash
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sft": {"steps": 6, "optim": {"lr": 1e-3}}}, r"\(sft\.steps: 5 there, 6 here\)"),
+        ({"sft": {"steps": 5, "optim": {"lr": 0.1}}}, r"\(sft\.optim\.lr: 0\.001 there, 0\.1 here\)"),
+        ({"new": 1}, r"\(new: 'nothing' there, 1 here\)"),
+        ({"name": "other", "tags": []}, r"\(name: 'run' there, 'other' here; tags: \['a', 'b'\] there, \[\] here\)"),
+    ],
+)
+def test_another_configuration_is_refused_naming_the_fields(tmp_path: Path, changes: dict, message: str) -> None:
+    Workdir(tmp_path, CONFIG).close()
+    with pytest.raises(ConfigError, match=message + "; go on with that one, or choose another --workdir"):
+        Workdir(tmp_path, CONFIG | changes)
+    assert Workdir(tmp_path, CONFIG).config_hash, "the refused one has changed nothing"
+
+
+def test_differences_are_named_by_their_path() -> None:
+    assert differences(CONFIG, CONFIG) == []
+    assert differences({"a": {"b": 1}}, {"a": {"c": 1}}) == ["a.b: 1 there, 'nothing' here", "a.c: 'nothing' there, 1 here"]
+    assert differences({"a": {"b": 1}}, {"a": 2}) == ["a: {'b': 1} there, 2 here"]
+
+
+def test_the_stopwatch_adds_up_phases_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 10.0, 12.0, 20.0, 23.0])
+    monkeypatch.setattr("fundus_jax.workdir.time.perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    for name in ("data", "update", "data"):
+        with watch(name):
+            pass
+    assert watch.lap() == {"time/data": 4.0, "time/update": 2.0}
+    assert watch.lap() == {}
