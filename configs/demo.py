@@ -18,7 +18,7 @@ from fundus_jax.sft import PromptConfig, SftConfig
 from launch.config import DataConfig, EvaluateConfig, RunConfig
 
 # Questions an image: every image is diagnosed; the other tasks take a small share each.
-TASKS = "disease:1,modality:0.1,laterality:0.1,lesion_presence:0.15"
+TASKS = "disease:1,modality:0.1,laterality:0.2,lesion_presence:0.15"
 
 
 def get_config(arg: str = "") -> RunConfig:

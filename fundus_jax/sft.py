@@ -59,6 +59,12 @@ class SftConfig:
         """Raises ConfigError for the first field that makes no sense."""
         if self.without_trace not in ("skip", "answer"):
             raise ConfigError(f"sft.without_trace is {self.without_trace!r}; it must be skip or answer")
+        at_least = {"batch": 1, "micro_batches": 1, "max_length": 1, "steps": 0, "save_every": 0}
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"sft.{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.epochs <= 0:
+            raise ConfigError(f"sft.epochs is {self.epochs}; it must be above 0")
         if self.batch % self.micro_batches:
             raise ConfigError(f"sft.micro_batches {self.micro_batches} must divide sft.batch {self.batch}")
         self.optim.validate()

@@ -137,7 +137,7 @@ def make_step(
         updates, moved = optimizer.update(grads, state.optimizer, state.params)
         opt_state: Any = moved
         params: Any = optax.apply_updates(state.params, updates)
-        extra = {"grad_norm": optax.global_norm(grads), "notfinite": notfinite_count(opt_state)}
+        extra = {"grad_norm": optax.tree.norm(grads), "notfinite": notfinite_count(opt_state)}
         return State(params, opt_state), metrics | extra
 
     return jax.jit(step, donate_argnums=(0,))

@@ -98,6 +98,11 @@ class RunConfig:
         self.policy.validate()
         for stage in (self.base, self.sft, self.grpo):
             stage.validate()
+        updates = {"base": self.base.steps, "sft": self.sft.steps, "grpo": self.grpo.steps * self.grpo.mu}
+        for name, steps in updates.items():  # here, and not after the data stage; 0 steps: the data decide
+            warmup = getattr(self, name).optim.warmup
+            if steps and warmup >= steps:
+                raise ConfigError(f"{name}.optim.warmup is {warmup} of {steps} updates; it must be less")
 
 
 def names(text: str) -> tuple[str, ...]:

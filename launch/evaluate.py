@@ -7,8 +7,10 @@ question.
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from absl import logging
 from fundus_jax.data import load_image, open_pool
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.benchmarks import PhantomBenchmark
-from fundus_jax.evaluation.items import Selection
+from fundus_jax.evaluation.items import Item, Selection
 from fundus_jax.evaluation.run import Prediction, compare, evaluate, predict, table, write
 from fundus_jax.files import write_atomic
 from fundus_jax.grpo.judge import RulesJudge
@@ -55,26 +57,20 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
             continue
         before_sft = stage == "base"
         items = greedy.items[: config.evaluate.before] if before_sft else greedy.items
-        model = trainer.after(stage)
-        ask = {
-            "load_image": lambda key: load_image(examples, key),
-            "max_new_tokens": config.grpo.max_new_tokens,
-            "batch_size": config.evaluate.batch,
-        }
-        answers = predict(model, trainer.processor, items, **ask)
-        entry = {"greedy": _report(folder / f"{stage}-greedy", answers)}
-        predictions[stage] = answers
+        ask = functools.partial(
+            _answers,
+            functools.cache(functools.partial(trainer.after, stage)),
+            trainer.processor,
+            load_image=functools.partial(load_image, examples),
+            max_new_tokens=config.grpo.max_new_tokens,
+            batch_size=config.evaluate.batch,
+        )
+        predictions[stage], report = ask(items, folder / f"{stage}-greedy")
+        asked = [one for one in predictions[stage] if one.item.task in set(names(config.data.grpo_tasks))]
+        entry = {"greedy": report} | ({"diagnosis": evaluate(asked)} if asked else {})
         if not before_sft:
-            drawn = predict(
-                model,
-                trainer.processor,
-                sampled.items,
-                temperature=1.0,
-                group_size=config.evaluate.samples,
-                seed=1,
-                **ask,
-            )
-            entry["sampled"] = _report(folder / f"{stage}-sampled", drawn)
+            samples = {"temperature": 1.0, "group_size": config.evaluate.samples, "seed": 1}
+            drawn, entry["sampled"] = ask(sampled.items, folder / f"{stage}-sampled", **samples)
             parts = _rewards(drawn, pool, config)
             units = [one.item.unit for one in drawn]
             entry["reward"] = {
@@ -87,11 +83,27 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
     return summary
 
 
-def _report(folder: Any, answers: Sequence[Prediction]) -> dict[str, Any]:
+def _answers(
+    model: Callable[[], Any], processor: Any, items: Sequence[Item], folder: Path, **ask: Any
+) -> tuple[list[Prediction], dict[str, Any]]:
+    """The responses to `items` and their report: from `folder`, or where it has none yet, asked and written.
+
+    `model` gives the policy and is only called to ask.
+    """
+    done = folder / "report.json"  # written last
+    if done.is_file():
+        logging.info("%s is there already", folder)
+        asked = {item.id: item for item in items}
+        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
+        facts = [json.loads(line) for line in lines if line]
+        kept = ("response", "sample", "tokens", "finished")
+        answers = [Prediction(item=asked[one["id"]], **{name: one[name] for name in kept}) for one in facts]
+        return answers, json.loads(done.read_text(encoding="utf-8"))
+    answers = predict(model(), processor, items, **ask)
     report = evaluate(answers)
     write(folder, answers, report)
     logging.info("%s\n%s", folder.name, table(report))
-    return report
+    return answers, report
 
 
 def _rewards(answers: Sequence[Prediction], pool: Any, config: RunConfig) -> np.ndarray:

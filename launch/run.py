@@ -10,6 +10,8 @@ goes on where it stopped; another configuration in the same workdir is refused.
 
 import json
 import logging as python_logging
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -37,42 +39,47 @@ flags.DEFINE_string("workdir", None, "Directory of the run; runs/NAME by default
 
 
 @contextmanager
-def timed(work: Workdir, stage: str):
+def timed(work: Workdir, stage: str, about: dict[str, str]):
     """Append what a stage took to timeline.jsonl, also when it was resumed or found finished."""
     logging.info("=== %s", stage)
     begun, clock = time.time(), time.monotonic()
     yield
-    line = {"stage": stage, "started": begun, "seconds": time.monotonic() - clock}
+    line = {"stage": stage, "started": begun, "seconds": time.monotonic() - clock, **about}
     with (work.path / "timeline.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def run(config: RunConfig, workdir: str | Path, mesh_text: str, stage: str = "all") -> Path:
+def run(
+    config: RunConfig, workdir: str | Path, mesh_text: str, stage: str = "all", command: str = ""
+) -> Path:
     """Run `stage` (or all) of `config` in `workdir` and return the path of report.html.
+
+    `command` is what the report gives as the way to repeat the run.
 
     Raises ConfigError or DataError with what to change.
     """
     config.validate()
     mesh = sharding.parse_mesh(mesh_text)
     work = Workdir(workdir, as_json(config))
-    logging.info(
-        "%s: %d x %s, mesh %s", work.path, jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape)
-    )
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    about = {"device": device, "mesh": ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())}
+    about |= {"command": command} if command else {}
+    logging.info("%s: %s, mesh %s", work.path, device, about["mesh"])
     wanted = STAGES if stage == "all" else (stage,)
     try:
         if "data" in wanted:
-            with timed(work, "data"):
+            with timed(work, "data", about):
                 stages.prepare_data(config, work)
         trainer = stages.Trainer(config, work, mesh)
         for name in ("base", "sft", "grpo"):
             if name in wanted and name in trainer.plan:
-                with timed(work, name):
+                with timed(work, name, about):
                     trainer.run(name)
         if "evaluate" in wanted:
-            with timed(work, "evaluate"):
+            with timed(work, "evaluate", about):
                 evaluate.measure(config, work, trainer)
         if "export" in wanted:
-            with timed(work, "export"):
+            with timed(work, "export", about):
                 stages.export(work, trainer)
         return write_report(work.path)
     finally:
@@ -96,7 +103,8 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError("--config is missing, e.g. --config=configs/demo.py")
     workdir = flags.FLAGS.workdir or f"runs/{config.name}"
     try:
-        report = run(config, workdir, flags.FLAGS.mesh, flags.FLAGS.stage)
+        command = shlex.join(["python", *sys.argv])
+        report = run(config, workdir, flags.FLAGS.mesh, flags.FLAGS.stage, command)
     except (ConfigError, DataError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     print(f"report: {report.resolve()}")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from fundus_jax import dialog, sft
 from fundus_jax.data import Pool
+from fundus_jax.models.batch import Batch
+from fundus_jax.optim import OptimConfig
 from fundus_jax.records import ConfigError, DataError, Trace
 from launch.stages import Trainer
 from tests import small
@@ -107,11 +112,27 @@ def test_an_example_without_a_kept_trace_is_skipped_or_answered_bare(trainer: Tr
     assert len(without.rows) == 3
 
 
-def test_the_loss_is_the_mean_of_minus_log_p_over_learned_tokens(trainer: Trainer) -> None:
-    model = small.stir(trainer.start())
-    batch, learned = encoded(trainer, trainer.rows, [0, 3, 5])
-    value, metrics = sft.loss(model, (batch, learned), sft.count((batch, learned)))
-    logits = np.asarray(model(batch), np.float64)
+@pytest.fixture(scope="module")
+def model(trainer: Trainer) -> Any:
+    """A policy with whom everything depends on everything."""
+    return small.stir(trainer.start())
+
+
+@functools.cache
+def compiled(graph: Any, what: Any) -> Any:
+    return jax.jit(lambda state, *inputs: what(nnx.merge(graph, state), *inputs))
+
+
+def loss_of(model: Any, rows: tuple[Batch, np.ndarray], total: Any) -> tuple[jax.Array, dict]:
+    graph, state = nnx.split(model)
+    return compiled(graph, sft.loss)(state, rows, total)
+
+
+def test_the_loss_is_the_mean_of_minus_log_p_over_learned_tokens(trainer: Trainer, model: Any) -> None:
+    batch, learned = encoded(trainer, trainer.rows, [0, 3])
+    value, metrics = loss_of(model, (batch, learned), sft.count((batch, learned)))
+    graph, state = nnx.split(model)
+    logits = np.asarray(compiled(graph, lambda model, batch: model(batch))(state, batch), np.float64)
     total, tokens, entropy = 0.0, 0, 0.0
     for row, place in zip(*np.nonzero(learned), strict=True):
         scores = logits[row, place - 1]
@@ -124,25 +145,25 @@ def test_the_loss_is_the_mean_of_minus_log_p_over_learned_tokens(trainer: Traine
     np.testing.assert_allclose(metrics["entropy"], entropy / tokens, rtol=1e-5)
 
 
-def test_micro_batches_of_the_loss_add_up(trainer: Trainer) -> None:
-    model = small.stir(trainer.start())
+def test_the_loss_of_parts_adds_up_by_the_count_of_the_whole(trainer: Trainer, model: Any) -> None:
     whole = encoded(trainer, trainer.rows, [0, 3, 5, 7])
     total = sft.count(whole)
-    value = sft.loss(model, whole, total)[0]
     parts = [jax.tree.map(lambda leaf, part=part: leaf[part::2], whole) for part in (0, 1)]
-    np.testing.assert_allclose(sum(sft.loss(model, part, total)[0] for part in parts), value, rtol=1e-5)
+    value, *shares = (loss_of(model, part, total)[0] for part in (whole, *parts))
+    np.testing.assert_allclose(sum(shares), value, rtol=1e-5)
 
 
-def test_the_image_reaches_the_loss(trainer: Trainer) -> None:
-    model = small.stir(trainer.start())
-    batch, learned = encoded(trainer, trainer.rows, [0])
-    other = replace(batch, patches=batch.patches[:, ::-1].copy())
+def test_the_image_reaches_the_loss(trainer: Trainer, model: Any) -> None:
+    batch, learned = encoded(trainer, trainer.rows, [0, 3])
+    other = replace(batch, patches=-batch.patches)
     total = sft.count((batch, learned))
-    assert sft.loss(model, (batch, learned), total)[0] != sft.loss(model, (other, learned), total)[0]
+    one, two = (loss_of(model, (rows, learned), total)[0] for rows in (batch, other))
+    assert abs(one - two) > 1e-4
 
 
 def test_training_falls_from_uniform_and_ends_with_a_bundle(source: Path, tmp_path: Path) -> None:
-    config = small.config(sft=sft.SftConfig(steps=10, batch=4, micro_batches=2, max_length=512, save_every=5, optim=small.optim()))
+    stage = replace(small.config().sft, steps=10, micro_batches=2, save_every=5, optim=small.optim(lr=3e-2))
+    config = small.config(sft=stage)
     trainer = small.open_run(tmp_path, source, config)
     trainer.plan = trainer.work.stages = {"sft": 10, "grpo": 2}
     model = trainer.start()
@@ -152,7 +173,7 @@ def test_training_falls_from_uniform_and_ends_with_a_bundle(source: Path, tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert lines[0]["loss"] == pytest.approx(math.log(model.config.vocab_size), rel=1e-5), "the fresh head is uniform"
-    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
     assert {"loss", "entropy", "tokens", "grad_norm", "notfinite", "time/data", "time/update"} <= lines[0].keys()
     assert trainer.work.checkpoints.steps() == [5, 10]
     assert trainer.work.finished("sft")
@@ -160,7 +181,7 @@ def test_training_falls_from_uniform_and_ends_with_a_bundle(source: Path, tmp_pa
 
 
 def test_gradients_that_stay_not_finite_stop_the_stage(source: Path, tmp_path: Path) -> None:
-    config = small.config(sft=replace(small.config().sft, steps=6))
+    config = small.config(sft=replace(small.config().sft, steps=6, optim=OptimConfig(lr=1e-3)))
     trainer = small.open_run(tmp_path, source, config)
     trainer.plan = trainer.work.stages = {"sft": 6}
     model = trainer.start()

@@ -147,6 +147,6 @@ def test_moments_lie_where_their_parameters_lie() -> None:
     places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
     assert places == skeleton.shardings(mesh)
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == model.head.shape]
-    assert len(moments) == 2
+    assert moments, "or the test would prove nothing"
     assert {leaf.sharding.spec for leaf in moments} == {state.params["lm_head"]["weight"].sharding.spec}
     assert not state.params["lm_head"]["weight"].sharding.is_fully_replicated

@@ -75,6 +75,21 @@ class PolicyConfig:
                 f"policy.vocab {self.vocab} must hold 256 bytes and {len(SPECIAL)} special tokens; "
                 f"policy.pixels {self.pixels} must be a multiple of 28"
             )
+        sizes = ("layers", "mlp", "heads", "kv_heads", "pixels")
+        for name in (*sizes, "vision_layers", "vision_mlp", "vision_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"policy.{name} is {getattr(self, name)}; it must be at least 1")
+        # Rotary embeddings turn pairs of channels, in the vision tower for rows and for columns.
+        for name, whole, parts in (
+            ("width", self.width, ("heads", 2 * self.heads)),
+            ("vision_width", self.vision_width, ("vision_heads", 4 * self.vision_heads)),
+        ):
+            if whole < 1 or whole % parts[1]:
+                raise ConfigError(
+                    f"policy.{name} {whole} must be a multiple of {parts[1]}, for policy.{parts[0]}"
+                )
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"policy.kv_heads {self.kv_heads} must divide policy.heads {self.heads}")
 
 
 def make_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:

@@ -19,7 +19,7 @@ from fundus_jax import training
 from fundus_jax.data import Pool, batches
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.optim import OptimConfig
-from fundus_jax.records import Example
+from fundus_jax.records import ConfigError, DataError, Example
 from fundus_jax.workdir import Stopwatch, Workdir
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -38,16 +38,22 @@ class BaseConfig:
     )
 
     def validate(self) -> None:
-        """Raises ConfigError through the optimizer's own check."""
+        """Raises ConfigError for the first field that makes no sense."""
+        for name, low in {"steps": 1, "batch": 1, "save_every": 0}.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"base.{name} is {getattr(self, name)}; it must be at least {low}")
         self.optim.validate()
 
 
 def targets_of(examples: Sequence[Example]) -> tuple[list[str], np.ndarray]:
-    """Names and a table [examples, names] of 0/1: each finding, and each label within its kind of image."""
+    """Names and a table [examples, names] of 0/1: each finding, each label within its kind of image, and what
+    tells the en-face images apart: the wide field and the right eye."""
 
     def facts(example: Example) -> set[str]:
         kind = "OCT" if example.modality == "OCT" else "en face"
-        return {*(example.findings or ()), *(f"{kind}: {label}" for label in example.labels)}
+        known = {*(example.findings or ()), *(f"{kind}: {label}" for label in example.labels)}
+        seen = {"wide field": example.modality == "UWF", "right eye": example.eye == "OD"}
+        return known | {name for name, there in seen.items() if there and known}
 
     names = sorted(set().union(*(facts(example) for example in examples)))
     table = np.asarray([[name in facts(example) for name in names] for example in examples], np.float32)
@@ -62,6 +68,8 @@ def warm_up(
     images = {example.image: example for example in pool.examples}  # one question an image is enough
     examples = list(images.values())
     names, table = targets_of(examples)
+    if not names:
+        raise DataError(f"no finding or label is known of any of {len(examples)} images: nothing to learn")
     skeleton, params = training.split(model)
     shape = (len(names), model.config.hidden_size)
     learned = {"visual": params["visual"], "head": {"weight": jnp.zeros(shape), "bias": jnp.zeros(shape[:1])}}

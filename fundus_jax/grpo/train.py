@@ -7,6 +7,7 @@ draws what an uninterrupted one would have drawn. The reference is the policy th
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -113,11 +114,11 @@ def train(
     optimizer = training.make_optimizer(config.optim, config.steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
     key = jax.random.key(config.seed)
+    settings = ("max_new_tokens", "temperature", "group_size")
+    sample = functools.partial(generate, **{name: getattr(config, name) for name in settings})
     with jax.set_mesh(mesh):
         state = training.start(skeleton, params, optimizer, mesh)
-        reference = (
-            jax.tree.map(lambda leaf: leaf.astype(compute).copy(), state.params) if config.kl_coef else None
-        )
+        reference = frozen(state.params, compute) if config.kl_coef else None
         iterator = batches(len(prompts.rows), config.prompts_per_step, prompts.build, seed=config.seed)
         state, done = work.resume("grpo", state, iterator)
         progress, watch = work.progress("grpo", done), Stopwatch()
@@ -127,50 +128,50 @@ def train(
                 batch = training.place(batch, mesh)
             with watch("rollout"):
                 policy = skeleton.merge(training.cast(state.params, compute), model.options)
-                rollout = generate(
-                    policy,
-                    batch,
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature,
-                    group_size=config.group_size,
-                    seed=jax.random.fold_in(key, step),
-                )
-                jax.block_until_ready(rollout)
+                rollout = jax.block_until_ready(sample(policy, batch, seed=jax.random.fold_in(key, step)))
             with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
                 ref = None if reference is None else score(reference, batch, rollout.tokens)
                 old = score(state.params, batch, rollout.tokens) if config.mu > 1 else None
             with watch("judge"):
                 texts, scores = score_all(prompts, index, rollout, judge, config)
                 check_abstentions(scores, config)
-                rewards, valid = reward_arrays(scores)
+                advantages = np.asarray(group_advantages(*totals(scores), scale=config.scale), np.float32)
             with watch("update"):
-                advantages = group_advantages(np.where(valid, rewards, 0), valid, scale=config.scale)
-                samples = Samples(
-                    prompts=batch,
-                    tokens=rollout.tokens,
-                    mask=rollout.mask,
-                    sampled=rollout.logprobs,
-                    advantages=training.place(np.asarray(advantages, np.float32), mesh),
-                    old=old,
-                    ref=ref,
-                )
+                samples = Samples.of(batch, rollout, training.place(advantages, mesh), old, ref)
                 for _ in range(config.mu):
                     state, metrics = update(state, samples)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
-            values |= {f"reward/{name}": value for name, value in reward_metrics(scores).items()}
-            values |= {
-                name: float(value) for name, value in group_stats(np.where(valid, rewards, 0), valid).items()
-            }
-            lengths = np.asarray(rollout.mask).sum(axis=-1)
-            values |= {"length": float(lengths.mean()), "length_max": float(lengths.max())}
+            values |= describe(scores, rollout)
             work.metrics.log("grpo", step, values | watch.lap())
             progress.update(note=f"reward {values['reward/total']:.3f}")
             if step == config.steps or (config.save_every and step % config.save_every == 0):
-                show(work, step, prompts, index, texts, scores, np.asarray(advantages))
+                show(work, step, prompts, index, texts, scores, advantages)
                 work.save("grpo", step, state, iterator)
     progress.close()
     return state.params
+
+
+def frozen(params: training.Params, dtype: str) -> training.Params:
+    """A copy that stays when the original is donated to the first update."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype).copy(), params)
+
+
+def totals(scores: Sequence[Sequence[Score]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards [B,G], 0 where the judge abstained, and which of them are valid [B,G]."""
+    rewards, valid = reward_arrays(scores)
+    return np.where(valid, rewards, 0), valid
+
+
+def describe(scores: Sequence[Sequence[Score]], rollout: Rollout) -> dict[str, float]:
+    """What metrics.jsonl records of a step: reward parts and ratings, group statistics, response lengths."""
+    lengths = np.asarray(rollout.mask).sum(axis=-1)
+    return {
+        **{f"reward/{name}": value for name, value in reward_metrics(scores).items()},
+        **{name: float(value) for name, value in group_stats(*totals(scores)).items()},
+        "length": float(lengths.mean()),
+        "length_max": float(lengths.max()),
+    }
 
 
 def show(

@@ -18,6 +18,7 @@ import optax
 from fundus_jax import training
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.loss import combine_metrics, loss_denominator, policy_loss
+from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.logprobs import token_logprobs
 
@@ -38,6 +39,22 @@ class Samples:
     advantages: Array
     old: Array | None
     ref: Array | None
+
+    @classmethod
+    def of(
+        cls, prompts: Batch, rollout: Rollout, advantages: Array, old: Array | None, ref: Array | None
+    ) -> Samples:
+        """A step's samples from what the sampler returned."""
+        tokens, logprobs, mask = rollout
+        return cls(
+            prompts=prompts,
+            tokens=tokens,
+            mask=mask,
+            sampled=logprobs,
+            advantages=advantages,
+            old=old,
+            ref=ref,
+        )
 
 
 def response_logprobs(model: Any, prompts: Batch, tokens: Array, temperature: float) -> tuple[Array, Array]:

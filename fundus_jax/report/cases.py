@@ -156,10 +156,11 @@ def _marks(present: Iterable[str], absent: Iterable[str], example: Example | Non
 
 
 def _spread(lines: Sequence[dict[str, Any]], count: int) -> list[str]:
-    """Ids, one modality after the other, each time of the class that was shown least so far."""
+    """Ids: one modality after the other, of the class shown least so far, with masks before without."""
 
-    def place(line: dict[str, Any]) -> bytes:
-        return hashlib.sha256(str(line.get("id")).encode(errors="replace")).digest()
+    def place(line: dict[str, Any]) -> tuple[bool, bytes]:
+        masked = line.get("findings") is not None  # first: they show more
+        return not masked, hashlib.sha256(str(line.get("id")).encode(errors="replace")).digest()
 
     queues = {
         name: sorted((one for one in lines if one.get("modality") == name), key=place) for name in MODALITIES

@@ -20,21 +20,27 @@ MOST = 240  # points of a polyline; more are averaged in buckets
 STRIP = (180, 15)  # width of an interval strip, height of one of its rows
 
 
-def curve(points: Sequence[Point], *, unit: str, zero: bool = False) -> Markup | None:
+def curve(points: Sequence[Point], *, unit: str, axis: str = "free") -> Markup | None:
     """Values over steps: raw ones faint, a running mean on top, the last mean written beside it.
 
-    Missing values (None) are left out; a chart without any is None. `zero`: the axis starts at 0 or below.
+    `axis`: "free" shows the values' range, "zero" starts at 0 or below, "log" is logarithmic. Missing values
+    (None), and those that have no logarithm, are left out; a chart without any is None.
     """
     known = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+    if axis == "log":
+        known = [(step, math.log10(value)) for step, value in known if value > 0]
     if not known:
         return None
     steps, raw = _buckets([step for step, _ in known]), _buckets([value for _, value in known])
     calm = _buckets(smooth([value for _, value in known]))
-    low, high = _range(raw, calm, zero)
-    ticks = nice_ticks(low, high)
+    low, high = _range(raw, calm, axis == "zero")
+    ticks = _powers(low, high) if axis == "log" else nice_ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
     first, last = known[0][0], max(known[-1][0], known[0][0] + 1)
     x = [LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT) for step in steps]
+
+    def told(value: float) -> str:
+        return short(10**value if axis == "log" else value)
 
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
@@ -42,7 +48,7 @@ def curve(points: Sequence[Point], *, unit: str, zero: bool = False) -> Markup |
     grid = Markup().join(
         Markup(
             '<path class="grid" d="M{} {:.1f}H{}"/><text class="tick end" x="{}" y="{:.1f}">{}</text>'
-        ).format(LEFT, y(tick), WIDTH - RIGHT, LEFT - 6, y(tick) + 3.5, short(tick))
+        ).format(LEFT, y(tick), WIDTH - RIGHT, LEFT - 6, y(tick) + 3.5, told(tick))
         for tick in ticks
     )
     foot = Markup('<text class="tick" x="{}" y="{}">{}</text>').format(
@@ -60,11 +66,12 @@ def curve(points: Sequence[Point], *, unit: str, zero: bool = False) -> Markup |
         _path(x, [y(min(max(value, low), high)) for value in raw]), _path(x, [y(value) for value in calm])
     )
     return Markup(
-        '<svg class="curve" viewBox="0 0 {} {}" role="img">'
-        '<text class="unit" x="0" y="11">{}</text>{}{}{}{}</svg>'
+        '<svg class="curve" viewBox="0 0 {0} {1}" role="img"><title>{2}: from {3} to {4}</title>'
+        '<text class="unit" x="0" y="11">{2}</text>{5}{6}{7}{8}</svg>'
     ).format(
-        WIDTH, HEIGHT, unit, grid, foot, inside, mark.format(*ends, ends[0] + 7, ends[1] + 4, short(calm[-1]))
-    )
+        WIDTH, HEIGHT, f"{unit}, logarithmic" if axis == "log" else unit, told(calm[0]), told(calm[-1]), grid,
+        foot, inside, mark.format(*ends, ends[0] + 7, ends[1] + 4, told(calm[-1])),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +112,8 @@ def strip(
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """A centred running mean over about a twelfth of the values, one-sided at both ends."""
-    reach = len(values) // 24
+    """A centred running mean over about an eighth of the values, one-sided at both ends."""
+    reach = len(values) // 16
     total = [0.0]
     for value in values:
         total.append(total[-1] + value)
@@ -121,6 +128,13 @@ def nice_ticks(low: float, high: float, count: int = 3) -> list[float]:
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * count >= span * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{number * step:.12g}") for number in range(first, max(last, first + 1) + 1)]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """The whole powers of ten around [low, high], which are logarithms; at most six."""
+    first, last = math.floor(low + 1e-9), math.ceil(high - 1e-9)
+    step = math.ceil(max(last - first, 1) / 5)
+    return [float(power) for power in range(first, max(last, first + 1) + step, step)]
 
 
 def short(value: float) -> str:

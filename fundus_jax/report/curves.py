@@ -17,68 +17,48 @@ from markupsafe import Markup
 from fundus_jax.report import charts
 
 Lines = Sequence[Mapping[str, Any]]
-# stage -> (metrics, summed; title; unit; what it tells; whether the axis starts at 0)
-PANELS: dict[str, tuple[tuple[tuple[str, ...], str, str, str, bool], ...]] = {
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A curve: the metrics that are summed, its title, unit and meaning, its axis (see `charts.curve`)."""
+
+    names: tuple[str, ...]
+    title: str
+    unit: str
+    what: str
+    axis: str = "zero"
+
+
+_NORM = Spec(("grad_norm",), "Gradient norm", "L2 norm", "Of the whole update, before clipping.")
+PANELS: dict[str, tuple[Spec, ...]] = {
     "base": (
-        (("loss",), "Warm-up loss", "nats a target", "Of the findings head, which is then discarded.", True),
-        (
-            ("exact",),
-            "All targets right",
-            "share of images",
-            "Every finding and the label at once, on training images.",
-            True,
-        ),
-        (("grad_norm",), "Gradient norm", "L2 norm", "Of the whole update, before clipping.", True),
+        Spec(("loss",), "Warm-up loss", "nats a target", "Of the findings head, later discarded.", "log"),
+        Spec(("exact",), "All targets right", "share of images", "Every finding and the label, in training."),
+        _NORM,
     ),
     "sft": (
-        (("loss",), "SFT loss", "nats a token", "Cross-entropy of the assistant's tokens.", True),
-        (("entropy",), "Entropy", "nats a token", "How undecided the next token is.", True),
-        (("grad_norm",), "Gradient norm", "L2 norm", "Of the whole update, before clipping.", True),
+        Spec(("loss",), "SFT loss", "nats a token", "Cross-entropy of the assistant's tokens.", "log"),
+        Spec(("entropy",), "Entropy", "nats a token", "How undecided the next token is.", "log"),
+        _NORM,
     ),
     "grpo": (
-        (
-            ("reward/total",),
-            "Reward",
-            "mean of the rollouts",
-            "Sum of the three parts, on the prompts of the step.",
-            False,
+        Spec(("reward/total",), "Reward", "mean of the rollouts", "Answer + format + process.", "free"),
+        Spec(("reward/answer",), "Answer reward", "mean", "1 where the answer is right.", "free"),
+        Spec(("reward/format",), "Format reward", "mean", "1 where the reply keeps the format.", "free"),
+        Spec(("reward/process",), "Process reward", "mean", "What the judge gives the trace.", "free"),
+        Spec(("kl",), "KL to the SFT policy", "nats a token", "How far the policy has moved."),
+        Spec(("entropy",), "Entropy", "nats a token", "Falls as the policy commits itself."),
+        Spec(("clip_low", "clip_high"), "Clipped", "share of tokens", "Ratios outside the trust region."),
+        Spec(("length",), "Response length", "tokens", "Mean of the rollouts of a step.", "free"),
+        Spec(
+            ("zero_variance",), "Zero-variance groups", "share of groups", "Equal rewards: nothing to learn."
         ),
-        (("reward/answer",), "Answer reward", "mean", "1 where the answer is right.", False),
-        (("reward/format",), "Format reward", "mean", "1 where the reply keeps the format.", False),
-        (("reward/process",), "Process reward", "mean", "What the judge gives the trace.", False),
-        (("kl",), "KL to the SFT policy", "nats a token", "How far the policy has moved.", True),
-        (
-            ("entropy",),
-            "Entropy",
-            "nats a token",
-            "Falls as the policy commits itself; 0 would end exploration.",
-            True,
-        ),
-        (
-            ("clip_low", "clip_high"),
-            "Clipped",
-            "share of tokens",
-            "Ratios that left the trust region; 0 with one update a batch.",
-            True,
-        ),
-        (("length",), "Response length", "tokens", "Mean of the rollouts of a step.", False),
-        (
-            ("zero_variance",),
-            "Zero-variance groups",
-            "share of groups",
-            "All rollouts got the same reward, so nothing is learnt.",
-            True,
-        ),
-        (
-            ("sampler_gap",),
-            "Sampler against trainer",
-            "mean |Δ log-prob|",
-            "Rounding, if both compute the same policy.",
-            True,
-        ),
-        (("grad_norm",), "Gradient norm", "L2 norm", "Of the whole update, before clipping.", True),
+        Spec(("sampler_gap",), "Sampler against trainer", "mean |Δ log-prob|", "Rounding, if both agree."),
+        _NORM,
     ),
 }
+PHASES = ("rollout", "update", "score", "judge", "data")  # from the darkest tint to the faintest
 STAGES = ("data", "base", "sft", "grpo", "evaluate", "export")
 
 
@@ -96,15 +76,15 @@ def panels(metrics: Mapping[str, Lines]) -> dict[str, list[Panel]]:
     found: dict[str, list[Panel]] = {}
     for stage, rows in PANELS.items():
         lines = metrics.get(stage, ())
-        for names, title, unit, what, zero in rows:
+        for spec in rows:
             points = [
-                (float(line.get("step") or 0), _sum(line, names))
+                (float(line.get("step") or 0), _sum(line, spec.names))
                 for line in lines
-                if any(name in line for name in names)
+                if any(name in line for name in spec.names)
             ]
-            picture = charts.curve(points, unit=unit, zero=zero)
+            picture = charts.curve(points, unit=spec.unit, axis=spec.axis)
             if picture is not None:
-                found.setdefault(stage, []).append(Panel(title=title, what=what, picture=picture))
+                found.setdefault(stage, []).append(Panel(title=spec.title, what=spec.what, picture=picture))
     return found
 
 
@@ -156,7 +136,7 @@ def phases(metrics: Mapping[str, Lines]) -> list[Phases]:
         lines = [line for line in metrics.get(stage, ()) if any(name.startswith("time/") for name in line)]
         if not lines:
             continue
-        names = [name for name in lines[0] if name.startswith("time/")]
+        names = sorted((name for name in lines[0] if name.startswith("time/")), key=_place)
         steady = lines[1:] or lines
         parts = [(name.removeprefix("time/"), _median(line.get(name) for line in steady)) for name in names]
         first = sum(float(lines[0].get(name) or 0) for name in names)
@@ -171,7 +151,7 @@ def phases(metrics: Mapping[str, Lines]) -> list[Phases]:
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 24 ms, 3.1 s, 27 s, 4 min 05 s, 2 h 10 min."""
     if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
+        return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     whole = round(seconds)
@@ -193,6 +173,11 @@ def _sum(line: Mapping[str, Any], names: Sequence[str]) -> float | None:
     values = [line.get(name) for name in names if name in line]
     known = [float(value) for value in values if isinstance(value, int | float)]
     return sum(known) if known and len(known) == len(values) else None
+
+
+def _place(name: str) -> tuple[int, str]:
+    phase = name.removeprefix("time/")
+    return (PHASES.index(phase) if phase in PHASES else len(PHASES), phase)
 
 
 def _median(values: Iterable[Any]) -> float:

@@ -184,8 +184,13 @@ def tables(summary: dict[str, Any], mode: str) -> list[Table]:
         "The baseline is the best constant answer of each group of questions, read off the test answers "
         "themselves."
     )
+    diagnoses = {
+        stage: entry["diagnosis"] for stage, entry in summary["stages"].items() if "diagnosis" in entry
+    }
+    if diagnoses and mode == "greedy":
+        found.append(_grouped(diagnoses, "by_modality", "Diagnosis by modality", majority))
     found += [
-        _grouped(reports, "by_modality", "By modality", majority),
+        _grouped(reports, "by_modality", "All questions by modality", majority),
         _grouped(
             reports,
             "by_level",

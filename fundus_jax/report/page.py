@@ -101,6 +101,11 @@ def statements(run: Run) -> list[str]:
             "The images are phantoms: drawn by a program, no patient's. They test the method as a "
             "physicist's test object does; no number here has a clinical meaning."
         )
+    elif run.census.images:
+        found.append(
+            "The images come from the user's own copy of a public data set, under its licence. Numbers on "
+            "them are no clinical validation."
+        )
     if run.config and not run.config.get("model"):
         found.append(
             "The policy is small and was made in this run. Its vision tower was first warmed up under a "
@@ -167,17 +172,20 @@ def commands(run: Run) -> list[tuple[str, str]]:
         f'model, processor = load_pretrained("{workdir}/hf")   # transformers loads it too:\n'
         f'# Qwen2_5_VLForConditionalGeneration.from_pretrained("{workdir}/hf")'
     )
+    prompt = run.config.get("prompt", {})
+    options = [f"--style={prompt.get('style', 'options')}"]
+    options += [f"--no{name}" for name in ("think", "instruct") if not prompt.get(name, True)]
     measure = (
         f"python -m fundus_jax.evaluation.run --model={workdir}/hf --benchmark=phantom \\\n"
-        f"    --source={workdir}/data/examples --out={workdir}/again"
+        f"    --source={workdir}/data/examples --out={workdir}/again {' '.join(options)}"
     )
-    found = [("Run it again (in the same workdir it resumes; another configuration there is refused)", again)]
+    what = "Run it again: the same workdir resumes, and refuses another configuration than the one below"
+    found = [(what, again)]
     if (run.path / "hf").is_dir():
-        found += [
-            ("Load the export", chat),
-            ("Measure the export", measure),
-            ("Serve it (vLLM, on a GPU)", f"vllm serve {workdir}/hf"),
-        ]
+        found += [("Load the export", chat), ("Measure the export", measure)]
+        found.append(
+            ("Serve it with vLLM on a GPU; meant for policies of real size", f"vllm serve {workdir}/hf")
+        )
     return found
 
 

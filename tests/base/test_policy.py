@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,7 +18,10 @@ from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError
 from tests import small
 
-TEXTS = ["The retina shows 12 microaneurysms.\nNo haemorrhage.", "<think>a b</think> <answer>Mild NPDR</answer>"] * 3
+TEXTS = [
+    "The retina shows 12 microaneurysms.\nNo haemorrhage.",
+    "<think>a b</think> <answer>Mild NPDR</answer>",
+] * 3
 SIZES = small.config().policy
 
 
@@ -37,7 +42,9 @@ def test_the_special_tokens_are_the_last_ids_in_qwens_order() -> None:
     tokenizer = policy.make_tokenizer(TEXTS, 300)
     size = tokenizer.get_vocab_size()
     assert size <= 300
-    assert [tokenizer.token_to_id(name) for name in policy.SPECIAL] == list(range(size - len(policy.SPECIAL), size))
+    assert [tokenizer.token_to_id(name) for name in policy.SPECIAL] == list(
+        range(size - len(policy.SPECIAL), size)
+    )
     assert tokenizer.encode("12<|im_end|>").tokens[-3:] == ["1", "2", "<|im_end|>"]
 
 
@@ -74,19 +81,30 @@ def test_the_same_texts_give_the_same_bytes(directory: Path, tmp_path: Path) -> 
 
 def test_its_configuration_survives_the_file(directory: Path) -> None:
     written = policy.model_config(SIZES, policy.make_tokenizer(TEXTS, SIZES.vocab))
-    assert read_config(directory) == written
+    read = read_config(directory)
+    assert json.loads(read.extras) == json.loads(written.extras)
+    assert replace(read, extras=written.extras) == written
     assert written.vocab_size % 64 == 0
     assert sum(written.mrope_section) == SIZES.width // SIZES.heads // 2
-    assert policy.model_config(policy.PolicyConfig(), policy.make_tokenizer(TEXTS, 400)).mrope_section == (4, 6, 6)
+    assert policy.model_config(policy.PolicyConfig(), policy.make_tokenizer(TEXTS, 400)).mrope_section == (
+        4,
+        6,
+        6,
+    )
 
 
 def test_first_weights_are_drawn_from_the_seed(directory: Path) -> None:
     config = read_config(directory)
-    one, same, other = (nnx.to_pure_dict(nnx.state(policy.fresh(config, seed))) for seed in (1, 1, 2))
-    for (path, a), (_, b), (_, c) in zip(*(nnx.to_flat_state(tree) for tree in (one, same, other)), strict=True):
-        names = [str(part) for part in path]
+    trees = [nnx.to_pure_dict(nnx.state(policy.fresh(config, seed))) for seed in (1, 1, 2)]
+    leaves = (jax.tree_util.tree_leaves_with_path(tree) for tree in trees)
+    for (path, a), (_, b), (_, c) in zip(*leaves, strict=True):
+        names = [key.key for key in path]
         assert np.array_equal(a, b), names
-        drawn = names[0] != "lm_head" and names[-1] != "bias" and not any("norm" in n or n == "ln_q" for n in names)
+        drawn = (
+            names[0] != "lm_head"
+            and names[-1] != "bias"
+            and not any("norm" in n or n == "ln_q" for n in names)
+        )
         assert np.array_equal(a, c) != drawn, names
         if names[-1] == "bias" or names[0] == "lm_head":
             assert not np.any(a), names
@@ -100,7 +118,10 @@ def test_first_predictions_are_uniform_and_residual_outputs_small(directory: Pat
     processor = Processor.from_pretrained(directory)
     assert not np.any(model(processor(["The retina"])))
     layers = model.text.layers
-    for inner, outer in ((layers.mlp.gate_proj, layers.mlp.down_proj), (layers.self_attn.q_proj, layers.self_attn.o_proj)):
+    for inner, outer in (
+        (layers.mlp.gate_proj, layers.mlp.down_proj),
+        (layers.self_attn.q_proj, layers.self_attn.o_proj),
+    ):
         fan_in = [np.sqrt(linear.weight.get_value().shape[-1]) for linear in (inner, outer)]
         scale = [float(np.std(linear.weight.get_value())) for linear in (inner, outer)]
         np.testing.assert_allclose(scale[0] * fan_in[0], 1, rtol=0.1)

@@ -25,7 +25,9 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, training.Pa
     """A finished stage, and the parameters it returned."""
     config = small.config(base=warmup.BaseConfig(steps=STEPS, batch=8, save_every=20, optim=small.optim()))
     trainer = small.open_run(tmp_path_factory.mktemp("warm"), small.data(tmp_path_factory), config)
-    params = warmup.warm_up(trainer.work, trainer.start(), trainer.processor, trainer.pool, config.base, trainer.mesh)
+    params = warmup.warm_up(
+        trainer.work, trainer.start(), trainer.processor, trainer.pool, config.base, trainer.mesh
+    )
     trainer.work.close()
     return trainer, params
 
@@ -47,7 +49,9 @@ def test_only_the_vision_tower_has_changed(warm: tuple[Trainer, training.Params]
     for name in before.keys() - {"visual"}:
         for one, other in zip(jax.tree.leaves(params[name]), jax.tree.leaves(before[name]), strict=True):
             assert np.array_equal(one, other), name
-    moved = jax.tree.map(lambda one, other: not np.array_equal(one, other), params["visual"], before["visual"])
+    moved = jax.tree.map(
+        lambda one, other: not np.array_equal(one, other), params["visual"], before["visual"]
+    )
     assert all(jax.tree.leaves(moved)), moved
 
 
@@ -67,18 +71,26 @@ def test_every_image_counts_once_whatever_is_asked_about_it(warm: tuple[Trainer,
     assert state["arrays"]["params.head.weight"][1][0] == len(names)
 
 
-def test_targets_are_findings_and_labels_within_their_kind_of_image(warm: tuple[Trainer, training.Params]) -> None:
+def test_targets_are_findings_and_labels_within_their_kind_of_image(
+    warm: tuple[Trainer, training.Params],
+) -> None:
     example = warm[0].pool.examples[0]
-    eye = replace(example, modality="CFP", labels=("Normal",), findings=("drusen", "large cup"))
-    scan = replace(example, modality="OCT", labels=("Normal", "DME"), findings=None)
+    eye = replace(example, modality="UWF", eye="OD", labels=("Normal",), findings=("drusen", "large cup"))
+    scan = replace(example, modality="OCT", eye="", labels=("Normal", "DME"), findings=None)
     names, table = warmup.targets_of([eye, scan])
-    assert names == ["OCT: DME", "OCT: Normal", "drusen", "en face: Normal", "large cup"]
-    assert table.tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert names == [
+        *("OCT: DME", "OCT: Normal", "drusen", "en face: Normal", "large cup", "right eye", "wide field")
+    ]
+    assert table.tolist() == [[0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0]]
 
 
-def test_a_stage_without_anything_to_name_is_an_error(warm: tuple[Trainer, training.Params], tmp_path: Path) -> None:
+def test_a_stage_without_anything_to_name_is_an_error(
+    warm: tuple[Trainer, training.Params], tmp_path: Path
+) -> None:
     trainer = warm[0]
     bare = tuple(replace(e, labels=(), findings=None) for e in trainer.pool.examples)
     pool: Pool = replace(trainer.pool, examples=bare)
-    with pytest.raises(DataError, match="findings or labels"):
-        warmup.warm_up(trainer.work, trainer.start(), trainer.processor, pool, trainer.config.base, trainer.mesh)
+    with pytest.raises(DataError, match="no finding or label is known of any of 36 images"):
+        warmup.warm_up(
+            trainer.work, trainer.start(), trainer.processor, pool, trainer.config.base, trainer.mesh
+        )

@@ -131,7 +131,7 @@ def make_rollouts(work: Path, step: int, skill: float, hostile: bool) -> None:
             for k in range(4)
         ]
         found = [judged(text, example, pool) for text in texts]
-        mean = np.mean([one.total for one in found])
+        mean = np.mean([one.total or 0.0 for one in found])
         rollouts = [
             {
                 "text": text, "answer": one.answer, "format": one.format, "process": one.process,

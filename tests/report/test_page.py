@@ -12,8 +12,8 @@ import jax
 import pytest
 from flax import nnx
 
-from fundus_jax.base import policy
 from fundus_jax.models import read_config
+from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.records import ConfigError
 from fundus_jax.report import cases, curves, write_report
 from tests.report.made import make_answers, make_run
@@ -91,7 +91,8 @@ def test_a_finished_run_has_every_section(finished: Path) -> None:
         "Judge: plausible", "advantage", "Sampler against trainer", "FunBench", "kl_coef", "4 min 40 s",
     ):  # fmt: skip
         assert text in page.text, text
-    model = policy.fresh(read_config(finished / "policy"), 0)
+    config = read_config(finished / "policy")
+    model = nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     assert f"{count / 1e6:.1f} million parameters" in page.text
     assert len(page.named("img")) == cases.CASES + 6

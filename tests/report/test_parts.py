@@ -69,6 +69,8 @@ def test_cases_are_spread_over_modalities_and_classes() -> None:
     labels = [next(line["answer"] for line in lines if line["id"] == name) for name in chosen]
     assert all(labels.count(label) == 2 for label in set(labels))
     assert cases._spread(lines[::-1], 8) == chosen
+    masked = {**lines[0], "id": "masked", "findings": []}
+    assert cases._spread([*lines, masked], 8)[0] == "masked"
     assert cases._spread(lines[:3], 8) == cases._spread(lines[:3], 3)
 
 
@@ -91,8 +93,11 @@ def test_a_curve_skips_null_and_rises_upwards() -> None:
 
 @pytest.mark.parametrize("values", [[0.0] * 5, [3.5] * 900, [1e-14, 2e-14], [-2.0, -1.0], [0.0, 1e9], [7.0]])
 def test_a_curve_stays_on_its_canvas(values: Sequence[float]) -> None:
-    for zero in (False, True):
-        picture = charts.curve(list(enumerate(values)), unit="x", zero=zero)
+    for axis in ("free", "zero", "log"):
+        picture = charts.curve(list(enumerate(values)), unit="x", axis=axis)
+        if axis == "log" and max(values) <= 0:
+            assert picture is None
+            continue
         assert picture is not None
         points = coordinates(picture, "raw") + coordinates(picture, "calm")
         assert len(points) <= 2 * charts.MOST
@@ -107,6 +112,15 @@ def test_ticks_are_few_round_and_cover_the_range(low: float, span: float) -> Non
     slack = 1e-6 * max(abs(low), span)
     assert ticks[0] <= low + slack
     assert ticks[-1] >= low + span - slack
+
+
+def test_a_logarithmic_curve_gives_each_power_of_ten_the_same_height() -> None:
+    picture = charts.curve([(1, 1.0), (2, 0.1), (3, 0.0), (4, 0.01)], unit="loss", axis="log")
+    assert picture is not None
+    high, middle, low = coordinates(picture, "raw")
+    assert low - middle == pytest.approx(middle - high, abs=0.11)
+    assert "loss, logarithmic" in picture
+    assert ">0.01<" in picture
 
 
 def test_times_are_said_as_people_say_them() -> None:

@@ -108,7 +108,7 @@ def match(config: Qwen2_5_VLConfig, files: weights.TensorFiles) -> dict[str, str
     for name, names in stored.items():
         first, shape = names[0], files.entries[names[0]].shape
         if len(names) > 1:
-            faults.append(f"stored twice: {name} as {' and '.join(names)}")
+            faults.append(f"stored twice: {name} as {' and '.join(sorted(names))}")
         if name == HEAD and config.tie_word_embeddings:
             if not _equal(files, first, stored.get(EMBEDDING, [""])[0]):
                 tied = "since tie_word_embeddings is true and it differs from the embedding"

@@ -51,6 +51,15 @@ def conversations(rows=ROWS):
     return texts, images
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Torch's threads wait for each other in a busy loop: beside other programs, one is many times faster."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def pair(request, tmp_path_factory):
     """One checkpoint in both implementations, and our forward pass, compiled."""
