@@ -56,13 +56,13 @@ def get_config(arg: str = "") -> RunConfig:
             prompts_per_step=32,
             group_size=4,
             micro_batch=128,
-            max_new_tokens=52,
+            max_new_tokens=48,
             scale="none",
             kl_coef=0.02,
             save_every=60,
             optim=OptimConfig(name="muon", lr=3e-4, warmup=20, b2=0.98),
         ),
-        evaluate=EvaluateConfig(questions=0, before=200, sampled=900, samples=3, batch=100),
+        evaluate=EvaluateConfig(questions=0, before=100, sampled=900, samples=3, batch=100),
     )
     if arg == "quick":
         config.data.train, config.data.test, config.data.workers = 600, 60, 1

@@ -1,7 +1,9 @@
-"""A run in miniature for the tests of the loops: phantoms of 56 pixels through the pipeline, a policy of 30,000 parameters.
+"""A run in miniature for the tests of the loops: phantoms of 56 pixels through the pipeline, a policy of
+30,000 parameters.
 
-`data` makes the stage directories once a session; `open_run` puts a fresh workdir around them. Models, rows and prompts come from
-`launch.stages.Trainer`, as in a real run.
+`data` makes the stage directories once a session; `open_run` puts a fresh workdir around them. Rows and
+prompts come from `launch.stages.Trainer`, as in a real run. Where a test is about a loop and not about the
+model, `Bigram` stands in for it.
 """
 
 from __future__ import annotations
@@ -10,15 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 
 from fundus_jax import sharding
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
 from fundus_jax.grpo.config import GrpoConfig
-from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from fundus_jax.models import read_config
+from fundus_jax.models.batch import Batch
+from fundus_jax.models.layers import Options
+from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from fundus_jax.models.qwen2_5_vl.model import Prompt, Qwen2_5_VL
 from fundus_jax.optim import OptimConfig
 from fundus_jax.sft import PromptConfig, SftConfig
 from fundus_jax.workdir import Workdir
@@ -45,7 +53,9 @@ def config(**changes: Any) -> RunConfig:
         ),
         "base": BaseConfig(steps=3, batch=4, optim=optim()),
         "sft": SftConfig(steps=3, batch=4, max_length=512, optim=optim()),
-        "grpo": GrpoConfig(steps=2, prompts_per_step=4, group_size=2, micro_batch=8, max_new_tokens=8, optim=optim(lr=1e-3)),
+        "grpo": GrpoConfig(
+            steps=2, prompts_per_step=4, group_size=2, micro_batch=8, max_new_tokens=8, optim=optim(lr=1e-3)
+        ),
     }  # fmt: skip
     return RunConfig(**{**values, **changes})
 
@@ -75,12 +85,65 @@ def one_device() -> Mesh:
     return sharding.parse_mesh("data:1", jax.devices()[:1])
 
 
-def stir(model: Qwen2_5_VL, seed: int = 0, deviation: float = 0.2) -> Qwen2_5_VL:
-    """The model with every parameter moved at random (a fresh head is zero, and so are biases: nothing would depend on anything)."""
-    from flax import nnx
+class Bigram(nnx.Module):
+    """A policy of which only the interface is Qwen2.5-VL's: the next token depends on the last one and on the
+    pixels. The loops can not tell the difference, and it compiles in a fraction of a second."""
 
+    WIDTH = 16
+
+    def __init__(self, config: Qwen2_5_VLConfig, *, rngs: nnx.Rngs) -> None:
+        self.config, self.options = config, Options()
+        shape = (config.vocab_size, self.WIDTH)
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape))
+        self.output = nnx.Param(jax.random.normal(rngs.params(), shape) / 4)
+
+    @property
+    def head(self) -> jax.Array:
+        return self.output.get_value()
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return hidden @ self.head.T
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding.get_value()[tokens]
+
+    def see(self, batch: Batch) -> jax.Array:
+        """[B, WIDTH] of the pixels."""
+        pixels = jnp.asarray(batch.patches).mean(axis=1)
+        return pixels[:, :: pixels.shape[1] // self.WIDTH][:, : self.WIDTH]
+
+    def hidden(self, batch: Batch) -> jax.Array:
+        return self.embed(batch.tokens) + self.see(batch)[:, None]
+
+    def prefill(self, batch: Batch) -> Prompt:
+        end = batch.mask.sum(axis=1) - 1
+        last = jnp.take_along_axis(self.hidden(batch), end[:, None, None], axis=1)[:, 0]
+        return Prompt(self.see(batch), last, end + 1)  # type: ignore[arg-type]
+
+    def extend(self, prompt: Prompt, tokens: jax.Array) -> jax.Array:
+        return self.embed(tokens) + prompt.prefix[:, None, None]  # type: ignore[index]
+
+    def empty_cache(self, prompt: Prompt, group: int, length: int) -> jax.Array:
+        del prompt, group, length
+        return jnp.zeros(())
+
+    def decode(self, prompt: Prompt, cache: Any, tokens: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
+        del step
+        return self.embed(tokens) + prompt.prefix[:, None], cache  # type: ignore[index]
+
+
+def bigram(trainer: stages.Trainer, seed: int = 0) -> Any:
+    """A `Bigram` with the vocabulary of the trainer's policy."""
+    return Bigram(read_config(trainer.hf_dir), rngs=nnx.Rngs(seed))
+
+
+def stir(model: Qwen2_5_VL, seed: int = 0, deviation: float = 0.2) -> Qwen2_5_VL:
+    """The model with every parameter moved at random: a fresh head is zero, and so are biases, and nothing
+    would depend on anything."""
     state = nnx.state(model)
     random = np.random.default_rng(seed)
-    moved = jax.tree.map(lambda x: x + deviation * random.standard_normal(x.shape).astype(x.dtype), state)
+    moved = jax.tree.map(
+        lambda x: x + deviation * random.standard_normal(x.shape).astype(x.dtype), state
+    )
     nnx.update(model, moved)
     return model

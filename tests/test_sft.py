@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from fundus_jax import dialog, sft
+from fundus_jax import dialog, sft, training
 from fundus_jax.data import Pool
 from fundus_jax.models.batch import Batch
 from fundus_jax.optim import OptimConfig
@@ -145,7 +146,8 @@ def test_the_loss_is_the_mean_of_minus_log_p_over_learned_tokens(trainer: Traine
     np.testing.assert_allclose(metrics["entropy"], entropy / tokens, rtol=1e-5)
 
 
-def test_the_loss_of_parts_adds_up_by_the_count_of_the_whole(trainer: Trainer, model: Any) -> None:
+def test_the_loss_of_parts_adds_up_by_the_count_of_the_whole(trainer: Trainer) -> None:
+    model = small.bigram(trainer)
     whole = encoded(trainer, trainer.rows, [0, 3, 5, 7])
     total = sft.count(whole)
     parts = [jax.tree.map(lambda leaf, part=part: leaf[part::2], whole) for part in (0, 1)]
@@ -161,34 +163,51 @@ def test_the_image_reaches_the_loss(trainer: Trainer, model: Any) -> None:
     assert abs(one - two) > 1e-4
 
 
+def run(path: Path, source: Path, config: sft.SftConfig, spoil: float = 1.0) -> tuple[Trainer, Any, list]:
+    """The stage from a bigram policy with a zero head; (trainer, its first and last parameters, metrics)."""
+    trainer = small.open_run(path, source, small.config(sft=config))
+    trainer.plan = trainer.work.stages = {"sft": config.steps, "grpo": 2}
+    model = small.bigram(trainer)
+    model.output.set_value(spoil * jnp.zeros_like(model.head))
+    before = jax.tree.map(np.asarray, training.split(model)[1])
+    try:
+        params = sft.train(trainer.work, model, trainer.rows, trainer.processor, config, trainer.mesh)
+    finally:
+        trainer.work.close()
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return trainer, (before, params), lines
+
+
 def test_training_falls_from_uniform_and_ends_with_a_bundle(source: Path, tmp_path: Path) -> None:
-    stage = replace(small.config().sft, steps=10, micro_batches=2, save_every=5, optim=small.optim(lr=3e-2))
-    config = small.config(sft=stage)
-    trainer = small.open_run(tmp_path, source, config)
-    trainer.plan = trainer.work.stages = {"sft": 10, "grpo": 2}
-    model = trainer.start()
-    before = np.asarray(model.head)
-    sft.train(trainer.work, model, trainer.rows, trainer.processor, config.sft, trainer.mesh)
-    trainer.work.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 11))
-    assert lines[0]["loss"] == pytest.approx(math.log(model.config.vocab_size), rel=1e-5), "the fresh head is uniform"
+    stage = replace(small.config().sft, steps=10, save_every=5, optim=small.optim(lr=0.1))
+    trainer, (before, params), lines = run(tmp_path, source, stage)
+    assert [(line["stage"], line["step"]) for line in lines] == [("sft", step) for step in range(1, 11)]
+    vocab = before["output"].shape[0]
+    assert lines[0]["loss"] == pytest.approx(math.log(vocab), rel=1e-5), "the head is uniform"
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    assert {"loss", "entropy", "tokens", "grad_norm", "notfinite", "time/data", "time/update"} <= lines[0].keys()
+    wanted = {"loss", "entropy", "tokens", "grad_norm", "notfinite", "time/data", "time/update"}
+    assert wanted <= lines[0].keys()
     assert trainer.work.checkpoints.steps() == [5, 10]
     assert trainer.work.finished("sft")
-    assert not np.array_equal(trainer.after("sft").head, before)
+    saved = trainer.work.params("sft", before)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, saved, params)))
+    assert not np.array_equal(params["output"], before["output"])
+
+
+def test_micro_batches_train_alike(source: Path, tmp_path: Path) -> None:
+    stage = replace(small.config().sft, steps=2, optim=OptimConfig(lr=1e-2))
+    one, two = (run(tmp_path / str(n), source, replace(stage, micro_batches=n))[1:] for n in (1, 2))
+    for line, other in zip(one[1], two[1], strict=True):
+        for name in ("loss", "entropy", "tokens", "grad_norm"):
+            assert other[name] == pytest.approx(line[name], rel=1e-5), name
 
 
 def test_gradients_that_stay_not_finite_stop_the_stage(source: Path, tmp_path: Path) -> None:
-    config = small.config(sft=replace(small.config().sft, steps=6, optim=OptimConfig(lr=1e-3)))
-    trainer = small.open_run(tmp_path, source, config)
-    trainer.plan = trainer.work.stages = {"sft": 6}
-    model = trainer.start()
-    model.text.embed_tokens.set_value(model.text.embed_tokens.get_value() * np.nan)
+    stage = replace(small.config().sft, steps=6, save_every=2, optim=OptimConfig(lr=1e-3))
     with pytest.raises(DataError, match="sft step 3: 3 gradients in a row were not finite"):
-        sft.train(trainer.work, model, trainer.rows, trainer.processor, config.sft, trainer.mesh)
-    assert trainer.work.checkpoints.steps() == []
+        run(tmp_path, source, stage, spoil=float("nan"))
+    steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert steps == [2], "what was saved stays"
 
 
 @pytest.mark.parametrize(

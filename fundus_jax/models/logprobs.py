@@ -50,7 +50,8 @@ def token_logprobs(
     lead = shape[0] if len(shape) > 1 else 1
     rows, wanted = hidden.reshape(lead, -1, width), targets.reshape(lead, -1)
     count = rows.shape[1]
-    size = min(max(1, chunk * parts("batch", lead) // lead), count)
+    most = max(1, chunk * parts("batch", lead) // lead)
+    size = -(-count // -(-count // most))  # chunks of nearly equal size, so that little is padding
     padding = -count % size
     rows = jnp.pad(rows, ((0, 0), (0, padding), (0, 0))).reshape(lead, -1, size, width).swapaxes(0, 1)
     wanted = jnp.pad(wanted, ((0, 0), (0, padding))).reshape(lead, -1, size).swapaxes(0, 1)

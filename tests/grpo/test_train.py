@@ -38,7 +38,7 @@ def run(path: Path, source: Path, config: GrpoConfig, judge: Any = None) -> tupl
     trainer = small.open_run(path, source, small.config(grpo=config))
     trainer.plan = trainer.work.stages = {"grpo": config.steps}
     prompts = grpo.Prompts(trainer.grpo_pool(), trainer.processor, trainer.config.prompt, 512)
-    model = small.stir(trainer.start())
+    model = small.bigram(trainer)
     try:
         params = grpo.train(trainer.work, model, prompts, judge or RulesJudge(), config, trainer.mesh)
     finally:
@@ -57,10 +57,10 @@ def test_a_few_steps(source: Path, tmp_path: Path) -> None:
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6), "the policy starts as its reference"
     assert lines[2]["kl"] > lines[0]["kl"]
     assert trainer.work.checkpoints.steps() == [2, 3]
-    before = training.split(small.stir(trainer.start()))[1]
-    moved = jax.tree.map(lambda one, other: not np.array_equal(one, other), params, before)
-    assert any(jax.tree.leaves(moved))
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, training.split(trainer.after("grpo"))[1], params)))
+    before = training.split(small.bigram(trainer))[1]
+    assert not np.array_equal(params["output"], before["output"])
+    saved = trainer.work.params("grpo", before)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, saved, params)))
 
 
 def test_groups_are_written_for_people(source: Path, tmp_path: Path) -> None:
@@ -122,9 +122,8 @@ def test_what_is_rewarded_becomes_likelier(source: Path, tmp_path: Path, monkeyp
         return [["text"] * config.group_size for _ in index], scores
 
     monkeypatch.setattr(grpo, "score_all", likes)
-    config = replace(
-        SMALL, steps=12, prompts_per_step=8, group_size=4, micro_batch=32, max_new_tokens=2, kl_coef=0.0, optim=small.optim(lr=3e-3)
-    )
+    stage = replace(SMALL, steps=12, max_new_tokens=2, kl_coef=0.0, optim=small.optim(lr=0.1))
+    config = replace(stage, prompts_per_step=8, group_size=4, micro_batch=32)
     lines = run(tmp_path, source, config)[2]
     rewards = [line["reward"] for line in lines]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3])
