@@ -53,6 +53,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, work: Workdir, mesh: Mesh) -> None:
         self.config, self.work, self.mesh = config, work, mesh
+        if not (work.path / "data" / "traces").is_dir():
+            raise ConfigError(f"{work.path} has no data yet; run --stage=data first, or --stage=all")
         self.pool = open_pool(work.path / "data", "train")
         self.hf_dir = Path(config.model) if config.model else self._policy_directory()
         bounds = {"min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}

@@ -142,8 +142,6 @@ def stir(model: Qwen2_5_VL, seed: int = 0, deviation: float = 0.2) -> Qwen2_5_VL
     would depend on anything."""
     state = nnx.state(model)
     random = np.random.default_rng(seed)
-    moved = jax.tree.map(
-        lambda x: x + deviation * random.standard_normal(x.shape).astype(x.dtype), state
-    )
+    moved = jax.tree.map(lambda x: x + deviation * random.standard_normal(x.shape).astype(x.dtype), state)
     nnx.update(model, moved)
     return model

@@ -1,4 +1,5 @@
-"""Reading what the pipeline wrote: integrity, images, parts by patient, and batches that resume at every position."""
+"""Reading what the pipeline wrote: integrity, images, parts by patient, and batches that resume at every
+position."""
 
 from __future__ import annotations
 
@@ -34,8 +35,14 @@ def examples(run: Path, tmp_path: Path) -> Path:
 
 def test_every_record_of_a_stage_is_read(run: Path) -> None:
     found = list(data.read_stage(run / "examples", Example))
-    lines = [line for path in sorted((run / "examples").glob("*-0*.jsonl")) for line in path.read_text().splitlines()]
-    assert len(found) == len([line for line in lines if '"kind": "Example"' in line or '"kind":"Example"' in line])
+    lines = [
+        line
+        for path in sorted((run / "examples").glob("*-0*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    assert len(found) == len(
+        [line for line in lines if '"kind": "Example"' in line or '"kind":"Example"' in line]
+    )
     assert {one.split for one in found} == {"train", "test"}
     assert {one.example for one in data.read_stage(run / "traces", Trace)} == {one.id for one in found}
 
@@ -109,9 +116,9 @@ def test_hostile_images_are_refused_before_they_are_decoded() -> None:
             data.open_image(content, "here#0")
     with pytest.raises(DataError, match="here#1"):
         data.open_image(bomb(), "here#1")
+    wide = io.BytesIO()
+    Image.new("1", (9990, 10020)).save(wide, "PNG")
     with pytest.raises(DataError, match="here#2: 9990 x 10020 pixels"):
-        wide = io.BytesIO()
-        Image.new("1", (9990, 10020)).save(wide, "PNG")
         data.open_image(wide.getvalue(), "here#2")
 
 
@@ -133,7 +140,9 @@ def test_parts_share_no_patient_and_lose_none(pool: data.Pool, cut: float) -> No
 def pool(run: Path) -> data.Pool:
     """Examples of which several have one patient."""
     whole = data.open_pool(run, "train")
-    return replace(whole, examples=tuple(replace(e, patient=f"p{i % 9}") for i, e in enumerate(whole.examples)))
+    return replace(
+        whole, examples=tuple(replace(e, patient=f"p{i % 9}") for i, e in enumerate(whole.examples))
+    )
 
 
 def test_a_larger_part_holds_a_smaller_one(pool: data.Pool) -> None:
@@ -143,7 +152,9 @@ def test_a_larger_part_holds_a_smaller_one(pool: data.Pool) -> None:
 
 def test_tasks_are_chosen_and_nothing_left_is_an_error(pool: data.Pool) -> None:
     assert {e.task for e in pool.choose(tasks=("modality",)).examples} == {"modality"}
-    with pytest.raises(ConfigError, match=r"has a task in \['lesion_location'\] and lies in part \(0.0, 1.0\)"):
+    with pytest.raises(
+        ConfigError, match=r"has a task in \['lesion_location'\] and lies in part \(0.0, 1.0\)"
+    ):
         pool.choose(tasks=("lesion_location",))
 
 

@@ -66,9 +66,8 @@ def test_the_mask_goes_by_position_where_prompt_and_reply_are_the_same_words(tra
     example = trainer.pool.examples[0]
     reply = dialog.render("red dots", "Normal")
     twin = replace(example, question=reply, options=(), answer="Normal")
-    pool = replace(
-        trainer.pool, examples=(twin,), traces={twin.id: Trace(example=twin.id, think="red dots", answer="Normal", kept=True, reasons=())}
-    )  # fmt: skip
+    trace = Trace(example=twin.id, think="red dots", answer="Normal", kept=True, reasons=())
+    pool = replace(trainer.pool, examples=(twin,), traces={twin.id: trace})
     batch, learned = encoded(trainer, rows_of(trainer, pool), [0])
     whole = trainer.processor.decode(batch.tokens[0], skip_special_tokens=False)
     assert whole.count(reply) == 2
@@ -79,7 +78,9 @@ def test_the_mask_goes_by_position_where_prompt_and_reply_are_the_same_words(tra
     assert reply in trainer.processor.decode(batch.tokens[0, :first])
 
 
-def test_rows_that_are_too_long_are_left_out_and_counted(trainer: Trainer, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_are_too_long_are_left_out_and_counted(
+    trainer: Trainer, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = trainer.rows
     lengths = []
     for i in range(len(whole.rows)):
@@ -94,7 +95,9 @@ def test_rows_that_are_too_long_are_left_out_and_counted(trainer: Trainer, caplo
     assert dropped > 0
     assert f"'too long': {dropped}" in caplog.text
     assert f"'kept': {len(cut.rows)}" in caplog.text
-    with pytest.raises(ConfigError, match=r"no training row is left: .*'too long'.*raise sft\.max_length \(10\)"):
+    with pytest.raises(
+        ConfigError, match=r"no training row is left: .*'too long'.*raise sft\.max_length \(10\)"
+    ):
         rows_of(trainer, whole.pool, max_length=10)
 
 
@@ -108,8 +111,12 @@ def test_an_example_without_a_kept_trace_is_skipped_or_answered_bare(trainer: Tr
     answered = rows_of(trainer, pool, without_trace="answer").rows
     assert [reply for _, reply in answered[:2]] == [f"<answer>{e.answer}</answer>" for e in (first, second)]
     assert answered[2][1].startswith(f"<think>{traces[third.id].think}</think> <answer>")
-    without = sft.make_rows(pool, trainer.processor, sft.PromptConfig(style="options", think=False), trainer.config.sft)
-    assert {reply.startswith("<answer>") for _, reply in without.rows} == {True}, "no trace where none is asked for"
+    without = sft.make_rows(
+        pool, trainer.processor, sft.PromptConfig(style="options", think=False), trainer.config.sft
+    )
+    assert {reply.startswith("<answer>") for _, reply in without.rows} == {True}, (
+        "no trace where none is asked for"
+    )
     assert len(without.rows) == 3
 
 

@@ -1,4 +1,5 @@
-"""The optimizer step that all loops share: micro-batches, the guard against NaN, places on the mesh, dtypes."""
+"""The optimizer step that all loops share: micro-batches, the guard against NaN, places on the mesh,
+dtypes."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def a_batch(seed: int = 0) -> dict[str, np.ndarray]:
 
 def a_step(config: OptimConfig = ADAM, **more: Any) -> tuple[Any, training.State]:
     optimizer = training.make_optimizer(config, 20)
-    step = training.make_step(lambda params: params, loss, lambda batch: batch["counts"].sum(), optimizer, **more)
+    step = training.make_step(
+        lambda params: params, loss, lambda batch: batch["counts"].sum(), optimizer, **more
+    )
     return step, training.State(first(), optimizer.init(first()))
 
 
@@ -82,7 +85,9 @@ def test_combine_gets_the_metrics_of_every_micro_batch() -> None:
         step, state = a_step(micro_batches=pieces, combine=combine)
         _, metrics = step(state, a_batch())
         assert seen == dict.fromkeys(("loss", "rows", "dtype"), (pieces,))
-    assert metrics["most"] == 2, "rows 0 and 4, 1 and 5, 2 and 6, 3 and 7 go together: each device keeps its rows"
+    assert metrics["most"] == 2, (
+        "rows 0 and 4, 1 and 5, 2 and 6, 3 and 7 go together: each device keeps its rows"
+    )
 
 
 def test_gradients_that_are_not_finite_change_nothing_and_then_stop_the_run() -> None:
@@ -94,7 +99,9 @@ def test_gradients_that_are_not_finite_change_nothing_and_then_stop_the_run() ->
         state, metrics = step(state, bad)
         assert metrics["notfinite"] == count
         training.check_finite({"notfinite": float(count)}, ADAM, "sft", 7)
-    assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state.params, state.optimizer.inner))] == before
+    assert [
+        np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state.params, state.optimizer.inner))
+    ] == before
     state, metrics = step(state, bad)
     with pytest.raises(DataError, match=r"sft step 8: 3 gradients in a row were not finite.*sft\.optim\.lr"):
         training.check_finite({name: float(value) for name, value in metrics.items()}, ADAM, "sft", 8)

@@ -1,4 +1,5 @@
-"""The directory of a run: refusals that name fields, stages on one line of time, and resuming after every step."""
+"""The directory of a run: refusals that name fields, stages on one line of time, and resuming after every
+step."""
 
 from __future__ import annotations
 
@@ -59,8 +60,12 @@ def run(path: Path, kill_after: tuple[str, int] = ("", 0)) -> tuple[np.ndarray, 
     return np.asarray(params["w"]), [json.dumps({**line, "time": 0}) for line in lines]
 
 
-@pytest.mark.parametrize("stop", [(stage, step) for stage, steps in STAGES.items() for step in range(1, steps + 1)])
-def test_a_run_stopped_after_any_step_ends_as_an_undisturbed_one(tmp_path: Path, stop: tuple[str, int]) -> None:
+@pytest.mark.parametrize(
+    "stop", [(stage, step) for stage, steps in STAGES.items() for step in range(1, steps + 1)]
+)
+def test_a_run_stopped_after_any_step_ends_as_an_undisturbed_one(
+    tmp_path: Path, stop: tuple[str, int]
+) -> None:
     weights, lines = run(tmp_path / "undisturbed")
     assert len(lines) == 9
     with pytest.raises(KilledError):
@@ -80,7 +85,11 @@ def test_stages_lie_on_one_line_of_time(tmp_path: Path) -> None:
     assert not work.finished("grpo")
     bundle = json.loads((tmp_path / "checkpoints" / "5" / "bundle.json").read_text())
     assert bundle["counters"] == {"stage": "sft", "step": 5}
-    assert bundle["config_hash"] == json.loads((tmp_path / "config.json").read_text())["hash"] == work.config_hash
+    assert (
+        bundle["config_hash"]
+        == json.loads((tmp_path / "config.json").read_text())["hash"]
+        == work.config_hash
+    )
 
 
 def test_a_half_done_stage_is_not_finished_and_has_no_parameters(tmp_path: Path) -> None:
@@ -127,10 +136,15 @@ def test_the_same_configuration_goes_on(tmp_path: Path) -> None:
         ({"sft": {"steps": 6, "optim": {"lr": 1e-3}}}, r"\(sft\.steps: 5 there, 6 here\)"),
         ({"sft": {"steps": 5, "optim": {"lr": 0.1}}}, r"\(sft\.optim\.lr: 0\.001 there, 0\.1 here\)"),
         ({"new": 1}, r"\(new: 'nothing' there, 1 here\)"),
-        ({"name": "other", "tags": []}, r"\(name: 'run' there, 'other' here; tags: \['a', 'b'\] there, \[\] here\)"),
+        (
+            {"name": "other", "tags": []},
+            r"\(name: 'run' there, 'other' here; tags: \['a', 'b'\] there, \[\] here\)",
+        ),
     ],
 )
-def test_another_configuration_is_refused_naming_the_fields(tmp_path: Path, changes: dict, message: str) -> None:
+def test_another_configuration_is_refused_naming_the_fields(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
     Workdir(tmp_path, CONFIG).close()
     with pytest.raises(ConfigError, match=message + "; go on with that one, or choose another --workdir"):
         Workdir(tmp_path, CONFIG | changes)
@@ -139,7 +153,10 @@ def test_another_configuration_is_refused_naming_the_fields(tmp_path: Path, chan
 
 def test_differences_are_named_by_their_path() -> None:
     assert differences(CONFIG, CONFIG) == []
-    assert differences({"a": {"b": 1}}, {"a": {"c": 1}}) == ["a.b: 1 there, 'nothing' here", "a.c: 'nothing' there, 1 here"]
+    assert differences({"a": {"b": 1}}, {"a": {"c": 1}}) == [
+        "a.b: 1 there, 'nothing' here",
+        "a.c: 'nothing' there, 1 here",
+    ]
     assert differences({"a": {"b": 1}}, {"a": 2}) == ["a: {'b': 1} there, 2 here"]
 
 

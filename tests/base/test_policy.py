@@ -61,7 +61,8 @@ def test_the_directory_is_one_that_the_processor_reads(directory: Path) -> None:
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
     text = processor.chat([question], add_generation_prompt=True)
     assert text == (
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     batch = processor([text], [[Image.new("RGB", (300, 200))]])
     assert (batch.image_index >= 0).sum() <= 4, "at most 56 x 56 pixels"

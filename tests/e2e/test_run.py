@@ -64,7 +64,7 @@ def test_a_stage_before_its_data_says_so(tmp_path: Path, cache: Path) -> None:
     done = run(command(tmp_path / "empty", "--stage=sft"), environment(cache))
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
-    assert "is no finished stage directory" in done.stderr
+    assert "run --stage=data first" in done.stderr
 
 
 def test_transformers_gives_the_same_greedy_answers(finished: Path) -> None:

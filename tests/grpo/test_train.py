@@ -22,10 +22,35 @@ from tests import small
 
 SMALL = small.config().grpo
 METRICS = {
-    "loss", "grad_norm", "notfinite", "kl", "old_kl", "entropy", "clip_low", "clip_high", "ratio_mean", "ratio_max", "tokens",
-    "sampler_gap", "zero_variance", "too_few", "abstain", "reward", "reward_std", "length", "length_max", "reward/answer",
-    "reward/format", "reward/total", "reward/not_applicable", "time/data", "time/rollout", "time/score", "time/judge", "time/update",
-}  # fmt: skip
+    "loss",
+    "grad_norm",
+    "notfinite",
+    "kl",
+    "old_kl",
+    "entropy",
+    "clip_low",
+    "clip_high",
+    "ratio_mean",
+    "ratio_max",
+    "tokens",
+    "sampler_gap",
+    "zero_variance",
+    "too_few",
+    "abstain",
+    "reward",
+    "reward_std",
+    "length",
+    "length_max",
+    "reward/answer",
+    "reward/format",
+    "reward/total",
+    "reward/not_applicable",
+    "time/data",
+    "time/rollout",
+    "time/score",
+    "time/judge",
+    "time/update",
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +58,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.data(tmp_path_factory)
 
 
-def run(path: Path, source: Path, config: GrpoConfig, judge: Any = None) -> tuple[Trainer, training.Params, list[dict]]:
+def run(
+    path: Path, source: Path, config: GrpoConfig, judge: Any = None
+) -> tuple[Trainer, training.Params, list[dict]]:
     """The stage from a stirred policy; (trainer, parameters, metrics)."""
     trainer = small.open_run(path, source, small.config(grpo=config))
     trainer.plan = trainer.work.stages = {"grpo": config.steps}
@@ -76,7 +103,16 @@ def test_groups_are_written_for_people(source: Path, tmp_path: Path) -> None:
         assert group["example"] in ids
         assert len(group["rollouts"]) == config.group_size
         for one in group["rollouts"]:
-            assert {"text", "answer", "format", "process", "total", "rating", "reasons", "advantage"} == one.keys()
+            assert {
+                "text",
+                "answer",
+                "format",
+                "process",
+                "total",
+                "rating",
+                "reasons",
+                "advantage",
+            } == one.keys()
         assert sum(one["advantage"] for one in group["rollouts"]) == pytest.approx(0, abs=1e-5)
 
 
@@ -91,7 +127,9 @@ class Flip:
         return Verdict(rating=self.rating or "plausible", reference="findings", reasons=("a whim",))
 
 
-def test_two_passes_over_the_same_rollouts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_passes_over_the_same_rollouts(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grpo, "score_all", whims)
     once = run(tmp_path / "one", source, replace(SMALL, steps=2))[2]
     twice = run(tmp_path / "two", source, replace(SMALL, steps=2, mu=2))[2]
@@ -109,28 +147,34 @@ def whims(prompts: Any, index: Any, rollout: Any, judge: Any, config: GrpoConfig
     return [["text"] * config.group_size for _ in index], [group for _ in index]
 
 
-def test_what_is_rewarded_becomes_likelier(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_rewarded_becomes_likelier(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reward for a token that any policy can learn to say first."""
-    wanted = 17
 
     def likes(prompts: Any, index: Any, rollout: Any, judge: Any, config: GrpoConfig) -> tuple[list, list]:
-        said = np.asarray(rollout.tokens)[:, :, 0] % 20 < wanted
+        said = np.asarray(rollout.tokens)[:, :, 0] % 2 == 0
         scores = [
-            [grpo.Score(answer=float(one), format=0.0, process=0.0, total=float(one), verdict=None) for one in group]
+            [
+                grpo.Score(answer=float(one), format=0.0, process=0.0, total=float(one), verdict=None)
+                for one in group
+            ]
             for group in said
         ]
         return [["text"] * config.group_size for _ in index], scores
 
     monkeypatch.setattr(grpo, "score_all", likes)
-    stage = replace(SMALL, steps=12, max_new_tokens=2, kl_coef=0.0, optim=small.optim(lr=0.1))
+    stage = replace(SMALL, steps=40, max_new_tokens=1, kl_coef=0.0, optim=small.optim(lr=0.02))
     config = replace(stage, prompts_per_step=8, group_size=4, micro_batch=32)
     lines = run(tmp_path, source, config)[2]
     rewards = [line["reward"] for line in lines]
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3])
-    assert np.mean(rewards[-3:]) > 0.97
+    assert np.mean(rewards[:3]) < 0.65, "chance is a half"
+    assert np.mean(rewards[-5:]) > 0.7, "of 160 rollouts; chance would give it once in a million runs"
 
 
-def test_without_kl_there_is_no_reference(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kl_there_is_no_reference(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forbidden(*_: Any) -> Any:
         raise AssertionError("nothing is to be scored: no KL, and one pass")
 
@@ -149,7 +193,9 @@ def test_the_seed_fixes_prompts_and_samples(source: Path, tmp_path: Path) -> Non
     assert story("a", 0) == story("b", 0) != story("c", 1)
 
 
-def test_a_judge_that_fails_stops_the_stage(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_that_fails_stops_the_stage(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(*args: Any) -> tuple[list, list]:
         texts, scores = whims(*args)
         verdict = Verdict(rating="abstain", reference="findings", reasons=("the server is down",))
@@ -167,15 +213,20 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(
     trainer = small.open_run(tmp_path, source, small.config())
     arguments = (trainer.grpo_pool(), trainer.processor, trainer.config.prompt)
     whole = grpo.Prompts(*arguments, 512)
-    lengths = [trainer.processor.row_size(text, [whole.pool.image(example)])[0] for example, text in whole.rows]
+    lengths = [
+        trainer.processor.row_size(text, [whole.pool.image(example)])[0] for example, text in whole.rows
+    ]
     bound = max(lengths) - 1
     with caplog.at_level(logging.INFO, logger="absl"):
         cut = grpo.Prompts(*arguments, bound)
     assert len(cut.rows) == sum(length <= bound for length in lengths) < len(whole.rows)
-    assert f"{len(cut.rows)} kept, {len(whole.rows) - len(cut.rows)} too long; longest {max(set(lengths) - {bound + 1})}" in caplog.text
+    lost, longest = len(whole.rows) - len(cut.rows), max(set(lengths) - {bound + 1})
+    assert f"{len(cut.rows)} kept, {lost} too long; longest {longest}" in caplog.text
     index, batch = cut.build(np.asarray([2, 0]))
     assert index.tolist() == [2, 0]
     assert batch.tokens.shape == (2, cut.length)
-    assert trainer.processor.decode(batch.tokens[0][batch.mask[0]], skip_special_tokens=False).endswith("assistant\n")
+    assert trainer.processor.decode(batch.tokens[0][batch.mask[0]], skip_special_tokens=False).endswith(
+        "assistant\n"
+    )
     with pytest.raises(ConfigError, match=r"all [0-9]+ prompts are longer than 5 tokens"):
         grpo.Prompts(*arguments, 5)
