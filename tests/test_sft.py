@@ -196,7 +196,7 @@ def test_training_falls_from_uniform_and_ends_with_a_bundle(source: Path, tmp_pa
     assert wanted <= lines[0].keys()
     assert trainer.work.checkpoints.steps() == [5, 10]
     assert trainer.work.finished("sft")
-    saved = trainer.work.params("sft", before)
+    saved = trainer.work.params("sft", params)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, saved, params)))
     assert not np.array_equal(params["output"], before["output"])
 
