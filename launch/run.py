@@ -28,6 +28,9 @@ from fundus_jax.workdir import Workdir
 from launch import evaluate, stages
 from launch.config import RunConfig, as_json
 
+# Recipes build on each other (`from configs... import`), and configs/ is part of no installed package.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 STAGES = ("data", "base", "sft", "grpo", "evaluate", "export")
 
 config_flags.DEFINE_config_file(
