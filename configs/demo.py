@@ -55,9 +55,10 @@ def get_config(arg: str = "") -> RunConfig:
             steps=120,
             prompts_per_step=32,
             group_size=4,
-            micro_batch=128,
+            micro_batch=32,
             max_new_tokens=48,
             scale="none",
+            flat_groups="drop",  # half of them, once SFT is done: their computing is saved
             kl_coef=0.02,
             save_every=60,
             optim=OptimConfig(name="muon", lr=3e-4, warmup=20, b2=0.98),

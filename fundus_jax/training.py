@@ -102,23 +102,33 @@ def make_step(
     compute: str = "float32",
     micro_batches: int = 1,
     combine: Callable[[Metrics], Metrics] = lambda stacked: jax.tree.map(lambda x: x.sum(0), stacked),
+    prepare: Callable[[Any], Any] = lambda batch: batch,
+    teaches: Callable[[Any], jax.Array] | None = None,
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
     """Compile (state, batch) -> (state, metrics); the state is donated.
 
     merge: parameters -> model. count: what the loss divides by, taken of the whole batch. combine: joins
-    metrics that are stacked over the micro-batches. Metrics gain the loss, the gradient's norm and the
-    guard's count of non-finite steps.
+    metrics that are stacked over the micro-batches. prepare: applied to the batch before anything else.
+    teaches: whether a micro-batch has a gradient at all; one that has none is not computed, and its metrics
+    are zeros. Metrics gain the loss, the gradient's norm and the guard's count of non-finite steps.
     """
 
     def forward(params: Any, batch: Any, total: Any) -> tuple[jax.Array, Metrics]:
         return loss(merge(cast(params, compute)), batch, total)
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
+        batch = prepare(batch)
         total = count(batch)
 
-        def one(batch: Any) -> tuple[Any, Metrics]:
+        def work(batch: Any) -> tuple[Any, Metrics]:
             (value, metrics), grads = jax.value_and_grad(forward, has_aux=True)(state.params, batch, total)
             return grads, metrics | {"loss": value}
+
+        def rest(batch: Any) -> tuple[Any, Metrics]:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(work, batch))
+
+        def one(batch: Any) -> tuple[Any, Metrics]:
+            return work(batch) if teaches is None else jax.lax.cond(teaches(batch), work, rest, batch)
 
         if micro_batches == 1:
             grads, metrics = one(batch)

@@ -20,6 +20,7 @@ CHOICES = {
     "kl": ("k1", "k2", "k3"),
     "aggregate": ("token-mean", "sequence-mean", "constant"),
     "scale": ("std", "none"),
+    "flat_groups": ("keep", "drop"),
 }
 
 
@@ -56,6 +57,10 @@ class GrpoConfig:
 
     # The advantages: "std" divides by the deviation of the group, "none" does not.
     scale: str = "std"
+
+    # Groups whose rewards are all equal have no advantage: "keep" still pulls them to the reference by the KL
+    # and counts their tokens, "drop" leaves them out of the update (as DAPO does) and saves their computing.
+    flat_groups: str = "keep"
 
     # The reward: weights of its parts (1 each in the paper), then what each rating is worth. The worths are
     # ours. Against the image's findings, when the answer is right:

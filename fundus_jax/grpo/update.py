@@ -8,7 +8,7 @@ Neighbours: `loss` and `advantages` (pure arithmetic), `rollout` (the sampler), 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from fundus_jax.grpo.loss import combine_metrics, loss_denominator, policy_loss
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.logprobs import token_logprobs
+from fundus_jax.sharding import parts
 
 Array = jax.Array
 
@@ -55,6 +56,26 @@ class Samples:
             old=old,
             ref=ref,
         )
+
+
+def flat_last(samples: Samples, micro_batches: int) -> Samples:
+    """The samples with the groups that have no advantage masked out, and moved into the last micro-batches.
+
+    Each device orders the rows it has: no row leaves its device. Micro-batch i is made of the rows i, i + M,
+    ... (`training.make_step`), so that is where its groups are put.
+    """
+    rows = samples.advantages.shape[0]
+    shards = parts("batch", rows // micro_batches)
+    flat = (samples.advantages == 0).all(axis=1).reshape(shards, -1)
+    order = jnp.argsort(flat, axis=1, stable=True)
+    order = order.reshape(shards, micro_batches, -1).swapaxes(1, 2).reshape(shards, -1)
+
+    def move(x: Array) -> Array:
+        index = order.reshape(*order.shape, *(1 for _ in x.shape[1:]))
+        return jnp.take_along_axis(x.reshape(shards, -1, *x.shape[1:]), index, axis=1).reshape(x.shape)
+
+    moved = jax.tree.map(move, samples)
+    return replace(moved, mask=moved.mask & ~move(flat.reshape(-1))[:, None, None])
 
 
 def response_logprobs(model: Any, prompts: Batch, tokens: Array, temperature: float) -> tuple[Array, Array]:
@@ -118,6 +139,17 @@ def make_update(
         return combine_metrics(stacked) | {"loss": losses.sum()}
 
     pieces = config.prompts_per_step * config.group_size // config.micro_batch
+    dropping: dict[str, Any] = {
+        "prepare": lambda samples: flat_last(samples, pieces),
+        "teaches": lambda samples: samples.mask.any(),
+    }
     return training.make_step(
-        merge, loss, count, optimizer, compute=compute, micro_batches=pieces, combine=combine
+        merge,
+        loss,
+        count,
+        optimizer,
+        compute=compute,
+        micro_batches=pieces,
+        combine=combine,
+        **(dropping if config.flat_groups == "drop" else {}),
     )

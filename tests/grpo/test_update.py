@@ -18,12 +18,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from fundus_jax import training
+from fundus_jax import sharding, training
 from fundus_jax.base import policy
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.loss import policy_loss
 from fundus_jax.grpo.rollout import generate
-from fundus_jax.grpo.update import Samples, make_score, make_update, response_logprobs
+from fundus_jax.grpo.update import Samples, flat_last, make_score, make_update, response_logprobs
 from fundus_jax.models import read_config
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.logprobs import token_logprobs
@@ -253,6 +253,63 @@ def test_groups_without_variance_give_no_gradient(scene: Scene) -> None:
     other = replace(scene.prompts, patches=scene.prompts.patches * scale)
     _, same = scene.update(NO_KL, silent(advantages=jnp.asarray(one), prompts=other))
     assert same["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-6), "the silent group has no say"
+
+
+FLAT_FIRST = jnp.asarray([[0.0, 0.0, 0.0], [-1.2, 0.2, 1.0]])
+DROP = replace(CONFIG, flat_groups="drop")
+
+
+@pytest.mark.parametrize("micro_batch", [G, B * G])
+def test_dropped_groups_leave_the_step_of_the_others(scene: Scene, micro_batch: int) -> None:
+    """As if they had never been sampled: their KL and their tokens are gone too."""
+    alone = scene.samples(advantages=FLAT_FIRST, mask=jnp.asarray(scene.mask).at[0].set(False))
+    wanted, wanted_metrics = scene.update(CONFIG, alone)
+    config = replace(DROP, micro_batch=micro_batch)
+    state, metrics = scene.update(config, scene.samples(advantages=FLAT_FIRST))
+    for name in wanted_metrics:
+        assert metrics[name] == pytest.approx(wanted_metrics[name], rel=1e-5, abs=1e-7), name
+    assert metrics["tokens"] == LENGTHS[1].sum()
+    for one, other in zip(*map(jax.tree.leaves, (state.params, wanted.params)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+    _, kept = scene.update(CONFIG, scene.samples(advantages=FLAT_FIRST))
+    assert kept["tokens"] == LENGTHS.sum()
+    assert abs(kept["kl"] - metrics["kl"]) > 1e-6, "kept, they count"
+
+
+def test_a_micro_batch_of_dropped_groups_is_not_computed(scene: Scene) -> None:
+    """Shown by an image that would poison every gradient it takes part in."""
+    poison = np.where(np.arange(B)[:, None, None] == 0, np.nan, 1).astype(np.float32)
+    prompts = replace(scene.prompts, patches=scene.prompts.patches * poison)
+    samples = functools.partial(scene.samples, advantages=FLAT_FIRST, prompts=prompts)
+    assert np.isnan(scene.update(replace(CONFIG, micro_batch=G), samples())[1]["grad_norm"])
+    assert scene.update(replace(DROP, micro_batch=G), samples())[1]["grad_norm"] > 0
+    _, none = scene.update(replace(DROP, micro_batch=G), samples(advantages=jnp.zeros((B, G))))
+    assert (none["grad_norm"], none["tokens"], none["loss"]) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("mesh", ["data:1", "data:2,fsdp:2"])
+def test_flat_groups_come_last_on_every_device(mesh: str) -> None:
+    rows, pieces = 16, 2
+    flat = np.random.default_rng(0).random(rows) < 0.5
+    advantages = np.where(flat[:, None], 0.0, 1.0 + np.arange(rows)[:, None] * np.asarray([1.0, -1.0]))
+    numbers = np.arange(rows, dtype=np.float32)
+    samples = Samples(
+        prompts=numbers, tokens=numbers, mask=np.ones((rows, 2, 3), bool), sampled=numbers,  # type: ignore[arg-type]
+        advantages=jnp.asarray(advantages), old=None, ref=None,
+    )  # fmt: skip
+    shards = 1 if mesh == "data:1" else 4
+    with jax.set_mesh(sharding.parse_mesh(mesh, jax.devices()[:shards])):
+        moved = jax.jit(flat_last, static_argnums=1)(samples, pieces)
+    order = np.asarray(moved.tokens).astype(int)
+    np.testing.assert_array_equal(moved.advantages, advantages.astype(np.float32)[order])
+    np.testing.assert_array_equal(np.asarray(moved.mask).all(axis=(1, 2)), ~flat[order])
+    np.testing.assert_array_equal(np.asarray(moved.mask).any(axis=(1, 2)), ~flat[order])
+    share = rows // shards
+    for device in range(shards):
+        own = order[device * share : (device + 1) * share]
+        assert sorted(own) == list(range(device * share, (device + 1) * share)), "no row changed its device"
+        by_piece = own.reshape(-1, pieces).T.reshape(-1)  # rows i, i + pieces, ... form micro-batch i
+        assert list(flat[by_piece]) == sorted(flat[by_piece])
 
 
 def test_without_kl_no_reference_is_needed_and_with_it_there_must_be_one(scene: Scene) -> None:
