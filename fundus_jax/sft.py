@@ -6,11 +6,13 @@ Neighbours: `training` (the step), `data` (the rows), `workdir` (bundles and met
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from absl import logging
 from jax.sharding import Mesh
 
@@ -142,6 +144,15 @@ def count(batch: Any) -> jax.Array:
     return jax.numpy.maximum(batch[1][:, 1:].sum(), 1)
 
 
+def make_update(
+    merge: Callable[[Any], Any], optimizer: optax.GradientTransformation, config: SftConfig, compute: str
+) -> Callable[[training.State, Any], tuple[training.State, training.Metrics]]:
+    """Compile (state, (Batch, loss mask [B,T])) -> (state, metrics): one update."""
+    return training.make_step(
+        merge, loss, count, optimizer, compute=compute, micro_batches=config.micro_batches
+    )
+
+
 def train(
     work: Workdir,
     model: Any,
@@ -162,14 +173,7 @@ def train(
     skeleton, params = training.split(model)
     optimizer = training.make_optimizer(config.optim, steps)
     options = Options(remat=remat, unroll=model.options.unroll)
-    step_of = training.make_step(
-        lambda params: skeleton.merge(params, options),
-        loss,
-        count,
-        optimizer,
-        compute=compute,
-        micro_batches=config.micro_batches,
-    )
+    step_of = make_update(lambda params: skeleton.merge(params, options), optimizer, config, compute)
 
     def build(index: np.ndarray) -> Any:
         images = [[rows.pool.image(rows.rows[i][0])] for i in index]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fundus_jax.models.attention import Prefix, attend
+from fundus_jax.models.embedding import lookup
 from fundus_jax.models.layers import Factory, Linear, Options, RMSNorm, SwiGLU, rotate, scan_blocks
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.rotary import text_rotary
@@ -81,7 +82,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Array) -> Array:
         """Token ids [...] -> embeddings [..., D]."""
-        return jnp.take(self.embed_tokens.get_value(), tokens, axis=0)
+        return lookup(self.embed_tokens.get_value(), tokens)
 
     def __call__(
         self,
