@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fundus_jax.records import ConfigError
@@ -62,8 +63,31 @@ def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
             f"--mesh={text!r} does not fit {len(devices)} devices: the sizes named multiply to {known}; "
             "make them multiply to the number of devices, or divide it and give one axis the size -1"
         )
-    grid = np.asarray(devices, dtype=object).reshape(tuple(sizes.values()))
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arrange(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
+    """`devices` as an array [data, fsdp, tensor], neighbours of an axis being neighbours in the machine.
+
+    GPUs and CPUs keep their order, in which those of a node follow each other. TPUs are laid along the wires
+    of their torus; between slices there is only the network, so slices are told apart by `data` alone: over
+    it go gradients, never parameters. Raises ConfigError where `data` is not a multiple of the slices.
+    """
+    shape = tuple(sizes[axis] for axis in AXES)
+    if devices[0].platform != "tpu":
+        return np.asarray(devices, dtype=object).reshape(shape)
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if sizes["data"] % slices:
+        raise ConfigError(
+            f"the devices are {slices} slices and data:{sizes['data']} is no multiple of that; "
+            f"write data:{slices} (or a multiple), so that only gradients cross the network"
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    inside = (sizes["data"] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def spec(axes: Sequence[str | None]) -> PartitionSpec:

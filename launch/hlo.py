@@ -30,6 +30,7 @@ KERNELS = {  # custom_call_target -> what people call it
     "__cublas$lt$matmul": "cublas",
     "__cublas$gemm": "cublas",
 }
+ELEMENTWISE = ("reduce", "reduce-window", "scatter", "sort", "map", "select-and-scatter")  # of scalars
 _HEADER = re.compile(r"(ENTRY\s+)?%?([\w.\-]+) \(.*\) -> .*\{$")
 _OP = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
@@ -74,7 +75,7 @@ class Collective(NamedTuple):
 class Report:
     """Per chip and run. `flops` of matrix products, in the kernels' place those of `kernel_flops`; `kernels`
     by name; `collectives` one by one; `dcn_sent` bytes that a TPU sends to other slices; `open_loops` loops
-    without a count; `largest` the largest arrays, as (bytes, shape)."""
+    without a count."""
 
     flops: float = 0
     kernel_flops: float = 0
@@ -130,24 +131,22 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
-def walk(module: Module) -> Iterator[tuple[Op, dict[str, Op], float, bool]]:
-    """Every instruction that runs: (it, its computation, how often, whether an open loop is around it)."""
+def walk(module: Module) -> Iterator[tuple[Op, dict[str, Op], float]]:
+    """Every instruction that runs: (it, its computation, how often)."""
 
-    def visit(name: str, times: float, is_open: bool) -> Iterator[tuple[Op, dict[str, Op], float, bool]]:
+    def visit(name: str, times: float) -> Iterator[tuple[Op, dict[str, Op], float]]:
         table = module.computations[name]
         for op in table.values():
-            yield op, table, times, is_open
-            inner, unknown = times, is_open
-            if op.code == "while":
-                count = trip_count(module, op)
-                inner, unknown = times * (count or 1), is_open or count is None
+            yield op, table, times
+            if op.code in ELEMENTWISE:
+                continue
+            inner = times * (trip_count(module, op) or 1) if op.code == "while" else times
             for called in _CALLED.findall(op.rest):
-                for part in called.split(","):
-                    child = part.strip().lstrip("%")
-                    if child in module.computations and op.code not in ("reduce", "scatter", "sort", "map"):
-                        yield from visit(child, inner, unknown)
+                for child in (part.strip().lstrip("%") for part in called.split(",")):
+                    if child in module.computations:
+                        yield from visit(child, inner)
 
-    yield from visit(module.entry, 1.0, False)
+    yield from visit(module.entry, 1.0)
 
 
 def trip_count(module: Module, loop: Op) -> int | None:
@@ -178,11 +177,11 @@ def trip_count(module: Module, loop: Op) -> int | None:
 
 def report(text: str) -> Report:
     """Count a compiled module's work on one chip."""
-    found = Report()
+    found, module = Report(), parse(text)
     seen: set[str] = set()
-    for op, table, times, is_open in walk(parse(text)):
-        if op.code == "while" and is_open is False and "condition=" in op.rest:
-            pass
+    for op, table, times in walk(module):
+        if op.code == "while" and trip_count(module, op) is None:
+            found.open_loops.append(op.attribute(r'op_name="([^"]*)"') or op.name)
         if op.code in ("dot", "convolution"):
             found.flops += times * matmul_flops(op, table)
         elif op.code == "custom-call":
@@ -196,11 +195,6 @@ def report(text: str) -> Report:
                 continue
             seen.add(channel)
             found.collectives.append(_collective(kind, op, table, times))
-    module = parse(text)
-    for computation in module.computations.values():
-        for op in computation.values():
-            if op.code == "while" and trip_count(module, op) is None:
-                found.open_loops.append(op.attribute(r'op_name="([^"]*)"') or op.name)
     return found
 
 
