@@ -1,9 +1,9 @@
 """The machines people rent, by the names they know: how many chips, how they are wired, what a chip can do.
 
-`parse_topology` reads v5litepod-16, v6e-8, v5p-64, h100-8, or a shape such as v5e:4x4 (with a third factor, two
-slices: v5e:4x4x2), and `Topology.devices` gives jax devices to compile for, without any of them being there.
-The numbers of a chip are those of the public data sheets (Google Cloud's system architecture pages, NVIDIA's
-H100 and H200 data sheets; H800: as H100 with 400 GB/s of NVLink); they serve projections, and nothing else.
+`parse_topology` reads v5litepod-16, v6e-8, v5p-64, h100-8, or a shape such as v5e:4x4 (with a third factor,
+two slices: v5e:4x4x2), and `Topology.devices` gives jax devices to compile for, without any of them being
+there. The numbers of a chip are those of the public data sheets (Google Cloud's pages on each TPU, NVIDIA's on
+H100 and H200; H800: an H100 with 400 GB/s of NVLink); they serve projections, and nothing else.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def parse_topology(text: str) -> Topology:
         chips, slices = int(product[2]), int(product[3] or 1)
         if chip.counts == "cores":
             if chips % 2:
-                raise ConfigError(f"--topology={text!r}: {kind} is named by its cores, two a chip, not {chips}")
+                raise ConfigError(
+                    f"--topology={text!r}: {kind} is named by its cores, two a chip, not {chips}"
+                )
             chips //= 2
         return Topology(kind, _shape(kind, chips, text), slices)
     sizes = tuple(int(part) for part in shaped[2].split("x"))  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""What a compiled program does on one chip, read off its HLO text: matmul FLOPs, bytes over the wires, kernels.
+"""What a compiled program does on one chip, read off its HLO text: FLOPs, bytes over the wires, kernels.
 
 XLA's own cost analysis counts a loop's body once, and a model whose layers are a scan is one loop. Here every
 instruction is counted as often as the loops around it run. A loop that ends by its data (decoding) has no
@@ -155,7 +155,7 @@ def trip_count(module: Module, loop: Op) -> int | None:
     GPUs' text says it. TPUs' does not: there the condition is `counter < constant`, the counter starts at 0
     in a scan, and its step is read from the body.
     """
-    known = loop.attribute(r'known_trip_count\W+n\W+(\d+)')
+    known = loop.attribute(r"known_trip_count\W+n\W+(\d+)")
     if known:
         return int(known)
     condition = module.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
@@ -271,7 +271,9 @@ def _group(op: Op) -> tuple[int, ...]:
     if explicit := op.attribute(r"replica_groups=\{\{([\d,]+)\}"):
         return tuple(int(number) for number in explicit.split(","))
     if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.rest):
-        shape, source, order = (tuple(int(n) for n in part.split(",")) if part else () for part in tiled.groups())
+        shape, source, order = (
+            tuple(int(n) for n in part.split(",")) if part else () for part in tiled.groups()
+        )
         numbers = np.arange(math.prod(source)).reshape(source)
         numbers = numbers.transpose(order) if order else numbers
         return tuple(int(number) for number in numbers.reshape(shape)[0])

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fundus_jax import sft, sharding, training
 from fundus_jax.data import round_up
-from fundus_jax.grpo import rollout, update
+from fundus_jax.grpo import update
 from fundus_jax.models import read_config
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.layers import Options
@@ -30,11 +30,14 @@ ANSWER = 1000  # steps of a stage for the learning-rate schedule, which changes 
 
 
 class Program(NamedTuple):
-    """A jitted function and its abstract arguments."""
+    """A jitted function, its abstract arguments, which of the resident trees these are, and how often it runs
+    in a step."""
 
     name: str
     run: Any
     arguments: tuple[Any, ...]
+    holds: tuple[str, ...]
+    times: int = 1
 
 
 class Stage(NamedTuple):
@@ -52,8 +55,13 @@ def model_config(config: RunConfig) -> Qwen2_5_VLConfig:
 def bytes_per_device(tree: Any) -> int:
     """What a tree of abstract arrays with shardings takes on one device."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
+
+
+def _put(leaf: Any, place: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 class Abstract:
@@ -87,7 +95,7 @@ class Abstract:
             self.places if places is None else places,
         )
 
-    def rows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def rows(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """An array whose first axis is the batch."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
 
@@ -118,8 +126,36 @@ def sft_stage(policy: Abstract) -> Stage:
     batch = policy.batch(config.batch, config.max_length)
     learned = policy.rows((config.batch, config.max_length), jnp.bool_)
     resident = {"weights": state.params, "optimizer": state.optimizer, "batch": (batch, learned)}
-    return Stage([Program("update", run, (state, (batch, learned)))], resident)
+    return Stage([Program("update", run, (state, (batch, learned)), tuple(resident))], resident)
 
 
-def _put(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+def grpo_stage(policy: Abstract) -> Stage:
+    """A step of GRPO in order: the sampler's weights, rollouts, the reference's scores, updates."""
+    config, run = policy.config.grpo, policy.config
+    optimizer = training.make_optimizer(config.optim, ANSWER)
+    state = policy.state(optimizer)
+    batch = policy.batch(config.prompts_per_step, run.max_prompt)
+    shape = (config.prompts_per_step, config.group_size, config.max_new_tokens)
+    tokens, logprobs = policy.rows(shape, jnp.int32), policy.rows(shape, jnp.float32)
+    reference = policy.cast() if config.kl_coef else None
+    samples = update.Samples(
+        prompts=batch,
+        tokens=tokens,
+        mask=policy.rows(shape, jnp.bool_),
+        sampled=logprobs,
+        advantages=policy.rows(shape[:2], jnp.float32),
+        old=logprobs if config.mu > 1 else None,
+        ref=logprobs if config.kl_coef else None,
+    )
+    resident = {"weights": state.params, "optimizer": state.optimizer, "batch": batch}
+    found = []
+    if reference is not None:
+        resident["reference"] = reference
+        score = update.make_score(policy.merge, config, run.compute)
+        found.append(Program("score", score, (reference, batch, tokens), ("reference", "batch")))
+    step = update.make_update(policy.merge, optimizer, config, run.compute)
+    found.append(Program("update", step, (state, samples), ("weights", "optimizer", "batch"), config.mu))
+    return Stage(found, resident)
+
+
+STAGES = {"sft": sft_stage, "grpo": grpo_stage}

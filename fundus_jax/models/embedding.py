@@ -1,8 +1,8 @@
 """Rows of a table [V, D] by their number, where the table is spread over a mesh.
 
-Left alone, a compiler gathers the whole table on every device (1.2 GB for Qwen2.5-VL 3B in float32) and adds up
-its gradient there. Here the numbers travel instead: each device looks up, for the rows of its neighbours too,
-the part of the vector it has, and the parts are exchanged; the gradient goes the same way back.
+Left alone, a compiler gathers the whole table on every device (1.2 GB for Qwen2.5-VL 3B in float32) and adds
+up its gradient there. Here the numbers travel instead: each device looks up, for the rows of its neighbours
+too, the part of the vector it has, and the parts are exchanged; the gradient goes the same way back.
 """
 
 from __future__ import annotations

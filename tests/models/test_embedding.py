@@ -56,4 +56,6 @@ def test_the_table_is_not_gathered() -> None:
         text = jax.jit(value_and_gradient).lower(placed, rows).compile().as_text()
     lines = [line for line in text.splitlines() if " all-gather(" in line or " all-reduce(" in line]
     assert lines
-    assert not [line for line in lines if f"[{V},{D}]" in line or f"[{V // 2},{D}]" in line], "the whole table"
+    assert not [line for line in lines if f"[{V},{D}]" in line or f"[{V // 2},{D}]" in line], (
+        "the whole table"
+    )
