@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fundus_jax.records import ConfigError
 
@@ -102,7 +102,7 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def fit(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def fit(partition: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """`partition` without the axes that do not divide their dimension of
     `shape`: such a dimension is replicated."""
     entries = []

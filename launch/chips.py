@@ -2,8 +2,8 @@
 
 `parse_topology` reads v5litepod-16, v6e-8, v5p-64, h100-8, or a shape such as v5e:4x4 (with a third factor,
 two slices: v5e:4x4x2), and `Topology.devices` gives jax devices to compile for, without any of them being
-there. The numbers of a chip are those of the public data sheets (Google Cloud's pages on each TPU, NVIDIA's on
-H100 and H200; H800: an H100 with 400 GB/s of NVLink); they serve projections, and nothing else.
+there. The numbers of a chip are those of the public data sheets (Google Cloud's pages on each TPU, NVIDIA's
+on H100 and H200; H800: an H100 with 400 GB/s of NVLink); they serve projections, and nothing else.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def parse_topology(text: str) -> Topology:
     word = text.strip().lower()
     product = re.fullmatch(r"([a-z0-9]+)-(\d{1,5})(?:x(\d{1,3}))?", word)
     shaped = re.fullmatch(r"([a-z0-9]+):(\d{1,4}(?:x\d{1,4}){1,3})", word)
-    kind = (product or shaped or [None, ""])[1]
+    kind = word.split("-")[0].split(":")[0]
     kind = ALIASES.get(kind, kind)
-    if kind not in CHIPS:
+    if kind not in CHIPS or not (product or shaped):
         raise ConfigError(f"--topology={text!r} is no machine known here; known are {NAMES}")
     chip = CHIPS[kind]
     if product:

@@ -117,7 +117,8 @@ def _problem(row: dict[str, Any], topology: Topology) -> str:
     advice = ADVICE["program" if row.get("temporaries_gib", own) > lasting else "resident"]
     return (
         f"{row['program']} needs {row['total_gib']:.1f} GiB a device ({own:.1f} itself, "
-        f"{row['beside_gib']:.1f} beside it); {topology.kind} has {memory:.1f}, of which {USABLE:.0%} are usable; {advice}"
+        f"{row['beside_gib']:.1f} beside it); {topology.kind} has {memory:.1f}, of which {USABLE:.0%} are usable; "
+        f"{advice}"
     )
 
 
