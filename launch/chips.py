@@ -56,6 +56,11 @@ CHIPS: Mapping[str, Chip] = {
     "h200": Chip("cuda", 139.8, 989e12, 4800e9, 450e9, 50e9),
 }
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "ironwood": "tpu7x", "v7x": "tpu7x"}
+# As jax names a device -> its kind; the first that fits counts.
+DEVICE_KINDS = {
+    **{"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"},
+    **{"TPU v5": "v5p", "NVIDIA H100": "h100", "NVIDIA H800": "h800", "NVIDIA H200": "h200"},
+}
 # The shapes in which slices are offered, by their number of chips. The compiler itself takes any shape.
 FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 DEEP = {
@@ -166,6 +171,16 @@ def _shape(kind: str, chips: int, text: str) -> tuple[int, ...]:
             f"--topology={text!r}: no slice of {chips} {kind} chips is offered; there are {sorted(offered)}"
         )
     return offered[chips]
+
+
+def kind_of(device_kind: str) -> str:
+    """The chip that jax calls `device_kind`, e.g. "TPU v5 lite". Raises ConfigError for one not known here."""
+    found = next((kind for start, kind in DEVICE_KINDS.items() if device_kind.startswith(start)), None)
+    if found is None:
+        raise ConfigError(
+            f"devices of kind {device_kind!r} are not known here; name the mesh, e.g. --mesh=fsdp:-1"
+        )
+    return found
 
 
 def target_config(kind: str) -> str:

@@ -1,0 +1,160 @@
+"""`--mesh=auto`: the mesh, what is recomputed and how a batch is cut, by the kind and number of devices.
+
+An estimate in closed form, on the safe side, with its arithmetic printed; `launch/compile.py` gives the
+compiler's own figures for what was chosen, and docs/scaling.md holds them for the usual machines. None of the
+choices changes a number that is trained (a step's gradient does not depend on how it is cut), so they are
+not part of a run's configuration: it can go on on another machine. Neighbours: `chips.py`, `programs.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from fundus_jax.models.qwen2_5_vl.params import table
+from fundus_jax.records import ConfigError
+from launch.chips import CHIPS, GIB, kind_of
+from launch.config import RunConfig
+
+BUDGET = 0.85  # of a device's memory is planned for
+REMATS = ("none", "dots", "block")  # from the fastest to the smallest
+CHUNK = 1024  # rows of logits at a time, as in models.logprobs
+TENSOR = (1, 2, 4, 8, 16)
+MOST_ROWS = 8  # of a device in a micro-batch: more hide no more traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen, and the estimate it rests on, GiB a device."""
+
+    mesh: str
+    remat: str
+    sft_micro_batches: int
+    grpo_micro_batch: int
+    estimate_gib: float
+    memory_gib: float
+    device: str
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        """`config` cut and recomputed as chosen; the original is left as it is."""
+        changed = dataclasses.replace(config, remat=self.remat)
+        changed.sft = dataclasses.replace(config.sft, micro_batches=self.sft_micro_batches)
+        changed.grpo = dataclasses.replace(config.grpo, micro_batch=self.grpo_micro_batch)
+        return changed
+
+    def __str__(self) -> str:
+        return (
+            f"--mesh=auto on {self.device}: {self.mesh}, remat {self.remat}, sft in {self.sft_micro_batches} "
+            f"micro-batches, grpo in pieces of {self.grpo_micro_batch} rollouts; estimated "
+            f"{self.estimate_gib:.1f} of {self.memory_gib:.1f} GiB a device"
+        )
+
+
+class Sizes:
+    """What a run needs on one device of a mesh, in bytes, by its model's numbers."""
+
+    def __init__(self, config: RunConfig, model: Qwen2_5_VLConfig) -> None:
+        self.config, self.model = config, model
+        slots = table(model)
+        self.total = sum(math.prod(slot.shape) for slot in slots.values())
+        self.layer = sum(math.prod(slot.shape) for name, slot in slots.items() if ".layers.0." in name)
+        matrices = [slot.shape for name, slot in slots.items() if len(slot.shape) == 2 and ".layers." in name]
+        adapters = config.lora.rank * sum(map(sum, matrices))  # as if every layer had one
+        self.trained = adapters or self.total
+        self.frozen = self.total if adapters else 0
+
+    def lasting(self, fsdp: int, tensor: int) -> float:
+        """Masters, moments, frozen weights, and the reference where it is a model of its own."""
+        reference = self.total if self.config.grpo.kl_coef and not self.frozen else 0
+        return (12 * self.trained + 2 * self.frozen + 2 * reference) / (fsdp * tensor)
+
+    def update(self, rows: int, length: int, remat: str, fsdp: int, tensor: int) -> float:
+        """Gradients, and what a micro-batch of `rows` rows of `length` tokens and an image takes."""
+        model, vision = self.model, self.model.vision
+        text = _activations(
+            model.hidden_size, model.intermediate_size / tensor, remat, model.num_hidden_layers
+        )
+        image = _activations(vision.hidden_size, vision.intermediate_size / tensor, remat, vision.depth)
+        patches = (self.config.max_pixels or 1280 * 784) / vision.patch_size**2
+        logits = 3 * 4 * max(CHUNK, rows) * model.vocab_size / tensor
+        gathered = 2 * (3 * self.layer + 2 * model.vocab_size * model.hidden_size) / tensor
+        gradients = 4 * self.trained / (fsdp * tensor)
+        return rows * (length * text + patches * image) + logits + gathered + gradients
+
+    def rollout(self, rows: int, tensor: int) -> float:
+        """The sampler's weights, and the keys and values of `rows` prompts and their responses."""
+        model, grpo = self.model, self.config.grpo
+        positions = self.config.max_prompt + grpo.group_size * grpo.max_new_tokens
+        heads = model.num_key_value_heads / (1 if model.num_key_value_heads % tensor else tensor)
+        cache = 2 * 2 * model.num_hidden_layers * heads * model.head_dim * positions
+        return 2 * self.total / tensor + rows * cache + 4 * rows * grpo.group_size * model.vocab_size
+
+
+def _activations(width: float, mlp: float, remat: str, layers: int) -> float:
+    """Bytes of one token: what every layer keeps in bfloat16, and twice what one layer computes with."""
+    whole = 2 * (10 * width + 5 * mlp)
+    kept = {"none": whole, "dots": 2 * (5 * width + 3 * mlp), "block": 2 * width}[remat]
+    return layers * kept + 2 * whole
+
+
+def choose(config: RunConfig, model: Qwen2_5_VLConfig, devices: Sequence[Any]) -> Choice:
+    """The smallest tensor axis that fits, then the least recomputing, then the most rows in a micro-batch.
+
+    devices: all of one kind; where they are several TPU slices these form the data axis. On a CPU, whose
+    memory is not planned, the batch is simply spread. Raises ConfigError where no mesh divides the batches or
+    nothing fits, with the arithmetic.
+    """
+    if devices[0].platform == "cpu":
+        unchanged = (config.remat, config.sft.micro_batches, config.grpo.micro_batch)
+        return Choice(f"data:{len(devices)},fsdp:1,tensor:1", *unchanged, 0.0, 0.0, f"{len(devices)} x cpu")
+    kind = kind_of(devices[0].device_kind)
+    memory, sizes = CHIPS[kind].memory / CHIPS[kind].devices, Sizes(config, model)
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    slices = slices if devices[0].platform == "tpu" else 1
+    tried = []
+    for tensor in TENSOR:
+        fsdp, rest = divmod(len(devices) // slices, tensor)
+        batches = (config.sft.batch, config.grpo.prompts_per_step)
+        if rest or any(rows % (slices * fsdp) for rows in batches):
+            tried.append(f"tensor:{tensor} does not divide {len(devices)} devices and {batches} rows")
+            continue
+        each = [rows // (slices * fsdp) for rows in batches]
+        rollout = sizes.lasting(fsdp, tensor) + sizes.rollout(config.grpo.slots or each[1], tensor)
+        for remat in REMATS:
+            cut, needs = [], [rollout]
+            for rows, length in zip(each, lengths(config), strict=True):
+                fixed = sizes.lasting(fsdp, tensor)
+                found = [(n, fixed + sizes.update(n, length, remat, fsdp, tensor)) for n in divisors(rows)]
+                fitting = [one for one in found if one[1] <= BUDGET * memory * GIB] or found[:1]
+                cut.append(fitting[-1][0])
+                needs.append(fitting[-1][1])
+            tried.append(f"tensor:{tensor} remat {remat} needs {max(needs) / GIB:.1f} GiB")
+            if max(needs) <= BUDGET * memory * GIB:
+                return Choice(
+                    f"data:{slices},fsdp:{fsdp},tensor:{tensor}",
+                    remat,
+                    each[0] // cut[0],
+                    cut[1] * slices * fsdp * config.grpo.group_size,
+                    max(needs) / GIB,
+                    memory,
+                    f"{len(devices)} x {kind}",
+                )
+    raise ConfigError(
+        f"--mesh=auto finds no mesh of {len(devices)} x {kind} ({memory:.1f} GiB, {BUDGET:.0%} of it planned) for "
+        f"{config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), shorter lengths, or batches that "
+        "the devices divide"
+    )
+
+
+def lengths(config: RunConfig) -> tuple[int, int]:
+    """Tokens that a row of SFT, and a prompt of GRPO with its responses, has at most."""
+    grpo = config.grpo
+    return config.sft.max_length, config.max_prompt + grpo.group_size * grpo.max_new_tokens
+
+
+def divisors(rows: int) -> list[int]:
+    """Ways to cut `rows` into equal micro-batches of at most MOST_ROWS, ascending."""
+    return [size for size in range(1, min(rows, MOST_ROWS) + 1) if rows % size == 0]
