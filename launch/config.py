@@ -69,8 +69,8 @@ class RunConfig:
     for pre-training.
     compute: dtype of forward and backward passes; what is trained is a float32 master. remat: what a block
     keeps for its backward pass, a name of `models.layers.REMAT`.
-    lora: adapters to train in the place of the weights, in SFT and GRPO. freeze: parts of the model that these
-    leave as they are, comma-separated: vision (the tower), projector (its merger), text (the decoder),
+    lora: adapters to train in the place of the weights, in SFT and GRPO. freeze: parts of the model that
+    these leave as they are, comma-separated: vision (the tower), projector (its merger), text (the decoder),
     embedding, head.
     unroll: layers laid out per scan step. max_prompt: longer prompts are left out of GRPO. min_pixels,
     max_pixels: bounds of an image after resizing (0: the checkpoint's). skip_sft: go from the start straight

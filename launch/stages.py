@@ -169,8 +169,8 @@ class Trainer:
 
 
 def export(work: Workdir, trainer: Trainer) -> Path:
-    """Write the policy after the last stage as a Hugging Face directory, workdir/hf, with its adapters merged;
-    and where there are adapters of a model that others have, these too, as PEFT's, in workdir/adapter.
+    """Write the policy after the last stage as a Hugging Face directory, workdir/hf, its adapters merged; and
+    where they are adapters of a model that others have, these alone as PEFT's too, workdir/adapter.
 
     A directory that is there stays as it is.
     """

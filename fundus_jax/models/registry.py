@@ -76,8 +76,8 @@ def save_pretrained(model: Qwen2_5_VL, processor: Processor, out_dir: str | Path
 
 
 def save_adapter(model: Qwen2_5_VL, out_dir: str | Path, base: str) -> Path:
-    """Write the adapters of `model` alone, as PEFT does, for the weights called `base` (a directory, or a name
-    on the hub). Atomic; raises ConfigError if `out_dir` exists or the model has no adapters."""
+    """Write the adapters of `model` alone, as PEFT does, for the weights called `base` (a directory, or a
+    name on the hub). Atomic; raises ConfigError if `out_dir` exists or the model has no adapters."""
     out_dir = Path(out_dir)
     with weights.new_directory(out_dir) as scratch:
         adapter.save(scratch, model, base)

@@ -1,7 +1,7 @@
 """A model's adapters as files that PEFT, transformers and vLLM load onto the weights they were trained from.
 
-Layout and names are PEFT's (its `utils/save_and_load.py`; loaded with peft 0.21.2, docs/log.md): one A and one B
-for each layer, called as transformers' module with `base_model.model.` in front.
+Layout and names are PEFT's (its `utils/save_and_load.py`; loaded with peft 0.21.2, docs/log.md): one A and one
+B for each layer, called as transformers' module with `base_model.model.` in front.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ PREFIX = "base_model.model."
 def save(directory: Path, model: Qwen2_5_VL, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors (float32) into an existing directory.
 
-    base: what the adapters belong to, a hub name or directory. Raises ConfigError for a model without adapters.
+    base: what the adapters belong to, a hub name or directory. Raises ConfigError for a model without
+    adapters.
     """
     found = list(_layers(model))
     if not found:
@@ -54,7 +55,7 @@ def save(directory: Path, model: Qwen2_5_VL, base: str) -> None:
 
 
 def _layers(model: Qwen2_5_VL) -> Iterator[tuple[str, Linear, Slot]]:
-    """Each layer with an adapter: transformers' name of its module, the layer (or stack), its weight's slot."""
+    """Each layer with an adapter: transformers' name of it, the layer (or its stack), its weight's slot."""
     adapted = lora.adapted(model)
     for name, slot in table(model.config).items():
         linear = adapted.get(".".join(map(str, slot.path[:-1])))
