@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> RunConfig:
         name="fundus_r1_3b",
         model="Qwen2.5-VL-3B-Instruct",
         compute="bfloat16",
-        remat=True,
+        remat="block",
         max_pixels=448 * 448,
         max_prompt=1024,
         data=DataConfig(dataset="idrid", max_side=1024),

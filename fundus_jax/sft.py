@@ -162,15 +162,17 @@ def train(
     mesh: Mesh,
     *,
     compute: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
 ) -> training.Params:
-    """Fine-tune and return the parameters. Resumes from, and ends with, a bundle of stage `sft`.
+    """Fine-tune what is not frozen and return all parameters. Resumes from, and ends with, a bundle of stage
+    `sft`, which holds the trained ones.
 
-    compute: dtype of the forward and backward pass; the weights stay float32 masters. remat: recompute blocks
-    in the backward pass.
+    compute: dtype of the forward and backward pass; trained weights stay float32 masters. remat: a name of
+    `models.layers.REMAT`.
     """
     steps = work.stages["sft"]
     skeleton, params = training.split(model)
+    params, frozen = skeleton.divide(params)
     optimizer = training.make_optimizer(config.optim, steps)
     options = Options(remat=remat, unroll=model.options.unroll)
     step_of = make_update(lambda params: skeleton.merge(params, options), optimizer, config, compute)
@@ -182,6 +184,7 @@ def train(
 
     with jax.set_mesh(mesh):
         state = training.start(skeleton, params, optimizer, mesh)
+        frozen = training.hold(skeleton, frozen, mesh, compute)
         iterator = batches(len(rows.rows), config.batch, build, seed=config.seed)
         state, done = work.resume("sft", state, iterator)
         progress, watch = work.progress("sft", done), Stopwatch()
@@ -189,7 +192,7 @@ def train(
             with watch("data"):
                 batch = training.place(next(iterator), mesh)
             with watch("update"):
-                state, metrics = step_of(state, batch)
+                state, metrics = step_of(state, batch, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "sft", step)
             work.metrics.log("sft", step, values | watch.lap())
@@ -197,4 +200,4 @@ def train(
             if step == steps or (config.save_every and step % config.save_every == 0):
                 work.save("sft", step, state, iterator)
     progress.close()
-    return state.params
+    return training.join(state.params, frozen)

@@ -33,6 +33,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "layers": (),
     "norm": (),
+    "rank": (),  # of an adapter: far too few to be worth splitting
 }
 
 

@@ -1,9 +1,10 @@
 """What the loops share: a model as a pytree of parameters, and one compiled, donated, sharded optimizer step.
 
 A step's gradient does not depend on how it is cut: losses are sums divided by a global count that is taken
-before the batch is cut into micro-batches, and mesh shapes only move the work. Weights are float32 masters;
-`compute` is the dtype of the forward and backward pass. Neighbours: `base`, `sft`, `grpo.update` give the
-losses, `workdir` the bundles.
+before the batch is cut into micro-batches, and mesh shapes only move the work. Trained weights are float32
+masters; `compute` is the dtype of the forward and backward pass. Frozen ones (`models.freeze`) stand beside
+the state: they have no gradient, no moments, no master, and no place in a bundle. Neighbours: `base`, `sft`,
+`grpo.update` give the losses, `workdir` the bundles.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fundus_jax import sharding
+from fundus_jax.models.freeze import is_frozen
 from fundus_jax.models.layers import Options
 from fundus_jax.optim import OptimConfig, like_params, make_optimizer, notfinite_count
 from fundus_jax.records import ConfigError, DataError
@@ -30,7 +33,7 @@ Loss = Callable[[Any, Any, Any], tuple[jax.Array, Metrics]]
 
 
 class State(NamedTuple):
-    """Everything an optimizer step reads and writes."""
+    """Everything an optimizer step reads and writes: the trained parameters and their optimizer."""
 
     params: Params
     optimizer: Any
@@ -43,6 +46,7 @@ class Skeleton:
     def __init__(self, model: nnx.Module) -> None:
         self.graph, state = nnx.split(model)
         self.abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        self.frozen = {path for path, param in nnx.to_flat_state(state) if is_frozen(param)}
 
     def merge(self, params: Params, options: Options | None = None) -> Any:
         """The model with `params`, which may have any dtype and may be tracers."""
@@ -57,10 +61,24 @@ class Skeleton:
         """A tree like the parameters of their NamedShardings."""
         return nnx.to_pure_dict(sharding.state_shardings(self.abstract, mesh))
 
+    def divide(self, params: Params) -> tuple[Params, Params]:
+        """A tree like the parameters as two: of those that are trained, and of the frozen ones."""
+        flat = flatten_dict(params)
+        frozen = {path: flat.pop(path) for path in self.frozen}
+        return unflatten_dict(flat), unflatten_dict(frozen)
+
 
 def split(model: nnx.Module) -> tuple[Skeleton, Params]:
     """A model as (skeleton, parameters)."""
     return Skeleton(model), nnx.to_pure_dict(nnx.state(model))
+
+
+def join(*parts: Params) -> Params:
+    """Trees that have no leaf in common as one: what `Skeleton.divide` took apart."""
+    flat: dict[tuple[Any, ...], Any] = {}
+    for part in parts:
+        flat |= flatten_dict(part)
+    return unflatten_dict(flat)
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -85,12 +103,23 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 
 def start(skeleton: Skeleton, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-    """Parameters and fresh optimizer state on the mesh; moments lie where their parameters lie."""
-    places = skeleton.shardings(mesh)
+    """Trained parameters and fresh optimizer state on the mesh; moments lie where their parameters lie."""
+    places = _like(skeleton.shardings(mesh), params)
     params = jax.device_put(params, places)
     shape = jax.eval_shape(optimizer.init, params)
     out = like_params(shape, places, NamedSharding(mesh, PartitionSpec()))
     return State(params, jax.jit(optimizer.init, out_shardings=out)(params))
+
+
+def hold(skeleton: Skeleton, frozen: Params, mesh: Mesh, compute: str) -> Params:
+    """Frozen parameters on the mesh, in the dtype of the forward pass: they are read and nothing else."""
+    return jax.device_put(cast(frozen, compute), _like(skeleton.shardings(mesh), frozen))
+
+
+def _like(tree: Params, part: Params) -> Params:
+    """The leaves of `tree` that `part` has too."""
+    flat = flatten_dict(tree)
+    return unflatten_dict({path: flat[path] for path in flatten_dict(part)})
 
 
 def make_step(
@@ -104,24 +133,27 @@ def make_step(
     combine: Callable[[Metrics], Metrics] = lambda stacked: jax.tree.map(lambda x: x.sum(0), stacked),
     prepare: Callable[[Any], Any] = lambda batch: batch,
     teaches: Callable[[Any], jax.Array] | None = None,
-) -> Callable[[State, Any], tuple[State, Metrics]]:
-    """Compile (state, batch) -> (state, metrics); the state is donated.
+) -> Callable[..., tuple[State, Metrics]]:
+    """Compile (state, batch, frozen parameters or nothing) -> (state, metrics); the state is donated, the
+    frozen parameters are not.
 
-    merge: parameters -> model. count: what the loss divides by, taken of the whole batch. combine: joins
+    merge: all parameters -> model. count: what the loss divides by, taken of the whole batch. combine: joins
     metrics that are stacked over the micro-batches. prepare: applied to the batch before anything else.
     teaches: whether a micro-batch has a gradient at all; one that has none is not computed, and its metrics
     are zeros. Metrics gain the loss, the gradient's norm and the guard's count of non-finite steps.
     """
 
-    def forward(params: Any, batch: Any, total: Any) -> tuple[jax.Array, Metrics]:
-        return loss(merge(cast(params, compute)), batch, total)
+    def forward(params: Any, frozen: Any, batch: Any, total: Any) -> tuple[jax.Array, Metrics]:
+        return loss(merge(cast(join(params, frozen or {}), compute)), batch, total)
 
-    def step(state: State, batch: Any) -> tuple[State, Metrics]:
+    def step(state: State, batch: Any, frozen: Params | None = None) -> tuple[State, Metrics]:
         batch = prepare(batch)
         total = count(batch)
 
         def work(batch: Any) -> tuple[Any, Metrics]:
-            (value, metrics), grads = jax.value_and_grad(forward, has_aux=True)(state.params, batch, total)
+            (value, metrics), grads = jax.value_and_grad(forward, has_aux=True)(
+                state.params, frozen, batch, total
+            )
             return grads, metrics | {"loss": value}
 
         def rest(batch: Any) -> tuple[Any, Metrics]:
@@ -170,6 +202,8 @@ __all__ = [
     "State",
     "cast",
     "check_finite",
+    "hold",
+    "join",
     "make_optimizer",
     "make_step",
     "place",

@@ -12,6 +12,8 @@ from typing import Any
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
 from fundus_jax.grpo.config import GrpoConfig
+from fundus_jax.models.layers import REMAT
+from fundus_jax.models.lora import LoraConfig
 from fundus_jax.records import ConfigError
 from fundus_jax.sft import PromptConfig, SftConfig
 
@@ -65,8 +67,11 @@ class RunConfig:
 
     model: Hugging Face directory to start from; "" makes the small policy in a `base` stage that stands in
     for pre-training.
-    compute: dtype of forward and backward passes; weights are float32 masters. remat: recompute blocks in the
-    backward pass.
+    compute: dtype of forward and backward passes; what is trained is a float32 master. remat: what a block
+    keeps for its backward pass, a name of `models.layers.REMAT`.
+    lora: adapters to train in the place of the weights, in SFT and GRPO. freeze: parts of the model that
+    these leave as they are, comma-separated: vision (the tower), projector (its merger), text (the decoder),
+    embedding, head.
     unroll: layers laid out per scan step. max_prompt: longer prompts are left out of GRPO. min_pixels,
     max_pixels: bounds of an image after resizing (0: the checkpoint's). skip_sft: go from the start straight
     to GRPO (the paper's set-up C).
@@ -75,11 +80,13 @@ class RunConfig:
     name: str = "run"
     model: str = ""
     compute: str = "float32"
-    remat: bool = False
+    remat: str = "none"
+    freeze: str = ""
     unroll: int = 1
     max_prompt: int = 2048
     min_pixels: int = 0
     max_pixels: int = 0
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -92,6 +99,14 @@ class RunConfig:
         """Raises ConfigError for the first thing that does not make sense, in any stage."""
         if self.compute not in COMPUTE:
             raise ConfigError(f"compute is {self.compute!r}; it must be one of {', '.join(COMPUTE)}")
+        if self.remat not in REMAT:
+            raise ConfigError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT)}")
+        self.lora.validate()
+        if self.lora.rank and self.freeze:
+            raise ConfigError(
+                f"freeze is {self.freeze!r} and lora.rank {self.lora.rank}: adapters freeze everything else "
+                "already; clear one of the two"
+            )
         if not 0 < self.data.sft_part <= 1:
             raise ConfigError(f"data.sft_part is {self.data.sft_part}; it must be above 0 and at most 1")
         rates(self.data.tasks)

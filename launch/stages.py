@@ -21,7 +21,9 @@ from fundus_jax.base import policy, warmup
 from fundus_jax.data import Pool, open_pool
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.judge import RulesJudge
-from fundus_jax.models import load_pretrained, read_config, save_pretrained
+from fundus_jax.models import load_pretrained, read_config, save_adapter, save_pretrained
+from fundus_jax.models.freeze import freeze, narrow
+from fundus_jax.models.lora import attach
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError
@@ -115,13 +117,27 @@ class Trainer:
         return self._with_options(policy.fresh(read_config(self.hf_dir), self.config.policy.seed))
 
     def before(self, stage: str) -> Qwen2_5_VL:
-        """The policy that `stage` starts from."""
+        """The policy that `stage` starts from; what it does not train is marked, and in the compute dtype."""
         order = list(self.plan)
         earlier = order[: order.index(stage)]
-        return self.after(earlier[-1]) if earlier else self.start()
+        model = self.after(earlier[-1]) if earlier else self.start()
+        if stage != "base" and earlier in ([], ["base"]):
+            self._choose(model)
+        narrow(model, self.config.compute)
+        return model
+
+    def _choose(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
+        """Say what SFT and GRPO train of `model`: adapters, which it gets, or what `freeze` leaves."""
+        if self.config.lora.rank:
+            attach(model, self.config.lora)
+        else:
+            freeze(model, names(self.config.freeze))
+        return model
 
     def after(self, stage: str) -> Qwen2_5_VL:
-        """The policy that `stage` ended with. Raises ConfigError if it has not finished."""
+        """The policy that `stage` ended with, in float32: what its last bundle holds, and where parts were
+        frozen the rest from the policy before all stages that freeze. Raises ConfigError if it has not
+        finished."""
         if not self.work.finished(stage):
             raise ConfigError(
                 f"stage {stage} of {self.work.path} has not finished; run it first, or use --stage=all"
@@ -131,14 +147,21 @@ class Trainer:
             skeleton, params = training.split(model)
             wanted = {"visual": params["visual"]}
             return self._with_options(skeleton.merge(params | self.work.params(stage, wanted)))
-        model = nnx.eval_shape(lambda: Qwen2_5_VL(read_config(self.hf_dir), rngs=nnx.Rngs(0)))
-        skeleton = training.Skeleton(model)
+        config = read_config(self.hf_dir)
+        skeleton = training.Skeleton(
+            nnx.eval_shape(lambda: self._choose(Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
+        )
         places = skeleton.shardings(self.mesh)
         shapes = nnx.to_pure_dict(skeleton.abstract)
         wanted = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
         )
-        return self._with_options(skeleton.merge(self.work.params(stage, wanted)))
+        trained, frozen = skeleton.divide(wanted)
+        trained = self.work.params(stage, trained)
+        if frozen:
+            origin = self.after("base") if "base" in self.plan else self.start()
+            frozen = skeleton.divide(training.split(origin)[1])[1]
+        return self._with_options(skeleton.merge(training.join(trained, frozen)))
 
     def _with_options(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
         model.options = dataclasses.replace(model.options, unroll=self.config.unroll)
@@ -146,10 +169,17 @@ class Trainer:
 
 
 def export(work: Workdir, trainer: Trainer) -> Path:
-    """Write the policy after the last stage as a Hugging Face directory, workdir/hf; one that is there stays
-    as it is."""
-    target = work.path / "hf"
-    if target.exists():
+    """Write the policy after the last stage as a Hugging Face directory, workdir/hf, its adapters merged; and
+    where they are adapters of a model that others have, these alone as PEFT's too, workdir/adapter.
+
+    A directory that is there stays as it is.
+    """
+    target, adapter = work.path / "hf", work.path / "adapter"
+    apart = bool(trainer.config.lora.rank and trainer.config.model)
+    if target.exists() and (adapter.exists() or not apart):
         logging.info("%s is there already", target)
         return target
-    return save_pretrained(trainer.after(list(trainer.plan)[-1]), trainer.processor, target)
+    model = trainer.after(list(trainer.plan)[-1])
+    if apart and not adapter.exists():
+        save_adapter(model, adapter, trainer.config.model)
+    return target if target.exists() else save_pretrained(model, trainer.processor, target)

@@ -17,12 +17,14 @@ from jax.sharding import Mesh
 
 from fundus_jax import training
 from fundus_jax.data import Pool, batches
+from fundus_jax.models.freeze import freeze
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.optim import OptimConfig
 from fundus_jax.records import ConfigError, DataError, Example
 from fundus_jax.workdir import Stopwatch, Workdir
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+FROZEN = ("text", "embedding", "head")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,13 +72,15 @@ def warm_up(
     names, table = targets_of(examples)
     if not names:
         raise DataError(f"no finding or label is known of any of {len(examples)} images: nothing to learn")
+    freeze(model, FROZEN)
     skeleton, params = training.split(model)
+    params, frozen = skeleton.divide(params)
     shape = (len(names), model.config.hidden_size)
-    learned = {"visual": params["visual"], "head": {"weight": jnp.zeros(shape), "bias": jnp.zeros(shape[:1])}}
+    learned = params | {"head": {"weight": jnp.zeros(shape), "bias": jnp.zeros(shape[:1])}}
 
     def loss(learned: Any, batch: Any, total: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         rows, wanted = batch
-        features = skeleton.merge(params | {"visual": learned["visual"]}).encode(rows)
+        features = skeleton.merge(finished(learned)).encode(rows)
         merge = rows.patch_image.shape[1] // features.shape[1]
         real = (rows.patch_image[:, ::merge] >= 0)[..., None]
         pooled = jnp.sum(jnp.where(real, features, 0), axis=1) / jnp.maximum(real.sum(axis=1), 1)
@@ -100,7 +104,7 @@ def warm_up(
             with watch("data"):
                 batch = next(iterator)
             with watch("update"):
-                state, metrics = step_of(state, batch)
+                state, metrics = step_of(state, batch, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "base", step)
             work.metrics.log("base", step, values | watch.lap())
@@ -108,9 +112,9 @@ def warm_up(
             if step == config.steps or (config.save_every and step % config.save_every == 0):
                 work.save("base", step, state, iterator)
     progress.close()
-    return finished(params, state.params)
+    return training.join(finished(state.params), frozen)
 
 
-def finished(params: training.Params, learned: Any) -> training.Params:
-    """The model's parameters after the warm-up: what was learned without the head, and the rest as it was."""
-    return params | {"visual": learned["visual"]}
+def finished(learned: training.Params) -> training.Params:
+    """What was learned, without the head."""
+    return {name: part for name, part in learned.items() if name != "head"}

@@ -2,7 +2,9 @@
 section 6).
 
 Prompts are drawn in an order that the seed fixes; sampling keys are folded from the step, so a resumed run
-draws what an uninterrupted one would have drawn. The reference is the policy the stage started from.
+draws what an uninterrupted one would have drawn. The reference is the policy the stage started from, and only
+what is trained is kept twice for it: with adapters (`models.lora`) the weights are there once, and where the
+stage's adapters are fresh, that is zero, the reference is the weights with the adapters off.
 """
 
 from __future__ import annotations
@@ -98,14 +100,16 @@ def train(
     mesh: Mesh,
     *,
     compute: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
 ) -> training.Params:
-    """Improve the policy and return its parameters. Resumes from, and ends with, a bundle of stage `grpo`.
+    """Improve what is not frozen of the policy and return all its parameters. Resumes from, and ends with, a
+    bundle of stage `grpo`, which holds the trained ones.
 
     `model` is the policy to start from, and the reference. Raises ConfigError when the judge abstains too
     often, DataError when gradients stay non-finite.
     """
     skeleton, params = training.split(model)
+    params, frozen = skeleton.divide(params)
     options = Options(remat=remat, unroll=model.options.unroll)
 
     def merge(params: Any) -> Any:
@@ -118,7 +122,8 @@ def train(
     sample = functools.partial(generate, **{name: getattr(config, name) for name in settings})
     with jax.set_mesh(mesh):
         state = training.start(skeleton, params, optimizer, mesh)
-        reference = frozen(state.params, compute) if config.kl_coef else None
+        frozen = training.hold(skeleton, frozen, mesh, compute)
+        reference = snapshot(state.params, compute) if config.kl_coef else None
         iterator = batches(len(prompts.rows), config.prompts_per_step, prompts.build, seed=config.seed)
         state, done = work.resume("grpo", state, iterator)
         progress, watch = work.progress("grpo", done), Stopwatch()
@@ -127,11 +132,12 @@ def train(
                 index, batch = next(iterator)
                 batch = training.place(batch, mesh)
             with watch("rollout"):
-                policy = skeleton.merge(training.cast(state.params, compute), model.options)
+                weights = training.join(training.cast(state.params, compute), frozen)
+                policy = skeleton.merge(weights, model.options)
                 rollout = jax.block_until_ready(sample(policy, batch, seed=jax.random.fold_in(key, step)))
             with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
-                ref = None if reference is None else score(reference, batch, rollout.tokens)
-                old = score(state.params, batch, rollout.tokens) if config.mu > 1 else None
+                ref = None if reference is None else score(reference, batch, rollout.tokens, frozen)
+                old = score(state.params, batch, rollout.tokens, frozen) if config.mu > 1 else None
             with watch("judge"):
                 texts, scores = score_all(prompts, index, rollout, judge, config)
                 check_abstentions(scores, config)
@@ -139,7 +145,7 @@ def train(
             with watch("update"):
                 samples = Samples.of(batch, rollout, training.place(advantages, mesh), old, ref)
                 for _ in range(config.mu):
-                    state, metrics = update(state, samples)
+                    state, metrics = update(state, samples, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
             values |= describe(scores, rollout)
@@ -149,10 +155,10 @@ def train(
                 show(work, step, prompts, index, texts, scores, advantages)
                 work.save("grpo", step, state, iterator)
     progress.close()
-    return state.params
+    return training.join(state.params, frozen)
 
 
-def frozen(params: training.Params, dtype: str) -> training.Params:
+def snapshot(params: training.Params, dtype: str) -> training.Params:
     """A copy that stays when the original is donated to the first update."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype).copy(), params)
 

@@ -90,22 +90,22 @@ def response_logprobs(model: Any, prompts: Batch, tokens: Array, temperature: fl
 
 def make_score(
     merge: Callable[[Any], Any], config: GrpoConfig, compute: str
-) -> Callable[[Any, Batch, Array], Array]:
-    """Compile (params, prompts, tokens) -> log-probs [B,G,N] of a policy that is not trained here."""
+) -> Callable[..., Array]:
+    """Compile (params, prompts, tokens, frozen parameters or nothing) -> log-probs [B,G,N] of a policy that
+    is not trained here."""
 
-    def score(params: Any, prompts: Batch, tokens: Array) -> Array:
-        return response_logprobs(merge(training.cast(params, compute)), prompts, tokens, config.temperature)[
-            0
-        ]
+    def score(params: Any, prompts: Batch, tokens: Array, frozen: Any = None) -> Array:
+        model = merge(training.cast(training.join(params, frozen or {}), compute))
+        return response_logprobs(model, prompts, tokens, config.temperature)[0]
 
     return jax.jit(score)
 
 
 def make_update(
     merge: Callable[[Any], Any], optimizer: optax.GradientTransformation, config: GrpoConfig, compute: str
-) -> Callable[[training.State, Samples], tuple[training.State, dict[str, Array]]]:
-    """Compile (state, samples) -> (state, metrics): one update, its gradient summed over micro-batches of
-    whole groups.
+) -> Callable[..., tuple[training.State, dict[str, Array]]]:
+    """Compile (state, samples, frozen parameters or nothing) -> (state, metrics): one update, its gradient
+    summed over micro-batches of whole groups.
 
     Metrics gain `entropy` (nats a token) and `sampler_gap`, the mean |sampler's - trainer's| log-prob:
     rounding if the sampler and the trainer compute the same distribution, which from step 0 they must.

@@ -10,7 +10,7 @@ Layers of one kind are stacked: every parameter of a block has a leading axis L,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,16 +19,27 @@ from flax import nnx
 
 Array = jax.Array
 
+# What the forward pass of a block keeps for its backward pass, beside the block's input; the rest is computed
+# again. From least memory to most: nothing; what attention returned; the products with weights (attention's
+# own, of [T,T], are left out). "none" recomputes nothing.
+ATTENDED = "attended"
+REMAT: Mapping[str, Any] = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": None,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How a model computes, never what.
 
-    `remat` recomputes each block in the backward pass, `unroll` blocks are laid out per scan step (compile
-    time against speed), `attention` names the back end of `models.attention`.
+    `remat` is a name of REMAT, `unroll` blocks are laid out per scan step (compile time against speed),
+    `attention` names the back end of `models.attention`.
     """
 
-    remat: bool = False
+    remat: str = "none"
     unroll: int = 1
     attention: str = "xla"
 
@@ -54,7 +65,11 @@ class Factory:
 
 
 class Linear(nnx.Module):
-    """x @ weight.T + bias over the last axis; weight [out, in] as in torch.nn.Linear."""
+    """x @ weight.T + bias over the last axis; weight [out, in] as in torch.nn.Linear.
+
+    With an adapter (`models.lora`) it adds lora_scale * (x @ lora_a.T) @ lora_b.T, of rank r: lora_a [r, in],
+    lora_b [out, r].
+    """
 
     def __init__(
         self,
@@ -68,10 +83,18 @@ class Linear(nnx.Module):
     ) -> None:
         self.weight = make((n_out, n_in), axes, std)
         self.bias = make((n_out,), axes[:1], 0.0) if bias else None
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
+        self.lora_scale = 0.0
 
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum("...i,oi->...o", x, self.weight.get_value())
-        return y if self.bias is None else y + self.bias.get_value()
+        if self.bias is not None:
+            y = y + self.bias.get_value()
+        if self.lora_a is not None and self.lora_b is not None:
+            low = jnp.einsum("...i,ri->...r", x, self.lora_a.get_value())
+            y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_b.get_value())
+        return y
 
 
 class RMSNorm(nnx.Module):
@@ -135,6 +158,6 @@ def scan_blocks(
         layer, inputs = x
         return body(nnx.merge(graph, layer), carry, inputs)
 
-    if options.remat:
-        step = jax.checkpoint(step, prevent_cse=False)
+    if options.remat != "none":
+        step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[options.remat])
     return jax.lax.scan(step, carry, (params, xs), unroll=options.unroll)

@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from fundus_jax.models import weights
+from fundus_jax.models.qwen2_5_vl import adapter
 from fundus_jax.models.qwen2_5_vl import params as qwen2_5_vl
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
@@ -58,8 +59,8 @@ def load_pretrained(
 
 def save_pretrained(model: Qwen2_5_VL, processor: Processor, out_dir: str | Path) -> Path:
     """Write a Hugging Face directory that transformers and vLLM load: weights in the hub's layout and the
-    checkpoint's own dtype (`model.config.dtype`), configuration, tokenizer, image settings. Atomic; raises
-    ConfigError if `out_dir` exists."""
+    checkpoint's own dtype (`model.config.dtype`), adapters merged into them, configuration, tokenizer, image
+    settings. Atomic; raises ConfigError if `out_dir` exists."""
     out_dir = Path(out_dir)
     with weights.new_directory(out_dir) as scratch:
         qwen2_5_vl.save(scratch, model)
@@ -71,4 +72,13 @@ def save_pretrained(model: Qwen2_5_VL, processor: Processor, out_dir: str | Path
         }
         weights.write_json(scratch / "generation_config.json", generation)
         processor.save_pretrained(scratch)
+    return out_dir
+
+
+def save_adapter(model: Qwen2_5_VL, out_dir: str | Path, base: str) -> Path:
+    """Write the adapters of `model` alone, as PEFT does, for the weights called `base` (a directory, or a
+    name on the hub). Atomic; raises ConfigError if `out_dir` exists or the model has no adapters."""
+    out_dir = Path(out_dir)
+    with weights.new_directory(out_dir) as scratch:
+        adapter.save(scratch, model, base)
     return out_dir

@@ -8,7 +8,7 @@ its keys and values, `decode` adds one token to each. Neighbours: `params` (weig
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,15 @@ class Head(nnx.Module):
 class Qwen2_5_VL(nnx.Module):
     """The whole model. `options` (remat, unrolling, attention back end) may be
     replaced at any time; it changes no number."""
+
+    # What can be frozen (`models.freeze`); an untied head only.
+    PARTS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "vision": ("visual",),
+        "projector": ("visual", "merger"),
+        "text": ("text",),
+        "embedding": ("text", "embed_tokens"),
+        "head": ("lm_head",),
+    }
 
     def __init__(self, config: Qwen2_5_VLConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32) -> None:
         self.config = config

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from fundus_jax import sharding
-from fundus_jax.models import weights
+from fundus_jax.models import lora, weights
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.records import ConfigError, DataError
@@ -224,15 +224,20 @@ def _read(
 
 
 def save(directory: Path, model: Qwen2_5_VL, max_shard: int = weights.MAX_SHARD) -> None:
-    """Write the tensors of `model` in the hub's layout and in `config.dtype` into an existing directory."""
+    """Write the tensors of `model` in the hub's layout and in `config.dtype` into an existing directory, with
+    its adapters (`models.lora`) merged into the weights."""
     config = model.config
     dtype = np.dtype(config.dtype)
     slots = table(config)
     values = {path: param.get_value() for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    adapted = lora.adapted(model)
 
     def fetch(name: str) -> np.ndarray:
         slot = slots[name]
         value = values[slot.path] if slot.layer is None else values[slot.path][slot.layer]
+        linear = adapted.get(".".join(map(str, slot.path[:-1])))
+        if linear is not None and slot.path[-1] == "weight":
+            value = lora.merged(value, linear, slot.layer)
         return np.asarray(value).astype(dtype).reshape(slot.shape)
 
     sizes = [(name, int(np.prod(slots[name].shape)) * dtype.itemsize) for name in _hub_order(slots)]

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from fundus_jax.models.attention import Prefix, attend
 from fundus_jax.models.embedding import lookup
-from fundus_jax.models.layers import Factory, Linear, Options, RMSNorm, SwiGLU, rotate, scan_blocks
+from fundus_jax.models.layers import ATTENDED, Factory, Linear, Options, RMSNorm, SwiGLU, rotate, scan_blocks
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.rotary import text_rotary
 from fundus_jax.sharding import constrain
@@ -55,7 +56,7 @@ class Attention(nnx.Module):
 
     def output(self, heads: Array) -> Array:
         """[B,G,N,H,C] -> [B,G,N,D]."""
-        return self.o_proj(heads.reshape(*heads.shape[:-2], -1))
+        return self.o_proj(checkpoint_name(heads.reshape(*heads.shape[:-2], -1), ATTENDED))
 
 
 class DecoderLayer(nnx.Module):

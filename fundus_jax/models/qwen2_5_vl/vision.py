@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from fundus_jax.models.attention import attend
-from fundus_jax.models.layers import Factory, Linear, Options, RMSNorm, SwiGLU, rotate, scan_blocks
+from fundus_jax.models.layers import ATTENDED, Factory, Linear, Options, RMSNorm, SwiGLU, rotate, scan_blocks
 from fundus_jax.models.qwen2_5_vl.config import VisionConfig
 from fundus_jax.models.qwen2_5_vl.rotary import vision_rotary
 from fundus_jax.sharding import constrain
@@ -44,7 +45,7 @@ class VisionAttention(nnx.Module):
         shape = (batch, groups, length, self.heads, channels)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         out = attend(query.reshape(shape), key.reshape(shape), value.reshape(shape), mask, backend=backend)
-        return self.proj(out.reshape(batch, slots, width))
+        return self.proj(checkpoint_name(out.reshape(batch, slots, width), ATTENDED))
 
 
 class VisionBlock(nnx.Module):
