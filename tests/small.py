@@ -123,13 +123,31 @@ class Bigram(nnx.Module):
     def extend(self, prompt: Prompt, tokens: jax.Array) -> jax.Array:
         return self.embed(tokens) + prompt.prefix[:, None, None]  # type: ignore[index]
 
-    def empty_cache(self, prompt: Prompt, group: int, length: int) -> jax.Array:
-        del prompt, group, length
+    def stepper(self) -> BigramStepper:
+        return BigramStepper(self)
+
+
+class BigramStepper(nnx.Module):
+    """What `Bigram` decodes with."""
+
+    def __init__(self, model: Bigram) -> None:
+        self.config, self.model = model.config, model
+
+    def remember(self, prompt: Prompt) -> Any:
+        return prompt.prefix
+
+    def empty_cache(self, memory: jax.Array, group: int, columns: int) -> jax.Array:
+        del memory, group, columns
         return jnp.zeros(())
 
-    def decode(self, prompt: Prompt, cache: Any, tokens: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
-        del step
-        return self.embed(tokens) + prompt.prefix[:, None], cache  # type: ignore[index]
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return self.model.logits(hidden)
+
+    def __call__(
+        self, memory: jax.Array, cache: Any, tokens: jax.Array, *places: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        del places
+        return self.model.embed(tokens) + memory[:, None], cache
 
 
 def bigram(trainer: stages.Trainer, seed: int = 0) -> Any:

@@ -3,13 +3,14 @@
 Each image is encoded and each prompt prefilled once; the group shares the prompt's keys and values. Decoding
 stops as soon as every rollout has ended. The log-probs it returns are those of the distribution it drew from,
 so the trainer's can be compared with them from step 0. Image and vision ids are impossible, here and in the
-trainer (`models.logprobs`).
+trainer (`models.logprobs`). Neighbours: `sampler` runs the same loop over more prompts than are decoded at
+once; `models.qwen2_5_vl.decode` is one step of the model.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from flax import nnx
 
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.logprobs import scaled_logits
+from fundus_jax.models.qwen2_5_vl.decode import Cache, Memory, Stepper
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.records import ConfigError
 from fundus_jax.sharding import constrain
@@ -38,6 +40,61 @@ class Rollout(NamedTuple):
     mask: Array
 
 
+class Settings(NamedTuple):
+    """What a rollout is like; compiled in."""
+
+    max_new_tokens: int
+    temperature: float
+    group_size: int
+
+    def check(self) -> None:
+        """Raises ConfigError for a negative temperature, or sizes below 1."""
+        if self.max_new_tokens < 1 or self.group_size < 1 or not self.temperature >= 0:
+            raise ConfigError(
+                f"max_new_tokens {self.max_new_tokens} and group_size {self.group_size} must be >= 1, "
+                f"temperature {self.temperature} >= 0"
+            )
+
+
+class Groups(NamedTuple):
+    """B prompts and how far their groups have come.
+
+    Attributes:
+        memory: the prompts' keys and values.
+        position: [B] int32, the M-RoPE position of a prompt's first new token.
+        number: [B] int32, the prompt's number among all: it alone tells its random numbers from others'.
+        step: [B] int32, tokens drawn.
+        last: [B,G] int32, the token drawn last.
+        alive: [B,G] bool, the rollouts that have not ended.
+        out: what was drawn.
+    """
+
+    memory: Memory
+    position: Array
+    number: Array
+    step: Array
+    last: Array
+    alive: Array
+    out: Rollout
+
+
+class Decoding(NamedTuple):
+    """The loop's state: S groups, their cache, and counters of the steps taken.
+
+    In step t all groups write into column t mod N of the cache, wherever in their own rollouts they are, so
+    that nothing is scattered; a group sees the columns written since it began.
+
+    Attributes:
+        steps: [] int32, the steps so far.
+        busy: [] int32, summed over the steps, the groups that had a rollout to continue.
+    """
+
+    groups: Groups
+    cache: Cache
+    steps: Array
+    busy: Array
+
+
 def generate(
     model: Qwen2_5_VL,
     batch: Batch,
@@ -53,75 +110,113 @@ def generate(
     a key of jax.random) give equal rollouts, on any mesh. Compiled once a shape and setting. Raises
     ConfigError for a negative temperature, or sizes below 1.
     """
-    if max_new_tokens < 1 or group_size < 1 or not temperature >= 0:
-        raise ConfigError(
-            f"max_new_tokens {max_new_tokens} and group_size {group_size} must be >= 1, "
-            f"temperature {temperature} >= 0"
-        )
-    graph, state = nnx.split(model)
-    key = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
-    return _generate(graph, state, batch, key, max_new_tokens, float(temperature), group_size)
+    settings = Settings(max_new_tokens, float(temperature), group_size)
+    settings.check()
+    return _generate(*nnx.split(model), batch, as_key(seed), settings)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _generate(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    batch: Batch,
-    key: Array,
-    max_new_tokens: int,
-    temperature: float,
-    group_size: int,
-) -> Rollout:
-    return rollout(nnx.merge(graph, state), batch, key, max_new_tokens, temperature, group_size)
+def as_key(seed: int | Array) -> Array:
+    """A number or a key of jax.random, as a key."""
+    return seed if isinstance(seed, jax.Array) else jax.random.key(seed)
 
 
-def rollout(
-    model: Qwen2_5_VL, batch: Batch, key: Array, max_new_tokens: int, temperature: float, group_size: int
-) -> Rollout:
-    """The traced body of `generate`, for callers that compile it into a larger program."""
-    config = model.config
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _generate(graph: nnx.GraphDef, state: nnx.State, batch: Batch, key: Array, settings: Settings) -> Rollout:
+    model = nnx.merge(graph, state)
+    stepper = model.stepper()
+    rows = jnp.arange(batch.tokens.shape[0])
+    decoding = start(stepper, begin(model, stepper, batch, rows, key, settings), settings)
+    return decode(stepper, decoding, key, settings, len(rows)).groups.out
+
+
+def begin(
+    model: Qwen2_5_VL, stepper: Stepper, batch: Batch, number: Array, key: Array, settings: Settings
+) -> Groups:
+    """Read the prompts of `batch`, which have the numbers [B], and draw the first token of every rollout."""
     prompt = model.prefill(batch)
-    rows = batch.tokens.shape[0]
-    ends = jnp.asarray(config.eos_ids or (-1,), jnp.int32)
-    shape = (rows, group_size, max_new_tokens)
+    rows, group = batch.tokens.shape[0], settings.group_size
+    shape = (rows, group, settings.max_new_tokens)
+    ends = _ends(model.config)
+    nothing = Rollout(jnp.full(shape, ends[0]), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool))
+    groups = Groups(
+        memory=stepper.remember(prompt),
+        position=prompt.position,
+        number=number.astype(jnp.int32),
+        step=jnp.zeros(rows, jnp.int32),
+        last=jnp.zeros((rows, group), jnp.int32),
+        alive=jnp.ones((rows, group), bool),
+        out=nothing,
+    )
+    first = jnp.broadcast_to(prompt.last[:, None], (rows, group, prompt.last.shape[-1]))
+    return _said(groups, *_draw(stepper, groups, first, key, settings), ends)
 
-    def draw(hidden: Array, step: Array) -> tuple[Array, Array]:
-        """hidden [B,G,D] -> token and its log-prob [B,G]."""
-        logits = constrain(
-            scaled_logits(model.logits(hidden), config.banned_ids, temperature or 1.0), "batch", None, None
-        )
-        if temperature == 0:
-            token = jnp.argmax(logits, axis=-1)
-        else:
-            token = jax.random.categorical(jax.random.fold_in(key, step), logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-        return token.astype(jnp.int32), (chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
 
-    def put(out: Rollout, token: Array, logprob: Array, alive: Array, step: Array) -> Rollout:
-        token, logprob = jnp.where(alive, token, ends[0]), jnp.where(alive, logprob, 0.0)
-        new = Rollout(token, logprob, alive)
-        return jax.tree.map(
-            lambda old, column: jax.lax.dynamic_update_index_in_dim(old, column, step, 2), out, new
-        )
+def start(stepper: Stepper, groups: Groups, settings: Settings) -> Decoding:
+    """The loop's state before its first step."""
+    columns = max(settings.max_new_tokens - 1, 1)  # the last token is never read
+    cache = stepper.empty_cache(groups.memory, settings.group_size, columns)
+    return Decoding(groups, cache, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def proceed(carry: tuple) -> Array:
-        _, _, alive, _, step = carry
-        return (step < max_new_tokens) & alive.any()
 
-    def advance(carry: tuple) -> tuple:
-        out, cache, alive, last, step = carry
-        hidden, cache = model.decode(prompt, cache, last, step - 1)
-        token, logprob = draw(hidden, step)
-        out = put(out, token, logprob, alive, step)
-        return out, cache, alive & ~jnp.isin(token, ends), token, step + 1
+def decode(
+    stepper: Stepper, decoding: Decoding, key: Array, settings: Settings, enough: Array | int
+) -> Decoding:
+    """Go on until `enough` groups have ended."""
+    ends = _ends(stepper.config)
 
-    zero = jnp.zeros((), jnp.int32)
-    first = jnp.broadcast_to(prompt.last[:, None], (rows, group_size, prompt.last.shape[-1]))
-    token, logprob = draw(first, zero)
-    alive = jnp.ones((rows, group_size), bool)
-    out = Rollout(jnp.full(shape, ends[0]), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool))
-    out = put(out, token, logprob, alive, zero)
-    cache = model.empty_cache(prompt, group_size, max_new_tokens)
-    carry = (out, cache, alive & ~jnp.isin(token, ends), token, zero + 1)
-    return jax.lax.while_loop(proceed, advance, carry)[0]
+    def proceed(decoding: Decoding) -> Array:
+        return (~decoding.groups.alive.any(axis=1)).sum() < enough
+
+    def advance(decoding: Decoding) -> Decoding:
+        groups, cache, steps, busy = decoding
+        columns = max(settings.max_new_tokens - 1, 1)
+        age = (steps - jnp.arange(columns)) % columns
+        seen = age < groups.step[:, None]
+        where = groups.position + groups.step - 1
+        hidden, cache = stepper(groups.memory, cache, groups.last, where, seen, steps % columns)
+        busy += groups.alive.any(axis=1).sum()
+        groups = _said(groups, *_draw(stepper, groups, hidden, key, settings), ends)
+        return Decoding(groups, cache, steps + 1, busy)
+
+    return jax.lax.while_loop(proceed, advance, decoding)
+
+
+def _ends(config: Any) -> Array:
+    return jnp.asarray(config.eos_ids or (-1,), jnp.int32)
+
+
+def _draw(
+    stepper: Stepper, groups: Groups, hidden: Array, key: Array, settings: Settings
+) -> tuple[Array, Array]:
+    """hidden [B,G,D] -> token and its log-prob [B,G].
+
+    A rollout's random numbers follow from the seed, its prompt's number, its place in the group and the step:
+    never from who is decoded beside it.
+    """
+    temperature = settings.temperature
+    logits = scaled_logits(stepper.logits(hidden), stepper.config.banned_ids, temperature or 1.0)
+    logits = constrain(logits, "batch", None, None)
+    if temperature == 0:
+        token = jnp.argmax(logits, axis=-1)
+    else:
+
+        def one(number: Array, step: Array, logits: Array) -> Array:
+            own = jax.random.fold_in(jax.random.fold_in(key, number), step)
+            return jax.random.categorical(own, logits, axis=-1)
+
+        token = jax.vmap(one)(groups.number, groups.step, logits)
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return token.astype(jnp.int32), (chosen - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
+
+
+def _said(groups: Groups, token: Array, logprob: Array, ends: Array) -> Groups:
+    """The groups with one more token [B,G] in those of their rollouts that are alive."""
+    alive, step = groups.alive, groups.step
+    token, logprob = jnp.where(alive, token, ends[0]), jnp.where(alive, logprob, 0.0)
+    here = jnp.arange(groups.out.tokens.shape[2]) == step[:, None, None]
+    out = jax.tree.map(
+        lambda old, new: jnp.where(here, new[..., None], old), groups.out, Rollout(token, logprob, alive)
+    )
+    step = step + alive.any(axis=1)
+    alive = alive & ~jnp.isin(token, ends) & (step < here.shape[2])[:, None]
+    return groups._replace(step=step, last=token, alive=alive, out=out)

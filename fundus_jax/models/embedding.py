@@ -17,13 +17,13 @@ from fundus_jax import sharding
 Array = jax.Array
 
 
-def lookup(table: Array, tokens: Array) -> Array:
-    """table [V,D], tokens [B,...] ids -> [B,...,D]."""
+def lookup(table: Array, tokens: Array, axes: tuple[str | None, str | None] = ("vocab", "embed")) -> Array:
+    """table [V,D], spread by its logical `axes`, and tokens [B,...] ids -> [B,...,D]."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jnp.take(table, tokens, axis=0)
     batch = sharding.fit(sharding.spec(("batch",)), tokens.shape[:1], mesh)
-    place = sharding.fit(sharding.spec(("vocab", "embed")), table.shape, mesh)
+    place = sharding.fit(sharding.spec(axes), table.shape, mesh)
     spread = batch[0] is not None  # else every device has all rows, and the parts need only be joined
 
     def local(table: Array, tokens: Array) -> Array:

@@ -2,13 +2,13 @@
 
 Besides the plain forward pass there are the three passes of reinforcement learning, all through the same
 layers: `prefill` reads each prompt (and its image) once, `extend` scores the G responses of a prompt against
-its keys and values, `decode` adds one token to each. Neighbours: `params` (weights in and out), `processor`
-(makes the Batch), `grpo.rollout` (the decoding loop).
+its keys and values, `stepper` gives what adds one token to each. Neighbours: `params` (weights in and out),
+`processor` (makes the Batch), `decode` (one token at a time), `grpo.rollout` (the loop around it).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from fundus_jax.models.attention import Prefix
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.layers import Factory, Options
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from fundus_jax.models.qwen2_5_vl.text import Cache, Decoder
+from fundus_jax.models.qwen2_5_vl.decode import Stepper
+from fundus_jax.models.qwen2_5_vl.text import Decoder
 from fundus_jax.models.qwen2_5_vl.vision import VisionTower
 from fundus_jax.sharding import constrain
 
@@ -98,10 +99,10 @@ class Qwen2_5_VL(nnx.Module):
 
     def prefill(self, batch: Batch) -> Prompt:
         """Read the prompts once."""
-        hidden, cache = self._forward(batch, keep=True)
+        hidden, made = self._forward(batch, keep=True)
         last = batch.mask.sum(axis=1) - 1
         position = jnp.max(jnp.where(batch.mask[:, None], batch.positions, -1), axis=(1, 2)) + 1
-        keys, values = (leaf[:, :, 0] for leaf in cache)
+        keys, values = (leaf[:, :, 0] for leaf in made or ())
         return Prompt(
             Prefix(keys, values, jnp.asarray(batch.mask)),
             jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
@@ -116,26 +117,13 @@ class Qwen2_5_VL(nnx.Module):
         positions = (prompt.position[:, None] + jnp.arange(length))[:, None].repeat(3, axis=1)
         return self.text(self.text.embed(tokens), positions, mask, self.options, prefix=prompt.prefix)[0]
 
-    def empty_cache(self, prompt: Prompt, group: int, length: int) -> Cache:
-        """Zeroed keys and values for `group` continuations of up to `length` tokens."""
-        layers, rows, _, heads, channels = prompt.prefix.keys.shape
-        zeros = jnp.zeros((layers, rows, group, length, heads, channels), prompt.prefix.keys.dtype)
-        return Cache(zeros, zeros)
+    def stepper(self) -> Stepper:
+        """The weights that decoding needs, laid out for it; make it once, outside the loop."""
+        return Stepper(self)
 
-    def decode(self, prompt: Prompt, cache: Cache, tokens: Array, step: Array) -> tuple[Array, Cache]:
-        """One token [B, G] a continuation, the `step`-th (from 0): hidden
-        states [B, G, D] and the grown cache."""
-        mask = (jnp.arange(cache.keys.shape[3]) <= step)[None, None, None]
-        positions = (prompt.position + step)[:, None, None].repeat(3, axis=1)
-        x = self.text.embed(tokens)[:, :, None]
-        hidden, cache = self.text(
-            x, positions, mask, self.options, prefix=prompt.prefix, cache=cache, step=step
-        )
-        return hidden[:, :, 0], cache
-
-    def _forward(self, batch: Batch, *, keep: bool) -> tuple[Array, Any]:
+    def _forward(self, batch: Batch, *, keep: bool) -> tuple[Array, tuple[Array, Array] | None]:
         length = batch.tokens.shape[1]
         mask = jnp.tril(jnp.ones((length, length), bool)) & batch.mask[:, None, :]
         x, positions = self.embed(batch)[:, None], jnp.asarray(batch.positions)
-        hidden, cache = self.text(x, positions, mask[:, None], self.options, keep=keep)
-        return hidden[:, 0], cache
+        hidden, made = self.text(x, positions, mask[:, None], self.options, keep=keep)
+        return hidden[:, 0], made

@@ -1,13 +1,11 @@
 """Qwen2.5's decoder: grouped-query attention with biased q/k/v, M-RoPE, SwiGLU, pre-norm.
 
 Hidden states are [B, G, N, D]: G continuations of one prompt, N positions each. A plain forward pass has
-G = 1. With a prompt's keys and values as prefix, the same code scores whole responses or extends them by one
-token.
+G = 1. With a prompt's keys and values as prefix, the same code scores whole responses. `decode` extends them
+token by token.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +20,6 @@ from fundus_jax.models.qwen2_5_vl.rotary import text_rotary
 from fundus_jax.sharding import constrain
 
 Array = jax.Array
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens a group has produced so far: [L, B, G, N, K, C] each.
-
-    Slots beyond the step are unset.
-    """
-
-    keys: Array
-    values: Array
 
 
 class Attention(nnx.Module):
@@ -93,42 +81,26 @@ class Decoder(nnx.Module):
         options: Options,
         *,
         prefix: Prefix | None = None,
-        cache: Cache | None = None,
-        step: Array | int = 0,
         keep: bool = False,
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, tuple[Array, Array] | None]:
         """Run the layers over x [B,G,N,D] at M-RoPE positions [B,3,N] (one group shares them).
 
-        Returns (hidden, cache): a Cache if `keep` or a cache was given, else None.
-
-        mask [B,G or 1,N,S]: which of the S own keys each query sees. Without a cache S = N, the keys of x
-        itself; with one the keys of x are written at `step` and S is the cache's length. prefix: the prompt's
-        keys and values, stacked [L,B,S,K,C]. keep: also return the keys and values of x as a Cache.
+        mask [B,G or 1,N,N]: which keys of x each query sees. prefix: the prompt's keys and values, stacked
+        [L,B,S,K,C]. Returns (hidden, keys and values of x [L,B,G,N,K,C] if `keep`, else None).
         """
         config = self.config
         wide = jnp.promote_types(x.dtype, jnp.float32)
         cos, sin = text_rotary(positions, config.head_dim, config.rope_theta, config.mrope_section, wide)
         cos, sin = cos[:, None], sin[:, None]  # one axis for the group
 
-        def body(layer: DecoderLayer, carry: tuple, xs: tuple) -> tuple[tuple, Cache | None]:
-            x, cache = carry
-            index, *shared = xs
+        def body(layer: DecoderLayer, x: Array, shared: tuple) -> tuple[Array, tuple | None]:
             query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
-            made = Cache(key, value) if keep else None
-            if cache is not None:
-                start = (index, 0, 0, step, 0, 0)
-                new = Cache(key, value)
-                cache = jax.tree.map(
-                    lambda old, new: jax.lax.dynamic_update_slice(old, new[None], start), cache, new
-                )
-                key, value = (jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for leaf in cache)
             seen = None if prefix is None else Prefix(shared[0], shared[1], prefix.mask)
             heads = attend(query, key, value, mask, seen, backend=options.attention)
             x = x + layer.self_attn.output(heads)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-            return (constrain(x, "batch", None, None, None), cache), made
+            return constrain(x, "batch", None, None, None), (key, value) if keep else None
 
         shared = () if prefix is None else (prefix.keys, prefix.values)
-        xs = (jnp.arange(config.num_hidden_layers), *shared)
-        (x, cache), made = scan_blocks(self.layers, body, (x, cache), xs, options)
-        return self.norm(x), made if keep else cache
+        x, made = scan_blocks(self.layers, body, x, shared, options)
+        return self.norm(x), made
