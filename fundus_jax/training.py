@@ -49,9 +49,14 @@ class Skeleton:
         self.frozen = {path for path, param in nnx.to_flat_state(state) if is_frozen(param)}
 
     def merge(self, params: Params, options: Options | None = None) -> Any:
-        """The model with `params`, which may have any dtype and may be tracers."""
+        """The model with `params`, which may have any dtype and may be tracers.
+
+        Tracers are pinned to their places on the mesh: what is cast is then cast before other devices' parts
+        are gathered, and a gradient is scattered while it is summed.
+        """
         state = jax.tree.map(lambda leaf: leaf, self.abstract)
         nnx.replace_by_pure_dict(state, params)
+        state = jax.tree.map(_pinned, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
         model: Any = nnx.merge(self.graph, state)
         if options is not None:
             model.options = options
@@ -66,6 +71,13 @@ class Skeleton:
         flat = flatten_dict(params)
         frozen = {path: flat.pop(path) for path in self.frozen}
         return unflatten_dict(flat), unflatten_dict(frozen)
+
+
+def _pinned(param: nnx.Variable) -> nnx.Variable:
+    value = param.get_value()
+    if not isinstance(value, jax.core.Tracer):
+        return param
+    return param.replace(sharding.constrain(value, *sharding.param_axes(param)))
 
 
 def split(model: nnx.Module) -> tuple[Skeleton, Params]:
@@ -166,8 +178,7 @@ def make_step(
             grads, metrics = one(batch)
             metrics = combine(jax.tree.map(lambda x: x[None], metrics))
         else:
-            # rows i, i + M, ... form micro-batch i, so that each device keeps the rows it has
-            cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+            cut = cut_rows(batch, micro_batches)
 
             def add(sums: Any, batch: Any) -> tuple[Any, Metrics]:
                 grads, metrics = one(batch)
@@ -183,6 +194,21 @@ def make_step(
         return State(params, opt_state), metrics | extra
 
     return jax.jit(step, donate_argnums=(0,))
+
+
+def cut_rows(batch: Any, pieces: int) -> Any:
+    """A batch with a leading axis of M = `pieces` micro-batches: rows i, i + M, ... form micro-batch i, so that
+    each device keeps the rows it has. `join_rows` undoes it."""
+
+    def one(x: jax.Array) -> jax.Array:  # without images a row has no patches: -1 could not be inferred
+        return x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(one, batch)
+
+
+def join_rows(batch: Any) -> Any:
+    """Micro-batches [M,B/M,...] as one batch [B,...] in its own order."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
 
 
 def check_finite(metrics: dict[str, float], config: OptimConfig, stage: str, step: int) -> None:
@@ -202,8 +228,10 @@ __all__ = [
     "State",
     "cast",
     "check_finite",
+    "cut_rows",
     "hold",
     "join",
+    "join_rows",
     "make_optimizer",
     "make_step",
     "place",

@@ -134,9 +134,7 @@ def _fill(
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
-def _decode(
-    stepper: Split, pool: Pool, key: Array, settings: Settings, enough: Array
-) -> tuple[Pool, Array]:
+def _decode(stepper: Split, pool: Pool, key: Array, settings: Settings, enough: Array) -> tuple[Pool, Array]:
     """Go on until `enough` slots are free; also says which are."""
     slots = decode(nnx.merge(*stepper), pool.slots, key, settings, enough)
     return Pool(slots, pool.done), ~slots.groups.alive.any(axis=1)
@@ -144,7 +142,9 @@ def _decode(
 
 def _written(done: Rollout, groups: Groups) -> Rollout:
     """The rollouts of all prompts, with those of the slots in their places."""
-    return pinned(jax.tree.map(lambda all, out: all.at[groups.number].set(out, mode="drop"), done, groups.out))
+    return pinned(
+        jax.tree.map(lambda all, out: all.at[groups.number].set(out, mode="drop"), done, groups.out)
+    )
 
 
 _close = jax.jit(_written, donate_argnums=0)

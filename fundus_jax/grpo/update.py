@@ -88,16 +88,21 @@ def response_logprobs(model: Any, prompts: Batch, tokens: Array, temperature: fl
     return token_logprobs(states, model.head, tokens, banned=model.config.banned_ids, temperature=temperature)
 
 
-def make_score(
-    merge: Callable[[Any], Any], config: GrpoConfig, compute: str
-) -> Callable[..., Array]:
+def make_score(merge: Callable[[Any], Any], config: GrpoConfig, compute: str) -> Callable[..., Array]:
     """Compile (params, prompts, tokens, frozen parameters or nothing) -> log-probs [B,G,N] of a policy that
-    is not trained here."""
+    is not trained here, in the micro-batches of the update."""
 
     def score(params: Any, prompts: Batch, tokens: Array, frozen: Any = None) -> Array:
         model = merge(training.cast(training.join(params, frozen or {}), compute))
-        return response_logprobs(model, prompts, tokens, config.temperature)[0]
 
+        def one(batch: tuple[Batch, Array]) -> Array:
+            return response_logprobs(model, *batch, config.temperature)[0]
+
+        if pieces == 1:
+            return one((prompts, tokens))
+        return training.join_rows(jax.lax.map(one, training.cut_rows((prompts, tokens), pieces)))
+
+    pieces = config.prompts_per_step * config.group_size // config.micro_batch
     return jax.jit(score)
 
 

@@ -241,6 +241,14 @@ def test_micro_batches_change_nothing(scene: Scene, aggregate: str) -> None:
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max())
 
 
+def test_scores_do_not_depend_on_micro_batches(scene: Scene) -> None:
+    cut = make_score(scene.skeleton.merge, replace(CONFIG, micro_batch=G), "float32")
+    scores = cut(scene.params, scene.prompts, scene.rollout.tokens)
+    whole = scene.score(scene.params, scene.prompts, scene.rollout.tokens)
+    np.testing.assert_allclose(scores, whole, atol=1e-5)
+    assert np.abs(np.asarray(whole)[0] - np.asarray(whole)[1]).max() > 1e-2, "the order of the rows would show"
+
+
 def test_groups_without_variance_give_no_gradient(scene: Scene) -> None:
     silent = functools.partial(scene.samples, ref=None)
     state, metrics = scene.update(NO_KL, silent(advantages=jnp.zeros((B, G))))
