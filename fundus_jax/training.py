@@ -197,8 +197,8 @@ def make_step(
 
 
 def cut_rows(batch: Any, pieces: int) -> Any:
-    """A batch with a leading axis of M = `pieces` micro-batches: rows i, i + M, ... form micro-batch i, so that
-    each device keeps the rows it has. `join_rows` undoes it."""
+    """A batch with a leading axis of M = `pieces` micro-batches: rows i, i + M, ... form micro-batch i, so
+    that each device keeps the rows it has. `join_rows` undoes it."""
 
     def one(x: jax.Array) -> jax.Array:  # without images a row has no patches: -1 could not be inferred
         return x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)

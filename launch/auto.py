@@ -22,7 +22,7 @@ from launch.config import RunConfig
 BUDGET = 0.85  # of a device's memory is planned for
 REMATS = ("none", "dots", "block")  # from the fastest to the smallest
 CHUNK = 1024  # rows of logits at a time, as in models.logprobs
-TENSOR = (1, 2, 4, 8, 16)
+TENSOR = (1, 2, 4, 8)  # within a node, and no finer than heads are
 MOST_ROWS = 8  # of a device in a micro-batch: more hide no more traffic
 
 
@@ -122,7 +122,9 @@ def choose(config: RunConfig, model: Qwen2_5_VLConfig, devices: Sequence[Any]) -
             tried.append(f"tensor:{tensor} does not divide {len(devices)} devices and {batches} rows")
             continue
         each = [rows // (slices * fsdp) for rows in batches]
-        rollout = sizes.lasting(fsdp, tensor) + sizes.rollout(config.grpo.slots or each[1], tensor)
+        rollout = sizes.lasting(fsdp, tensor) + sizes.rollout(
+            getattr(config.grpo, "slots", 0) or each[1], tensor
+        )
         for remat in REMATS:
             cut, needs = [], [rollout]
             for rows, length in zip(each, lengths(config), strict=True):
@@ -143,9 +145,9 @@ def choose(config: RunConfig, model: Qwen2_5_VLConfig, devices: Sequence[Any]) -
                     f"{len(devices)} x {kind}",
                 )
     raise ConfigError(
-        f"--mesh=auto finds no mesh of {len(devices)} x {kind} ({memory:.1f} GiB, {BUDGET:.0%} of it planned) for "
-        f"{config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), shorter lengths, or batches that "
-        "the devices divide"
+        f"--mesh=auto finds no mesh of {len(devices)} x {kind} ({memory:.1f} GiB, {BUDGET:.0%} of it "
+        f"planned) for {config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), shorter lengths, "
+        "or batches that the devices divide"
     )
 
 

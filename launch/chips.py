@@ -174,7 +174,7 @@ def _shape(kind: str, chips: int, text: str) -> tuple[int, ...]:
 
 
 def kind_of(device_kind: str) -> str:
-    """The chip that jax calls `device_kind`, e.g. "TPU v5 lite". Raises ConfigError for one not known here."""
+    """The chip that jax calls `device_kind`, as "TPU v5 lite". Raises ConfigError for one not known here."""
     found = next((kind for start, kind in DEVICE_KINDS.items() if device_kind.startswith(start)), None)
     if found is None:
         raise ConfigError(

@@ -41,18 +41,23 @@ def plan(
     mesh = sharding.parse_mesh(mesh_text, topology.devices())
     built = programs.STAGES[stage](programs.Abstract(config, mesh))
     resident = {name: programs.bytes_per_device(tree) for name, tree in built.resident.items()}
-    rows, problems = [], []
+    rows, problems, made = [], [], {}
     for program in built.programs:
-        beside = sum(size for name, size in resident.items() if name not in program.holds)
-        row, text = _compile(program, mesh, topology)
+        row, text, made[program.name] = _compile(program, made, mesh, topology)
         if hlo_folder and text:
             Path(hlo_folder).mkdir(parents=True, exist_ok=True)
             Path(hlo_folder, f"{config.name}-{stage}-{program.name}.txt").write_text(text, encoding="utf-8")
-        row |= {"beside_gib": beside / GIB}
-        row["total_gib"] = row.get("program_gib", row.get("needs_gib", 0.0)) + beside / GIB
+        row["beside_gib"] = sum(resident.get(name, 0) for name in program.beside) / GIB
+        row["total_gib"] = row.get("program_gib", row.get("needs_gib", 0.0)) + row["beside_gib"]
         if row["total_gib"] > USABLE * topology.chip.memory / topology.chip.devices or "error" in row:
             problems.append(_problem(row, topology))
         rows.append(row)
+        if "error" in row:
+            break  # what comes after it may need its results
+    if made.get("open"):
+        stepper, pool = made["open"]
+        resident |= {"sampler": programs.bytes_per_device(stepper)}
+        resident |= {"keys and values": programs.bytes_per_device(pool)}
     return {
         "config": config.name,
         "topology": topology.name,
@@ -69,13 +74,14 @@ def plan(
     }
 
 
-def _compile(program: programs.Program, mesh: Any, topology: Topology) -> tuple[dict[str, Any], str]:
-    """The figures of one program on one device, and its compiled text."""
+def _compile(
+    program: programs.Program, made: dict[str, Any], mesh: Any, topology: Topology
+) -> tuple[dict[str, Any], str, Any]:
+    """The figures of one program on one device, its compiled text, and its results, abstract."""
     began = time.monotonic()
-    row: dict[str, Any] = {"program": program.name}
     logging.info("compiling %s for %s", program.name, topology.name)
     with jax.set_mesh(mesh):
-        lowered = program.run.lower(*program.arguments)
+        lowered = program.run.lower(*program.arguments(made))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -83,13 +89,25 @@ def _compile(program: programs.Program, mesh: Any, topology: Topology) -> tuple[
             if found is None:
                 raise
             needs = float(found[1]) / {"G": 1, "M": 2**10, "K": 2**20}[found[2]]
-            return row | {"error": "out of memory while compiling", "needs_gib": needs}, ""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    report, chip = hlo.report(text), topology.chip
+            return {"program": program.name, "error": "the compiler refuses it", "needs_gib": needs}, "", None
+    results = jax.tree.map(
+        lambda info, place: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=place),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
+    row = _figures(compiled, program, topology) | {"compile_s": round(time.monotonic() - began, 1)}
+    return row, compiled.as_text(), results
+
+
+def _figures(compiled: Any, program: programs.Program, topology: Topology) -> dict[str, Any]:
+    """What the compiler says of the memory of `compiled`, and its text of the work."""
+    memory, report, chip = compiled.memory_analysis(), hlo.report(compiled.as_text()), topology.chip
     inside, outside = report.sent(chips_per_node=topology.devices_together)
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    scale = program.times
-    row |= {
+    devices = program.times * chip.devices  # those of a chip share its units
+    return {
+        "program": program.name,
+        "runs": program.times,
         "arguments_gib": memory.argument_size_in_bytes / GIB,
         "temporaries_gib": memory.temp_size_in_bytes / GIB,
         "program_gib": (own + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes) / GIB,
@@ -98,16 +116,13 @@ def _compile(program: programs.Program, mesh: Any, topology: Topology) -> tuple[
         "wire_gb": inside / 1e9,
         "network_gb": outside / 1e9,
         "kernels": dict(report.kernels),
-        "runs": scale,
         "projected_s": {
-            "matmul": scale * chip.devices * (report.flops + report.kernel_flops) / chip.flops,
-            "memory": scale * chip.devices * memory.argument_size_in_bytes / chip.bandwidth,
-            "wire": scale * inside / chip.wire,
-            "network": scale * outside / chip.network,
+            "matmul": devices * (report.flops + report.kernel_flops) / chip.flops,
+            "memory": devices * memory.argument_size_in_bytes / chip.bandwidth,
+            "wire": program.times * inside / chip.wire,
+            "network": program.times * outside / chip.network,
         },
-        "compile_s": round(time.monotonic() - began, 1),
     }
-    return row, text
 
 
 def _problem(row: dict[str, Any], topology: Topology) -> str:
@@ -117,8 +132,8 @@ def _problem(row: dict[str, Any], topology: Topology) -> str:
     advice = ADVICE["program" if row.get("temporaries_gib", own) > lasting else "resident"]
     return (
         f"{row['program']} needs {row['total_gib']:.1f} GiB a device ({own:.1f} itself, "
-        f"{row['beside_gib']:.1f} beside it); {topology.kind} has {memory:.1f}, of which {USABLE:.0%} are usable; "
-        f"{advice}"
+        f"{row['beside_gib']:.1f} beside it); {topology.kind} has {memory:.1f}, of which {USABLE:.0%} are "
+        f"usable; {advice}"
     )
 
 

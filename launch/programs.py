@@ -8,40 +8,49 @@ may be made of devices that are not there. Neighbour: `compile.py` compiles them
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fundus_jax import sft, sharding, training
 from fundus_jax.data import round_up
-from fundus_jax.grpo import update
+from fundus_jax.grpo import sampler, update
 from fundus_jax.models import read_config
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.layers import Options
-from fundus_jax.models.qwen2_5_vl import params as weights
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.models.qwen2_5_vl.sizes import published
 from launch.config import RunConfig
+from launch.stages import chosen
 
-ANSWER = 1000  # steps of a stage for the learning-rate schedule, which changes no shape
+SCHEDULE = 1000  # steps of a stage for the learning-rate schedule, which changes no shape
 
 
 class Program(NamedTuple):
-    """A jitted function, its abstract arguments, which of the resident trees these are, and how often it runs
-    in a step."""
+    """One compiled function of a stage.
+
+    Attributes:
+        run: the jitted function.
+        arguments: results of earlier programs, by name -> its abstract arguments.
+        beside: which of the stage's resident trees lie in memory too and are no arguments.
+        times: how often a step runs it; of a loop that ends by its data, how often its body runs at most.
+    """
 
     name: str
     run: Any
-    arguments: tuple[Any, ...]
-    holds: tuple[str, ...]
+    arguments: Callable[[dict[str, Any]], tuple[Any, ...]]
+    beside: tuple[str, ...] = ()
     times: int = 1
 
 
 class Stage(NamedTuple):
-    """The programs of a stage, and what lies in memory between them: name -> tree of abstract arrays."""
+    """The programs of a stage in their order, and what lies in memory between them."""
 
     programs: list[Program]
     resident: dict[str, Any]
@@ -60,40 +69,35 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-def _put(leaf: Any, place: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-
 class Abstract:
-    """The policy of a run on a mesh, without numbers in it."""
+    """The policy of a run on a mesh, without numbers in it: what is trained, and what is frozen."""
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.model = model_config(config)
-        self.skeleton, params = training.split(weights.abstract(self.model))
-        self.places = self.skeleton.shardings(mesh)
-        self.params = jax.tree.map(_put, params, self.places)
+        shape = nnx.eval_shape(lambda: chosen(config, Qwen2_5_VL(self.model, rngs=nnx.Rngs(0))))
+        self.skeleton, params = training.split(shape)
+        places = self.skeleton.shardings(mesh)
+        self.trained, frozen = self.skeleton.divide(jax.tree.map(_put, params, places))
+        self.frozen = self.narrowed(frozen)
+        self.places = self.skeleton.divide(places)[0]
         self.options = Options(remat=config.remat, unroll=config.unroll)
 
     def merge(self, params: Any) -> Any:
         """The model with `params`, as the training loops compute with it."""
         return self.skeleton.merge(params, self.options)
 
-    def state(self, optimizer: Any) -> training.State:
-        """Masters and moments."""
-        shape = jax.eval_shape(optimizer.init, self.params)
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        places = training.like_params(shape, self.places, everywhere)
-        return training.State(self.params, jax.tree.map(_put, shape, places))
-
-    def cast(self, places: Any = None) -> Any:
+    def narrowed(self, params: Any) -> Any:
         """The parameters in the compute dtype."""
         dtype = jnp.dtype(self.config.compute)
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=place),
-            self.params,
-            self.places if places is None else places,
-        )
+        return jax.tree.map(lambda leaf: _put(leaf.update(dtype=dtype), leaf.sharding), params)
+
+    def state(self, optimizer: Any) -> training.State:
+        """Masters and moments."""
+        shape = jax.eval_shape(optimizer.init, self.trained)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        places = training.like_params(shape, self.places, everywhere)
+        return training.State(self.trained, jax.tree.map(_put, shape, places))
 
     def rows(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """An array whose first axis is the batch."""
@@ -102,42 +106,64 @@ class Abstract:
     def batch(self, rows: int, length: int) -> Batch:
         """Conversations of one image each, as large as the run allows."""
         vision = self.model.vision
-        side = 2 * vision.patch_size * vision.patch_size // 2
         pixels = self.config.max_pixels or 1280 * 28 * 28
-        slots = round_up(-(-pixels // side), vision.window_slots)
-        int32, float32 = jnp.int32, jnp.float32
+        slots = round_up(-(-pixels // vision.patch_size**2), vision.window_slots)
         return Batch(
-            tokens=self.rows((rows, length), int32),
+            tokens=self.rows((rows, length), jnp.int32),
             mask=self.rows((rows, length), jnp.bool_),
-            positions=self.rows((rows, 3, length), int32),
-            image_index=self.rows((rows, length), int32),
-            patches=self.rows((rows, slots, vision.patch_features), float32),
-            patch_hw=self.rows((rows, slots, 2), int32),
-            patch_image=self.rows((rows, slots), int32),
+            positions=self.rows((rows, 3, length), jnp.int32),
+            image_index=self.rows((rows, length), jnp.int32),
+            patches=self.rows((rows, slots, vision.patch_features), jnp.float32),
+            patch_hw=self.rows((rows, slots, 2), jnp.int32),
+            patch_image=self.rows((rows, slots), jnp.int32),
         )
+
+
+def _put(leaf: Any, place: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def sft_stage(policy: Abstract) -> Stage:
     """The one program of SFT."""
     config = policy.config.sft
-    optimizer = training.make_optimizer(config.optim, ANSWER)
+    optimizer = training.make_optimizer(config.optim, SCHEDULE)
     state = policy.state(optimizer)
     run = sft.make_update(policy.merge, optimizer, config, policy.config.compute)
-    batch = policy.batch(config.batch, config.max_length)
-    learned = policy.rows((config.batch, config.max_length), jnp.bool_)
-    resident = {"weights": state.params, "optimizer": state.optimizer, "batch": (batch, learned)}
-    return Stage([Program("update", run, (state, (batch, learned)), tuple(resident))], resident)
+    shape = (config.batch, config.max_length)
+    batch = (policy.batch(*shape), policy.rows(shape, jnp.bool_))
+    resident = {
+        "weights": state.params,
+        "optimizer": state.optimizer,
+        "frozen": policy.frozen,
+        "batch": batch,
+    }
+    return Stage([Program("update", run, lambda _: (state, batch, policy.frozen))], resident)
 
 
 def grpo_stage(policy: Abstract) -> Stage:
-    """A step of GRPO in order: the sampler's weights, rollouts, the reference's scores, updates."""
+    """A step of GRPO in order: the sampler's weights and slots, prompts read into them, decoding, the
+    reference's scores, the update."""
     config, run = policy.config.grpo, policy.config
-    optimizer = training.make_optimizer(config.optim, ANSWER)
+    optimizer = training.make_optimizer(config.optim, SCHEDULE)
     state = policy.state(optimizer)
     batch = policy.batch(config.prompts_per_step, run.max_prompt)
+    apart = bool(config.kl_coef) and not run.lora.rank  # adapters switched off are the reference
+    resident = {
+        "weights": state.params,
+        "optimizer": state.optimizer,
+        "frozen": policy.frozen,
+        "batch": batch,
+    }
+    resident |= {"reference": policy.narrowed(policy.trained)} if apart else {}
+    others = ("weights", "optimizer", "reference")
+    programs = _sampling(policy, batch, others)
     shape = (config.prompts_per_step, config.group_size, config.max_new_tokens)
     tokens, logprobs = policy.rows(shape, jnp.int32), policy.rows(shape, jnp.float32)
-    reference = policy.cast() if config.kl_coef else None
+    if config.kl_coef:
+        score = update.make_score(policy.merge, config, run.compute)
+        weights = resident["reference"] if apart else policy.trained
+        beside = ("weights", "optimizer") if apart else ("optimizer",)
+        programs.append(Program("score", score, lambda _: (weights, batch, tokens, policy.frozen), beside))
     samples = update.Samples(
         prompts=batch,
         tokens=tokens,
@@ -147,15 +173,39 @@ def grpo_stage(policy: Abstract) -> Stage:
         old=logprobs if config.mu > 1 else None,
         ref=logprobs if config.kl_coef else None,
     )
-    resident = {"weights": state.params, "optimizer": state.optimizer, "batch": batch}
-    found = []
-    if reference is not None:
-        resident["reference"] = reference
-        score = update.make_score(policy.merge, config, run.compute)
-        found.append(Program("score", score, (reference, batch, tokens), ("reference", "batch")))
     step = update.make_update(policy.merge, optimizer, config, run.compute)
-    found.append(Program("update", step, (state, samples), ("weights", "optimizer", "batch"), config.mu))
-    return Stage(found, resident)
+    programs.append(
+        Program("update", step, lambda _: (state, samples, policy.frozen), ("reference",), config.mu)
+    )
+    return Stage(programs, resident)
+
+
+def _sampling(policy: Abstract, batch: Batch, others: tuple[str, ...]) -> list[Program]:
+    """What `grpo.sampler.sample` runs. The weights in the compute dtype live as long as it does."""
+    config = policy.config.grpo
+    settings = sampler.Settings(config.max_new_tokens, config.temperature, config.group_size)
+    weights = training.join(policy.narrowed(policy.trained), policy.frozen)
+    model = nnx.split(policy.skeleton.merge(weights, Options(unroll=policy.config.unroll)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    rows = config.prompts_per_step
+    slots, refill = sampler.sizes(rows, getattr(config, "slots", 0), getattr(config, "refill", 0))
+    which, count = jax.ShapeDtypeStruct((refill,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    steps = (config.max_new_tokens - 1) * -(-rows // slots)
+
+    def fill(made: dict[str, Any]) -> tuple[Any, ...]:
+        return (model, *made["open"], batch, which, which, key, settings)
+
+    return [
+        Program("open", sampler.open_slots, lambda _: (model, batch, key, settings, slots), others),
+        Program("fill", sampler.fill_slots, fill, others, -(-rows // refill)),
+        Program(
+            "decode",
+            sampler.decode_slots,
+            lambda made: (*made["open"], key, settings, count),
+            (*others, "batch"),
+            steps,
+        ),
+    ]
 
 
 STAGES = {"sft": sft_stage, "grpo": grpo_stage}

@@ -50,6 +50,16 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
     traces.run(examples, found, knowledge, folder / "traces")
 
 
+def chosen(config: RunConfig, model: Qwen2_5_VL) -> Qwen2_5_VL:
+    """`model`, marked with what SFT and GRPO train of it: adapters, which it gets, or what `freeze`
+    leaves."""
+    if config.lora.rank:
+        attach(model, config.lora)
+    else:
+        freeze(model, names(config.freeze))
+    return model
+
+
 class Trainer:
     """The training stages of a run: the plan (stage -> steps), and the policy after any stage."""
 
@@ -122,16 +132,8 @@ class Trainer:
         earlier = order[: order.index(stage)]
         model = self.after(earlier[-1]) if earlier else self.start()
         if stage != "base" and earlier in ([], ["base"]):
-            self._choose(model)
+            chosen(self.config, model)
         narrow(model, self.config.compute)
-        return model
-
-    def _choose(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
-        """Say what SFT and GRPO train of `model`: adapters, which it gets, or what `freeze` leaves."""
-        if self.config.lora.rank:
-            attach(model, self.config.lora)
-        else:
-            freeze(model, names(self.config.freeze))
         return model
 
     def after(self, stage: str) -> Qwen2_5_VL:
@@ -149,7 +151,7 @@ class Trainer:
             return self._with_options(skeleton.merge(params | self.work.params(stage, wanted)))
         config = read_config(self.hf_dir)
         skeleton = training.Skeleton(
-            nnx.eval_shape(lambda: self._choose(Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
+            nnx.eval_shape(lambda: chosen(self.config, Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
         )
         places = skeleton.shardings(self.mesh)
         shapes = nnx.to_pure_dict(skeleton.abstract)

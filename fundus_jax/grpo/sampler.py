@@ -76,12 +76,9 @@ def sample(
     settings = Settings(max_new_tokens, float(temperature), group_size)
     settings.check()
     rows = batch.tokens.shape[0]
-    slots = min(slots or rows, rows)
-    refill = refill or (max(1, slots // 4) if slots < rows else rows)
-    if not 1 <= refill <= slots:
-        raise ConfigError(f"slots {slots} and refill {refill}: refill must lie between 1 and slots")
+    slots, refill = sizes(rows, slots, refill)
     key, split = as_key(seed), nnx.split(model)
-    stepper, pool = _open(split, batch, key, settings, slots)
+    stepper, pool = open_slots(split, batch, key, settings, slots)
     free, given, fills = np.ones(slots, bool), 0, 0
     while given < rows or not free.all():
         while given < rows and free.sum() >= min(refill, rows - given):
@@ -89,17 +86,27 @@ def sample(
             taken = np.flatnonzero(free)[: len(numbers)]
             spare = (0, refill - len(numbers))  # rows that fill up the last prefill go nowhere
             index, where = np.pad(numbers, spare, mode="edge"), np.pad(taken, spare, constant_values=slots)
-            pool = _fill(split, stepper, pool, batch, index, where, key, settings)
+            pool = fill_slots(split, stepper, pool, batch, index, where, key, settings)
             free[taken], given, fills = False, given + len(numbers), fills + 1
         enough = min(refill, rows - given) if given < rows else slots
-        pool, ended = _decode(stepper, pool, key, settings, enough)
+        pool, ended = decode_slots(stepper, pool, key, settings, enough)
         free = np.array(ended)
     counts = Counts(int(pool.slots.steps), int(pool.slots.busy), slots, fills)
-    return _close(pool.done, pool.slots.groups), counts
+    return close_slots(pool.done, pool.slots.groups), counts
+
+
+def sizes(rows: int, slots: int, refill: int) -> tuple[int, int]:
+    """Slots and refill for `rows` prompts, with the defaults of `sample` in the place of zeros. Raises
+    ConfigError for more to refill than there are slots."""
+    slots = min(slots or rows, rows)
+    refill = refill or (max(1, slots // 4) if slots < rows else rows)
+    if not 1 <= refill <= slots:
+        raise ConfigError(f"slots {slots} and refill {refill}: refill must lie between 1 and slots")
+    return slots, refill
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _open(model: Split, batch: Batch, key: Array, settings: Settings, slots: int) -> tuple[Split, Pool]:
+def open_slots(model: Split, batch: Batch, key: Array, settings: Settings, slots: int) -> tuple[Split, Pool]:
     """The weights as decoding wants them, and S slots that are free; their prompts' number is B, nobody's."""
     stepper = nnx.merge(*model).stepper()
     rows = batch.tokens.shape[0]
@@ -115,7 +122,7 @@ def _open(model: Split, batch: Batch, key: Array, settings: Settings, slots: int
 
 
 @functools.partial(jax.jit, static_argnums=7, donate_argnums=2)
-def _fill(
+def fill_slots(
     model: Split,
     stepper: Split,
     pool: Pool,
@@ -134,7 +141,9 @@ def _fill(
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
-def _decode(stepper: Split, pool: Pool, key: Array, settings: Settings, enough: Array) -> tuple[Pool, Array]:
+def decode_slots(
+    stepper: Split, pool: Pool, key: Array, settings: Settings, enough: Array
+) -> tuple[Pool, Array]:
     """Go on until `enough` slots are free; also says which are."""
     slots = decode(nnx.merge(*stepper), pool.slots, key, settings, enough)
     return Pool(slots, pool.done), ~slots.groups.alive.any(axis=1)
@@ -147,4 +156,4 @@ def _written(done: Rollout, groups: Groups) -> Rollout:
     )
 
 
-_close = jax.jit(_written, donate_argnums=0)
+close_slots = jax.jit(_written, donate_argnums=0)

@@ -246,7 +246,9 @@ def test_scores_do_not_depend_on_micro_batches(scene: Scene) -> None:
     scores = cut(scene.params, scene.prompts, scene.rollout.tokens)
     whole = scene.score(scene.params, scene.prompts, scene.rollout.tokens)
     np.testing.assert_allclose(scores, whole, atol=1e-5)
-    assert np.abs(np.asarray(whole)[0] - np.asarray(whole)[1]).max() > 1e-2, "the order of the rows would show"
+    assert np.abs(np.asarray(whole)[0] - np.asarray(whole)[1]).max() > 1e-2, (
+        "the order of the rows would show"
+    )
 
 
 def test_groups_without_variance_give_no_gradient(scene: Scene) -> None:

@@ -1,0 +1,111 @@
+"""The automatic choice of a mesh: on machines people have, and where nothing fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from configs import fundus_r1_3b, fundus_r1_7b
+from fundus_jax import sharding
+from fundus_jax.models.qwen2_5_vl.sizes import published
+from fundus_jax.records import ConfigError
+from launch import auto
+from launch.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Device:
+    """As much of a device as is looked at."""
+
+    id: int
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+    platform: str = "gpu"
+    slice_index: int = 0
+
+
+def machine(kind: str, count: int, slices: int = 1) -> list[Device]:
+    platform = "tpu" if kind.startswith("TPU") else "gpu"
+    return [Device(i, kind, platform, i * slices // count) for i in range(count)]
+
+
+def choose(config: RunConfig, kind: str, count: int, slices: int = 1) -> auto.Choice:
+    return auto.choose(config, published(config.model), machine(kind, count, slices))
+
+
+def sizes(choice: auto.Choice) -> dict[str, int]:
+    return {axis: int(size) for axis, size in (part.split(":") for part in choice.mesh.split(","))}
+
+
+MACHINES = [
+    ("NVIDIA H100 80GB HBM3", 8, 1),
+    ("TPU v5 lite", 16, 1),
+    ("TPU v5", 32, 1),
+    ("TPU v6 lite", 64, 1),
+    ("TPU v6 lite", 256, 1),
+    ("TPU v5 lite", 32, 2),
+]
+
+
+@pytest.mark.parametrize(("kind", "count", "slices"), MACHINES)
+@pytest.mark.parametrize("recipe", [fundus_r1_3b, fundus_r1_7b])
+def test_the_choice_is_one_that_runs(recipe: object, kind: str, count: int, slices: int) -> None:
+    config = recipe.get_config()  # type: ignore[attr-defined]
+    choice = choose(config, kind, count, slices)
+    mesh = sizes(choice)
+    assert mesh["data"] * mesh["fsdp"] * mesh["tensor"] == count
+    assert mesh["data"] == slices
+    assert choice.estimate_gib <= auto.BUDGET * choice.memory_gib
+    changed = choice.apply(config)
+    changed.validate()
+    rows = mesh["data"] * mesh["fsdp"]
+    assert changed.sft.batch % (rows * changed.sft.micro_batches) == 0, "whole rows on every device"
+    assert changed.grpo.micro_batch % (rows * config.grpo.group_size) == 0
+    assert config.sft.micro_batches == recipe.get_config().sft.micro_batches, "the original stays as it is"  # type: ignore[attr-defined]
+    assert all(part in str(choice) for part in (choice.mesh, choice.remat, "GiB a device"))
+
+
+def test_less_memory_means_more_of_something() -> None:
+    config = fundus_r1_7b.get_config()
+    large, small = choose(config, "NVIDIA H200", 8), choose(config, "TPU v5 lite", 16)
+    assert sizes(large)["tensor"] == 1
+    assert sizes(small)["tensor"] > 1 or small.remat == "block"
+    assert auto.REMATS.index(large.remat) <= auto.REMATS.index(small.remat)
+
+
+def test_adapters_need_less() -> None:
+    config = fundus_r1_7b.get_config()
+    with pytest.raises(ConfigError, match=r"finds no mesh of 1 x h100 .*tensor:1 remat block needs"):
+        choose(config, "NVIDIA H100 80GB HBM3", 1)
+    lora = replace(config, lora=replace(config.lora, rank=16))
+    choice = choose(lora, "NVIDIA H200", 1)
+    assert choice.mesh == "data:1,fsdp:1,tensor:1"
+    numbers = auto.Sizes(lora, published("7B"))
+    assert numbers.trained < 0.01 * numbers.total
+
+
+def test_batches_that_the_devices_do_not_divide_are_said() -> None:
+    config = fundus_r1_3b.get_config()
+    config.sft.batch = 7
+    with pytest.raises(ConfigError, match=r"does not divide 16 devices and \(7, 128\) rows"):
+        choose(config, "NVIDIA H100 80GB HBM3", 16)
+
+
+def test_unknown_devices_and_cpus() -> None:
+    config = fundus_r1_3b.get_config()
+    with pytest.raises(ConfigError, match="'Radeon' are not known here; name the mesh"):
+        choose(config, "Radeon", 1)
+    choice = auto.choose(config, published("3B"), [Device(0, "cpu", "cpu")] * 8)
+    assert choice.mesh == "data:8,fsdp:1,tensor:1"
+    assert (choice.remat, choice.sft_micro_batches) == (config.remat, config.sft.micro_batches)
+
+
+def test_the_estimate_counts_what_the_model_has() -> None:
+    numbers = auto.Sizes(fundus_r1_7b.get_config(), published("7B"))
+    assert numbers.total == 16_584_333_312 // 2  # bytes of the hub's index
+    whole = numbers.lasting(8, 1)
+    assert whole == pytest.approx(14 * numbers.total / 8)
+    assert numbers.lasting(4, 2) == whole, "both axes split what stays"
+    assert numbers.rollout(1, 2) < numbers.rollout(1, 1)
+    assert numbers.update(2, 2048, "block", 8, 1) < numbers.update(2, 2048, "none", 8, 1)
+    assert sharding.AXES == tuple(sizes(auto.Choice("data:1,fsdp:2,tensor:3", "", 1, 1, 0, 0, "")))
