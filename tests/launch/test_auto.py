@@ -108,4 +108,4 @@ def test_the_estimate_counts_what_the_model_has() -> None:
     assert numbers.lasting(4, 2) == whole, "both axes split what stays"
     assert numbers.rollout(1, 2) < numbers.rollout(1, 1)
     assert numbers.update(2, 2048, "block", 8, 1) < numbers.update(2, 2048, "none", 8, 1)
-    assert sharding.AXES == tuple(sizes(auto.Choice("data:1,fsdp:2,tensor:3", "", 1, 1, 0, 0, "")))
+    assert tuple(sizes(auto.Choice("data:1,fsdp:2,tensor:3", "", 1, 1, 0, 0, ""))) == sharding.AXES
