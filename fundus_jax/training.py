@@ -166,15 +166,13 @@ def make_step(
             grads, metrics = one(batch)
             metrics = combine(jax.tree.map(lambda x: x[None], metrics))
         else:
-            # rows i, i + M, ... form micro-batch i, so that each device keeps the rows it has
-            cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
             def add(sums: Any, batch: Any) -> tuple[Any, Metrics]:
                 grads, metrics = one(batch)
                 return jax.tree.map(jnp.add, sums, grads), metrics
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            grads, stacked = jax.lax.scan(add, zeros, cut)
+            grads, stacked = jax.lax.scan(add, zeros, _pieces(batch, micro_batches))
             metrics = combine(stacked)
         updates, moved = optimizer.update(grads, state.optimizer, state.params)
         opt_state: Any = moved
@@ -183,6 +181,13 @@ def make_step(
         return State(params, opt_state), metrics | extra
 
     return jax.jit(step, donate_argnums=(0,))
+
+
+def _pieces(batch: Any, count: int) -> Any:
+    """The batch with leading axes [M, rows / M]. Rows i, i + M, ... form micro-batch i, so that each device
+    keeps the rows it has."""
+    # not -1 for rows / M: it can not be inferred for the patches of rows without images, [B,0,1176]
+    return jax.tree.map(lambda x: x.reshape(len(x) // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def check_finite(metrics: dict[str, float], config: OptimConfig, stage: str, step: int) -> None:

@@ -88,9 +88,7 @@ def response_logprobs(model: Any, prompts: Batch, tokens: Array, temperature: fl
     return token_logprobs(states, model.head, tokens, banned=model.config.banned_ids, temperature=temperature)
 
 
-def make_score(
-    merge: Callable[[Any], Any], config: GrpoConfig, compute: str
-) -> Callable[..., Array]:
+def make_score(merge: Callable[[Any], Any], config: GrpoConfig, compute: str) -> Callable[..., Array]:
     """Compile (params, prompts, tokens, frozen parameters or nothing) -> log-probs [B,G,N] of a policy that
     is not trained here."""
 
