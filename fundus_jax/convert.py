@@ -55,7 +55,8 @@ def convert(source: str | Path, target: str | Path, like: str | Path | None = No
             whose policy is in the workdir, and for converted ones, it is found.
 
     Raises:
-        ConfigError: `source` is none of these, `target` exists, or there is no room for it.
+        ConfigError: `source` is none of these, or holds but the trained part of a model; `target` exists, or
+            there is no room for it.
         DataError: a file of `source` is damaged, or holds other parameters than its configuration says; the
             message lists all of them.
     """
@@ -178,6 +179,12 @@ def _require_parameters(source: Path, side: Path, config: Qwen2_5_VLConfig, save
     """Raise one DataError that lists every parameter that is missing, unexpected or misshapen."""
     shapes = _shapes(config)
     found = {name: tuple(shape) for name, (_, shape) in saved.items() if name.startswith("params.")}
+    if found.keys() < shapes.keys() or any(".lora_" in name for name in found):
+        raise ConfigError(
+            f"{source} holds {len(found)} parameters and not the {len(shapes)} that {side / 'config.json'} "
+            "describes. If its run trains a part of the model (config.lora, config.freeze), export it with "
+            "launch/run.py --stage=export; if not, give the directory of the same model as --like"
+        )
     faults = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in found]
     faults += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in shapes]
     faults += [

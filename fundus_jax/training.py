@@ -178,14 +178,13 @@ def make_step(
             grads, metrics = one(batch)
             metrics = combine(jax.tree.map(lambda x: x[None], metrics))
         else:
-            cut = cut_rows(batch, micro_batches)
 
             def add(sums: Any, batch: Any) -> tuple[Any, Metrics]:
                 grads, metrics = one(batch)
                 return jax.tree.map(jnp.add, sums, grads), metrics
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            grads, stacked = jax.lax.scan(add, zeros, cut)
+            grads, stacked = jax.lax.scan(add, zeros, cut_rows(batch, micro_batches))
             metrics = combine(stacked)
         updates, moved = optimizer.update(grads, state.optimizer, state.params)
         opt_state: Any = moved

@@ -38,7 +38,11 @@ def test_rates_are_parsed_or_refused() -> None:
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("--config.grpo.optim.lr=0", "optim.lr is 0"), ("--config.grpo.learning_rate=1", "learning_rate")],
+    [
+        ("--config.grpo.optim.lr=0", "optim.lr is 0"),
+        ("--config.grpo.learning_rate=1", "learning_rate"),
+        ("--config.lora.rank=-1", "lora.rank is -1"),
+    ],
 )
 def test_overrides_are_typed_and_unknown_fields_fail(override: str, message: str, tmp_path: Path) -> None:
     words = [

@@ -18,6 +18,8 @@ from safetensors import safe_open
 from fundus_jax import bundle, checkpoints, convert, files, training
 from fundus_jax.checkpoints import Checkpoints
 from fundus_jax.models import load_pretrained, weights
+from fundus_jax.models.freeze import freeze
+from fundus_jax.models.lora import LoraConfig, attach
 from fundus_jax.optim import OptimConfig, make_optimizer
 from fundus_jax.records import ConfigError, DataError
 from tests.models import small
@@ -152,6 +154,19 @@ def test_a_bundle_of_another_model_is_refused_with_every_fault(tmp_path: Path, r
     weights.write_json(like / "config.json", config)
     with pytest.raises(DataError, match=r"misshapen: params\.text\.layers\.mlp\.up_proj\.weight is \(2, 128"):
         convert.convert(run.step, tmp_path / "hf", like=like)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_bundle_of_trained_parts_says_how_to_export_it(tmp_path: Path, run: Run) -> None:
+    for what in ("freeze", "lora"):
+        model = small.model(3)
+        freeze(model, ["vision"]) if what == "freeze" else attach(model, LoraConfig(rank=2))
+        skeleton, params = training.split(model)
+        saved = Checkpoints(tmp_path / "run" / what, config_hash="abc")
+        saved.save(1, {"params": skeleton.divide(params)[0]}, data_state=b"", counters={}, final=True)
+        saved.wait()
+        with pytest.raises(ConfigError, match=r"not the \d+ that .* launch/run\.py --stage=export"):
+            convert.convert(saved.directory / "1", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 

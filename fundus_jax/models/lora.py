@@ -4,9 +4,9 @@ A chosen layer's weight W stays as it is, and the layer computes with W + alpha 
 [rank, in] and B [out, rank] are what is trained. A starts as in PEFT (Kaiming-uniform), B at zero, so an
 adapted model starts as the model it was. Neighbours: `layers.Linear` does the arithmetic, `freeze` marks the
 rest, a family's `params.save` writes the weights with the adapters `merged` into them.
-"""
 
-from __future__ import annotations
+Annotations are types and not strings: ml_collections parses `--config.lora.rank=8` by them.
+"""
 
 import re
 from dataclasses import dataclass

@@ -129,8 +129,8 @@ def test_kill_9_leaves_no_trace(finished: Path, tmp_path: Path, cache: Path) -> 
     never was."""
     workdir, env = tmp_path / "killed", environment(cache)
     for stage, step in KILLS:
-        _kill_when(workdir, env, lambda stage=stage, step=step: (stage, step) in _seen(workdir))
-    _kill_when(workdir, env, lambda: (workdir / "evaluation").exists())
+        kill_when(command(workdir), env, lambda stage=stage, step=step: (stage, step) in seen(workdir))
+    kill_when(command(workdir), env, lambda: (workdir / "evaluation").exists())
     done = run(command(workdir), env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert metrics(workdir) == metrics(finished)
@@ -145,17 +145,18 @@ def test_kill_9_leaves_no_trace(finished: Path, tmp_path: Path, cache: Path) -> 
         assert a == b
 
 
-def _seen(workdir: Path) -> set[tuple[str, int]]:
+def seen(workdir: Path) -> set[tuple[str, int]]:
+    """(stage, step) of each whole line of metrics.jsonl, where there is one."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("}")]
     return {(line["stage"], line["step"]) for line in found}
 
 
-def _kill_when(workdir: Path, env: dict[str, str], condition) -> None:
+def kill_when(words: list[str], env: dict[str, str], condition) -> None:
     """Start the run, and SIGKILL all of it as soon as `condition` holds."""
     process = subprocess.Popen(
-        command(workdir),
+        words,
         cwd=ROOT,
         env=env,
         stdout=subprocess.DEVNULL,

@@ -1,7 +1,7 @@
-"""A model's adapters as files that PEFT, transformers and vLLM load onto the weights they were trained from.
+"""A model's adapters as files that PEFT loads onto the weights they were trained from.
 
-Layout and names are PEFT's (its `utils/save_and_load.py`; loaded with peft 0.21.2, docs/log.md): one A and one
-B for each layer, called as transformers' module with `base_model.model.` in front.
+Layout and names are PEFT's (its `utils/save_and_load.py`; loaded with peft 0.21.2, docs/log.md): one A and
+one B for each layer, called as transformers' module with `base_model.model.` in front.
 """
 
 from __future__ import annotations
