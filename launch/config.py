@@ -16,6 +16,7 @@ from fundus_jax.records import ConfigError
 from fundus_jax.sft import PromptConfig, SftConfig
 
 COMPUTE = ("float32", "bfloat16")
+ATTENTION = ("auto", "xla", "splash", "cudnn")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,7 +68,8 @@ class RunConfig:
     for pre-training.
     compute: dtype of forward and backward passes; weights are float32 masters. remat: recompute blocks in the
     backward pass.
-    unroll: layers laid out per scan step. max_prompt: longer prompts are left out of GRPO. min_pixels,
+    unroll: layers laid out per scan step. attention: its back end; "auto" is that of the mesh's devices (TPU:
+    splash, NVIDIA: cudnn, others: xla). max_prompt: longer prompts are left out of GRPO. min_pixels,
     max_pixels: bounds of an image after resizing (0: the checkpoint's). skip_sft: go from the start straight
     to GRPO (the paper's set-up C).
     """
@@ -77,6 +79,7 @@ class RunConfig:
     compute: str = "float32"
     remat: bool = False
     unroll: int = 1
+    attention: str = "auto"
     max_prompt: int = 2048
     min_pixels: int = 0
     max_pixels: int = 0
@@ -92,6 +95,8 @@ class RunConfig:
         """Raises ConfigError for the first thing that does not make sense, in any stage."""
         if self.compute not in COMPUTE:
             raise ConfigError(f"compute is {self.compute!r}; it must be one of {', '.join(COMPUTE)}")
+        if self.attention not in ATTENTION:
+            raise ConfigError(f"attention is {self.attention!r}; it must be one of {', '.join(ATTENTION)}")
         if not 0 < self.data.sft_part <= 1:
             raise ConfigError(f"data.sft_part is {self.data.sft_part}; it must be above 0 and at most 1")
         rates(self.data.tasks)

@@ -25,7 +25,7 @@ class Options:
     """How a model computes, never what.
 
     `remat` recomputes each block in the backward pass, `unroll` blocks are laid out per scan step (compile
-    time against speed), `attention` names the back end of `models.attention`.
+    time against speed), `attention` names one of `models.attention.BACKENDS`.
     """
 
     remat: bool = False

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fundus_jax.models.attention import Prefix, attend
+from fundus_jax.models.attention import Prefix, attend, backend
 from fundus_jax.models.layers import Factory, Linear, Options, RMSNorm, SwiGLU, rotate, scan_blocks
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.rotary import text_rotary
@@ -33,7 +33,7 @@ class Cache(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Projections and rotary; the core is `models.attention.attend`."""
+    """Projections and rotary; the core is `models.attention`."""
 
     def __init__(self, make: Factory, config: Qwen2_5_VLConfig) -> None:
         self.channels = config.head_dim
@@ -87,11 +87,12 @@ class Decoder(nnx.Module):
         self,
         x: Array,
         positions: Array,
-        mask: Array,
         options: Options,
         *,
+        segments: Array | None = None,
         prefix: Prefix | None = None,
         cache: Cache | None = None,
+        mask: Array | None = None,
         step: Array | int = 0,
         keep: bool = False,
     ) -> tuple[Array, Any]:
@@ -99,14 +100,16 @@ class Decoder(nnx.Module):
 
         Returns (hidden, cache): a Cache if `keep` or a cache was given, else None.
 
-        mask [B,G or 1,N,S]: which of the S own keys each query sees. Without a cache S = N, the keys of x
-        itself; with one the keys of x are written at `step` and S is the cache's length. prefix: the prompt's
-        keys and values, stacked [L,B,S,K,C]. keep: also return the keys and values of x as a Cache.
+        Whole rows (G = 1) are causal, within equal `segments` [B,N] where these are given. With `prefix`, the
+        prompt's keys and values stacked [L,B,S,K,C], x continues it, causally. With a cache too, the keys of
+        x are written at `step`, and `mask` [B,G or 1,N,S] says which of the cache's S keys each query sees.
+        keep: also return the keys and values of x as a Cache.
         """
         config = self.config
         wide = jnp.promote_types(x.dtype, jnp.float32)
         cos, sin = text_rotary(positions, config.head_dim, config.rope_theta, config.mrope_section, wide)
         cos, sin = cos[:, None], sin[:, None]  # one axis for the group
+        core = backend(options.attention)
 
         def body(layer: DecoderLayer, carry: tuple, xs: tuple) -> tuple[tuple, Cache | None]:
             x, cache = carry
@@ -121,7 +124,12 @@ class Decoder(nnx.Module):
                 )
                 key, value = (jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) for leaf in cache)
             seen = None if prefix is None else Prefix(shared[0], shared[1], prefix.mask)
-            heads = attend(query, key, value, mask, seen, backend=options.attention)
+            if mask is not None:
+                heads = attend(query, key, value, mask, seen)
+            elif seen is not None:
+                heads = core.continuation(query, key, value, seen)
+            else:
+                heads = core.causal(query[:, 0], key[:, 0], value[:, 0], segments)[:, None]
             x = x + layer.self_attn.output(heads)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             return (constrain(x, "batch", None, None, None), cache), made
