@@ -3,8 +3,8 @@
     python launch/run.py --config=configs/fundus_r1_32b.py --config.model=DIR --config.data.dataset=idrid
     --config.data.source=DIR --mesh=auto
 
-Hardware: from 32 TPU v5p chips (v5p-64), see docs/scaling.md; with `:lora` adapters are trained instead of the
-weights.
+Hardware: from 32 TPU v5p chips (v5p-64), see docs/scaling.md; with `:lora` adapters are trained instead of
+the weights.
 """
 
 from configs.fundus_r1_3b import get_config as smaller

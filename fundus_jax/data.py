@@ -8,6 +8,7 @@ the checkpoint, so that a resumed run goes on with the very next batch. Neighbou
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import io
@@ -148,20 +149,75 @@ def open_pool(directory: str | Path, split: str) -> Pool:
     )
 
 
-def batches(count: int, size: int, build: Callable[[np.ndarray], Any], *, seed: int, threads: int = 2) -> Any:
+def batches(
+    count: int,
+    size: int,
+    build: Callable[[np.ndarray], Any],
+    *,
+    seed: int,
+    groups: Sequence[Sequence[int]] | None = None,
+    threads: int = 2,
+) -> Any:
     """An endless Grain iterator of `build(indices [size])` over [0, count), reshuffled every epoch; batches
     may straddle epochs.
 
-    `get_state`/`set_state` of the iterator name its place exactly. Raises ConfigError when there is less than
-    one batch.
+    groups: the same indices in parts (see `ladder`); then a batch comes from one part, and the parts take
+    turns in proportion to their size. `get_state`/`set_state` of the iterator name its place exactly. Raises
+    ConfigError when there is less than one batch.
     """
     if count < size:
         raise ConfigError(
             f"a batch of {size} rows needs at least as many records, there are {count}; lower the batch size"
         )
-    order = grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(size)
+    parts = [range(count)] if groups is None else [np.asarray(group).tolist() for group in groups]
+    orders = [grain.MapDataset.source(part).seed(seed).shuffle().repeat().batch(size) for part in parts]
+    order = grain.MapDataset.mix(orders, weights=[len(part) for part in parts])
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(order.map(build).to_iter_dataset(options))
+
+
+def ladder(lengths: Sequence[int], most: int, least: int) -> list[list[int]]:
+    """Records in at most `most` groups of like length, ascending, about equally many in each and no fewer
+    than `least` (a batch); one group where there are not so many, or all are of one length."""
+    order = np.argsort(lengths, kind="stable")
+    groups: list[list[int]] = []
+    for part in np.array_split(order, max(1, min(most, len(order) // least))):
+        if groups and lengths[groups[-1][-1]] == lengths[part[-1]]:
+            groups[-1] += part.tolist()
+        else:
+            groups.append(part.tolist())
+    return groups
+
+
+def pack(sizes: Sequence[tuple[int, int]], capacity: tuple[int, int], *, seed: int) -> list[list[int]]:
+    """Which records of (tokens, patches) share a row of this `capacity`: indices by row, each record once.
+
+    Longest first, each into the fullest row that still holds it ("best fit decreasing"), equal lengths in an
+    order of the seed. A function of its arguments alone, so a resumed run packs as before; what an epoch
+    shuffles is the rows. Raises ConfigError for a record that no row holds.
+    """
+    for record in sizes:
+        if record[0] > capacity[0] or record[1] > capacity[1]:
+            raise ConfigError(f"a record of {record} tokens and patches fits into no row of {capacity}")
+    rows: list[list[int]] = []
+    patches: list[int] = []  # left in each row
+    free: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    mixed = np.random.default_rng(seed).permutation(len(sizes)).tolist()
+    for record in sorted(mixed, key=lambda index: -sizes[index][0]):
+        tokens, slots = sizes[record]
+        place = bisect.bisect_left(free, (tokens, 0))
+        while place < len(free) and patches[free[place][1]] < slots:
+            place += 1
+        if place == len(free):
+            left, row = capacity[0], len(rows)
+            rows.append([])
+            patches.append(capacity[1])
+        else:
+            left, row = free.pop(place)
+        rows[row].append(record)
+        patches[row] -= slots
+        bisect.insort(free, (left - tokens, row))
+    return rows
 
 
 def round_up(size: int, step: int) -> int:

@@ -1,12 +1,15 @@
 """Supervised fine-tuning on reasoning traces: loss on what the assistant says, by position (paper, section
 4.1: 2 epochs, AdamW).
 
-Rows are whole conversations, image first; a row that is too long is left out and counted, never cut.
+Rows are whole conversations, image first; one that is too long is left out and counted, never cut. A row
+holds one conversation, or is packed with several.
 Neighbours: `training` (the step), `data` (the rows), `workdir` (bundles and metrics).
 """
 
+import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +20,8 @@ from absl import logging
 from jax.sharding import Mesh
 
 from fundus_jax import dialog, training
-from fundus_jax.data import Pool, batches, round_up
-from fundus_jax.models.layers import Options
+from fundus_jax.data import Pool, batches, pack, round_up
+from fundus_jax.models.batch import Batch
 from fundus_jax.models.logprobs import token_logprobs
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.optim import OptimConfig
@@ -26,6 +29,9 @@ from fundus_jax.records import ConfigError, Example
 from fundus_jax.workdir import Stopwatch, Workdir
 
 LENGTH_STEP = 8  # rows are padded to a multiple of this
+# A packed row has room for so many times the patches that rows have on average: with less, rows are full of
+# patches before they are full of tokens; with more, most slots stay empty (docs/log.md, 2026-11-28).
+PATCH_ROOM = 1.1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,9 +45,11 @@ class PromptConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SftConfig:
-    """`steps` updates of `batch` conversations (or `epochs` over the data where steps is 0), in
-    `micro_batches` pieces.
+    """`steps` updates of `batch` rows (or `epochs` over the data where steps is 0), in `micro_batches`
+    pieces.
 
+    row_length: rows are packed with conversations up to so many tokens, so that next to nothing is padding
+    and a step learns from more of them than `batch` (0: one conversation a row, padded to the longest).
     without_trace: what happens to an example whose trace was rejected: "skip" it, or train on the "answer"
     alone.
     max_length: longer conversations are left out (tokens, image tokens included).
@@ -52,6 +60,7 @@ class SftConfig:
     batch: int = 16
     micro_batches: int = 1
     max_length: int = 2048
+    row_length: int = 0
     without_trace: str = "skip"
     seed: int = 0
     save_every: int = 0
@@ -65,6 +74,11 @@ class SftConfig:
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"sft.{name} is {getattr(self, name)}; it must be at least {low}")
+        if self.row_length and self.row_length < self.max_length:
+            raise ConfigError(
+                f"sft.row_length {self.row_length} must hold the longest conversation, sft.max_length "
+                f"{self.max_length}; 0 packs no rows"
+            )
         if self.epochs <= 0:
             raise ConfigError(f"sft.epochs is {self.epochs}; it must be above 0")
         if self.batch % self.micro_batches:
@@ -72,33 +86,35 @@ class SftConfig:
         self.optim.validate()
 
     def total_steps(self, rows: int) -> int:
-        """Steps of the stage for `rows` training rows."""
+        """Steps of the stage for `rows` training rows, packed ones where rows are packed."""
         return self.steps or max(1, int(rows * self.epochs / self.batch))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The conversations of a pool that fit: (example, reply) each, and the padded sizes that hold every one
-    of them."""
+    """The conversations of a pool that fit, (example, reply) each; which of them share a row, by number
+    (`packed`: more than one may); and the padded sizes that hold every row."""
 
     pool: Pool
     rows: tuple[tuple[Example, str], ...]
+    packs: list[list[int]]
+    packed: bool
     length: int
     patches: int
     prompt: PromptConfig
 
-    def dialog(self, row: int) -> list[dict]:
-        """The conversation in Hugging Face's message format."""
-        example, reply = self.rows[row]
+    def dialog(self, number: int) -> list[dict]:
+        """A conversation in Hugging Face's message format."""
+        example, reply = self.rows[number]
         prompt = dialog.messages(example, self.prompt.style, self.prompt.think, instruct=self.prompt.instruct)
         return [*prompt, dialog.reply(reply)]
 
 
 def make_rows(pool: Pool, processor: Processor, prompt: PromptConfig, config: SftConfig) -> Rows:
-    """Conversations from examples and their kept traces, without those longer than `max_length`; the counts
-    are logged."""
+    """Conversations from examples and their kept traces, without those longer than `max_length`, packed if
+    `row_length` says so; the counts are logged."""
     counts: Counter[str] = Counter()
-    kept, length, patches = [], 0, 0
+    kept, sizes = [], []
     for example in pool.examples:
         trace = pool.traces.get(example.id)
         usable = trace is not None and trace.kept and prompt.think
@@ -114,14 +130,38 @@ def make_rows(pool: Pool, processor: Processor, prompt: PromptConfig, config: Sf
             continue
         counts["kept"] += 1
         kept.append((example, reply))
-        length, patches = max(length, tokens), max(patches, slots)
-    logging.info("sft rows: %s; longest %d tokens", dict(counts), length)
+        sizes.append((tokens, slots))
     if not kept:
         raise ConfigError(
             f"no training row is left: {dict(counts)}; "
             f"raise sft.max_length ({config.max_length}) or look at the traces"
         )
-    return Rows(pool, tuple(kept), round_up(length, LENGTH_STEP), patches, prompt)
+    lengths, slots = (list(column) for column in zip(*sizes, strict=True))
+    packs = [[number] for number in range(len(kept))]
+    if config.row_length:
+        room = int(PATCH_ROOM * config.row_length * sum(slots) / sum(lengths))
+        packs = pack(sizes, (config.row_length, max(room, *slots)), seed=config.seed)
+    length = round_up(max(sum(lengths[number] for number in row) for row in packs), LENGTH_STEP)
+    patches = max(sum(slots[number] for number in row) for row in packs)
+    logging.info(
+        "sft rows: %s; longest %d tokens; %d rows of %d tokens (%.0f%% real) and %d patch slots",
+        *(dict(counts), max(lengths), len(packs), length),
+        *(100 * sum(lengths) / (len(packs) * length), patches),
+    )
+    return Rows(pool, tuple(kept), packs, config.row_length > 0, length, patches, prompt)
+
+
+def encode(rows: Rows, processor: Processor, index: Iterable[int]) -> tuple[Batch, np.ndarray]:
+    """The rows of `index`: a Batch and its loss mask [B,T]."""
+    packs = [rows.packs[row] for row in index]
+    chosen = [number for row in packs for number in row]
+    return processor.encode_dialogs(
+        [rows.dialog(number) for number in chosen],
+        [[rows.pool.image(rows.rows[number][0])] for number in chosen],
+        length=rows.length,
+        patches=rows.patches,
+        per_row=[len(row) for row in packs] if rows.packed else None,
+    )
 
 
 def loss(model: Any, batch: Any, total: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -146,8 +186,8 @@ def count(batch: Any) -> jax.Array:
 
 def make_update(
     merge: Callable[[Any], Any], optimizer: optax.GradientTransformation, config: SftConfig, compute: str
-) -> Callable[[training.State, Any], tuple[training.State, training.Metrics]]:
-    """Compile (state, (Batch, loss mask [B,T])) -> (state, metrics): one update."""
+) -> Callable[..., tuple[training.State, training.Metrics]]:
+    """Compile (state, (Batch, loss mask [B,T]), frozen parameters) -> (state, metrics): one update."""
     return training.make_step(
         merge, loss, count, optimizer, compute=compute, micro_batches=config.micro_batches
     )
@@ -174,18 +214,14 @@ def train(
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
     optimizer = training.make_optimizer(config.optim, steps)
-    options = Options(remat=remat, unroll=model.options.unroll)
+    options = dataclasses.replace(model.options, remat=remat)
     step_of = make_update(lambda params: skeleton.merge(params, options), optimizer, config, compute)
-
-    def build(index: np.ndarray) -> Any:
-        images = [[rows.pool.image(rows.rows[i][0])] for i in index]
-        dialogs = [rows.dialog(i) for i in index]
-        return processor.encode_dialogs(dialogs, images, length=rows.length, patches=rows.patches)
 
     with jax.set_mesh(mesh):
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
-        iterator = batches(len(rows.rows), config.batch, build, seed=config.seed)
+        build = functools.partial(encode, rows, processor)
+        iterator = batches(len(rows.packs), config.batch, build, seed=config.seed)
         state, done = work.resume("sft", state, iterator)
         progress, watch = work.progress("sft", done), Stopwatch()
         for step in range(done + 1, steps + 1):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fundus_jax import sharding
@@ -75,7 +76,7 @@ class Skeleton:
 
 def _pinned(param: nnx.Variable) -> nnx.Variable:
     value = param.get_value()
-    if not isinstance(value, jax.core.Tracer):
+    if not isinstance(value, Tracer):
         return param
     return param.replace(sharding.constrain(value, *sharding.param_axes(param)))
 

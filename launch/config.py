@@ -18,6 +18,7 @@ from fundus_jax.records import ConfigError
 from fundus_jax.sft import PromptConfig, SftConfig
 
 COMPUTE = ("float32", "bfloat16")
+ATTENTION = ("auto", "xla", "splash", "cudnn")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,7 +73,8 @@ class RunConfig:
     lora: adapters to train in the place of the weights, in SFT and GRPO. freeze: parts of the model that
     these leave as they are, comma-separated: vision (the tower), projector (its merger), text (the decoder),
     embedding, head.
-    unroll: layers laid out per scan step. max_prompt: longer prompts are left out of GRPO. min_pixels,
+    unroll: layers laid out per scan step. attention: its back end; "auto" is that of the mesh's devices (TPU:
+    splash, NVIDIA: cudnn, others: xla). max_prompt: longer prompts are left out of GRPO. min_pixels,
     max_pixels: bounds of an image after resizing (0: the checkpoint's). skip_sft: go from the start straight
     to GRPO (the paper's set-up C).
     """
@@ -83,6 +85,7 @@ class RunConfig:
     remat: str = "none"
     freeze: str = ""
     unroll: int = 1
+    attention: str = "auto"
     max_prompt: int = 2048
     min_pixels: int = 0
     max_pixels: int = 0
@@ -107,6 +110,8 @@ class RunConfig:
                 f"freeze is {self.freeze!r} and lora.rank {self.lora.rank}: adapters freeze everything else "
                 "already; clear one of the two"
             )
+        if self.attention not in ATTENTION:
+            raise ConfigError(f"attention is {self.attention!r}; it must be one of {', '.join(ATTENTION)}")
         if not 0 < self.data.sft_part <= 1:
             raise ConfigError(f"data.sft_part is {self.data.sft_part}; it must be above 0 and at most 1")
         rates(self.data.tasks)

@@ -111,6 +111,7 @@ class Abstract:
         return Batch(
             tokens=self.rows((rows, length), jnp.int32),
             mask=self.rows((rows, length), jnp.bool_),
+            segments=self.rows((rows, length), jnp.int32),
             positions=self.rows((rows, 3, length), jnp.int32),
             image_index=self.rows((rows, length), jnp.int32),
             patches=self.rows((rows, slots, vision.patch_features), jnp.float32),

@@ -22,6 +22,7 @@ from fundus_jax.data import Pool, open_pool
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.judge import RulesJudge
 from fundus_jax.models import load_pretrained, read_config, save_adapter, save_pretrained
+from fundus_jax.models.attention import backend_for
 from fundus_jax.models.freeze import freeze, narrow
 from fundus_jax.models.lora import attach
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
@@ -75,7 +76,7 @@ class Trainer:
         self.rows = sft.make_rows(sft_pool, self.processor, config.prompt, config.sft)
         self.plan = {
             **({} if config.model else {"base": config.base.steps}),
-            "sft": config.sft.total_steps(len(self.rows.rows)),
+            "sft": config.sft.total_steps(len(self.rows.packs)),
             "grpo": config.grpo.steps,
         }
         work.stages = self.plan
@@ -109,7 +110,10 @@ class Trainer:
                 self.work, self.before(stage), self.rows, self.processor, config.sft, self.mesh, **common
             )
         else:
-            prompts = grpo.Prompts(self.grpo_pool(), self.processor, config.prompt, config.max_prompt)
+            sizes = {"buckets": config.grpo.buckets, "batch": config.grpo.prompts_per_step}
+            prompts = grpo.Prompts(
+                self.grpo_pool(), self.processor, config.prompt, config.max_prompt, **sizes
+            )
             grpo.train(self.work, self.before(stage), prompts, RulesJudge(), config.grpo, self.mesh, **common)
         self.work.checkpoints.wait()
 
@@ -166,7 +170,10 @@ class Trainer:
         return self._with_options(skeleton.merge(training.join(trained, frozen)))
 
     def _with_options(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
-        model.options = dataclasses.replace(model.options, unroll=self.config.unroll)
+        attention = self.config.attention
+        if attention == "auto":
+            attention = backend_for(self.mesh.devices.flat[0].platform)
+        model.options = dataclasses.replace(model.options, unroll=self.config.unroll, attention=attention)
         return model
 
 

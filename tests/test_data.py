@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_another_split_has_other_examples_and_a_missing_one_is_an_error(run: Pat
         data.open_pool(run, "val")
 
 
-def draw(count: int, size: int, steps: int, **more: int) -> list[list[int]]:
+def draw(count: int, size: int, steps: int, **more: Any) -> list[list[int]]:
     iterator = data.batches(count, size, lambda index: index.tolist(), **{"seed": 3, **more})
     return [next(iterator) for _ in range(steps)]
 
@@ -192,9 +193,63 @@ def test_an_iterator_resumes_with_the_very_next_batch_at_every_position() -> Non
         assert next(iterator) == wanted[place]
 
 
+def test_batches_of_groups_take_turns_and_resume() -> None:
+    groups = [[3, 5, 8], [0, 1, 2, 4, 6, 7]]
+    drawn = draw(9, 3, 12, groups=groups)
+    assert {tuple(sorted(batch)) for batch in drawn if batch[0] in groups[0]} == {(3, 5, 8)}
+    assert all(set(batch) <= set(groups[1]) for batch in drawn if batch[0] in groups[1])
+    assert np.bincount(np.concatenate(drawn)).tolist() == [4] * 9, "each as often as any other"
+    iterator = data.batches(9, 3, lambda index: index.tolist(), seed=3, groups=groups)
+    for _ in range(5):
+        next(iterator)
+    state = iterator.get_state()
+    other = data.batches(9, 3, lambda index: index.tolist(), seed=3, groups=groups)
+    other.set_state(state)
+    assert [next(other) for _ in range(7)] == drawn[5:]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=40),
+    most=st.integers(1, 5),
+    least=st.integers(1, 9),
+)
+def test_a_ladder_has_whole_rungs(lengths: list[int], most: int, least: int) -> None:
+    groups = data.ladder(lengths, most, least)
+    assert sorted(record for group in groups for record in group) == list(range(len(lengths)))
+    assert len(groups) <= most
+    assert len(groups) == 1 or min(map(len, groups)) >= least
+    tops = [max(lengths[record] for record in group) for group in groups]
+    bottoms = [min(lengths[record] for record in group) for group in groups]
+    assert all(top <= bottom for top, bottom in zip(tops, bottoms[1:], strict=False))
+    assert len(set(tops)) == len(tops)
+
+
 def test_less_than_one_batch_is_an_error() -> None:
     with pytest.raises(ConfigError, match="a batch of 8 rows needs at least as many records, there are 7"):
         data.batches(7, 8, lambda index: index, seed=0)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 4)), min_size=1, max_size=60),
+    seed=st.integers(0, 3),
+)
+def test_packing_keeps_every_record_and_both_bounds(sizes: list[tuple[int, int]], seed: int) -> None:
+    rows = data.pack(sizes, (50, 6), seed=seed)
+    assert sorted(record for row in rows for record in row) == list(range(len(sizes)))
+    totals = [tuple(sum(sizes[record][i] for record in row) for i in range(2)) for row in rows]
+    assert all(tokens <= 50 and patches <= 6 for tokens, patches in totals)
+    assert rows == data.pack(sizes, (50, 6), seed=seed)
+
+
+def test_packing_fills_rows_and_the_seed_deals_equals() -> None:
+    random = np.random.default_rng(0)
+    sizes = [(int(tokens), 1) for tokens in random.integers(5, 60, 400)]
+    rows = data.pack(sizes, (128, 400), seed=0)
+    assert sum(tokens for tokens, _ in sizes) / (128 * len(rows)) > 0.97
+    equal = [(32, 1)] * 12
+    assert data.pack(equal, (128, 400), seed=0) != data.pack(equal, (128, 400), seed=1)
+    with pytest.raises(ConfigError, match=r"a record of \(3, 7\) tokens and patches fits into no row"):
+        data.pack([(4, 1), (3, 7)], (4, 6), seed=0)
 
 
 @given(size=st.integers(0, 10**6), step=st.integers(1, 512))

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,8 @@ def rows_of(trainer: Trainer, pool: Pool, **changes: object) -> sft.Rows:
     return sft.make_rows(pool, trainer.processor, config.prompt, replace(config.sft, **changes))
 
 
-def encoded(trainer: Trainer, rows: sft.Rows, index: list[int]):
-    images = [[rows.pool.image(rows.rows[i][0])] for i in index]
-    dialogs = [rows.dialog(i) for i in index]
-    return trainer.processor.encode_dialogs(dialogs, images, length=rows.length, patches=rows.patches)
+def encoded(trainer: Trainer, rows: sft.Rows, index: Iterable[int]) -> tuple[Batch, np.ndarray]:
+    return sft.encode(rows, trainer.processor, index)
 
 
 def test_what_the_assistant_says_is_learned_and_nothing_else(trainer: Trainer) -> None:
@@ -99,6 +98,34 @@ def test_rows_that_are_too_long_are_left_out_and_counted(
         ConfigError, match=r"no training row is left: .*'too long'.*raise sft\.max_length \(10\)"
     ):
         rows_of(trainer, whole.pool, max_length=10)
+
+
+def test_packed_rows_hold_every_conversation_once(trainer: Trainer, caplog: pytest.LogCaptureFixture) -> None:
+    whole = trainer.rows
+    with caplog.at_level(logging.INFO, logger="absl"):
+        packed = rows_of(trainer, whole.pool, row_length=1024)
+    assert packed.rows == whole.rows
+    assert sorted(number for row in packed.packs for number in row) == list(range(len(whole.rows)))
+    assert packed == rows_of(trainer, whole.pool, row_length=1024), "a resumed run packs as before"
+    assert len(packed.packs) < len(whole.packs) / 2
+    assert f"{len(packed.packs)} rows of {packed.length} tokens" in caplog.text
+    everything = list(range(len(packed.packs)))
+    batch, learned = encoded(trainer, packed, everything)
+    assert batch.packed
+    assert batch.tokens.shape == (len(everything), packed.length)
+    assert packed.length <= 1024
+    assert batch.patches.shape[1] == packed.patches
+    assert batch.segments.max(axis=1).tolist() == [len(row) for row in packed.packs]
+    _, apart = encoded(trainer, whole, list(range(len(whole.rows))))
+    assert learned.sum() == apart.sum()
+
+
+def test_a_packed_step_learns_all_that_its_rows_hold(trainer: Trainer, source: Path, tmp_path: Path) -> None:
+    packed = rows_of(trainer, trainer.rows.pool, row_length=1024)
+    every = encoded(trainer, packed, range(len(packed.packs)))[1].sum()
+    stage = replace(trainer.config.sft, steps=2, batch=len(packed.packs), row_length=1024)
+    _, _, lines = run(tmp_path, source, stage)
+    assert [line["tokens"] for line in lines] == [every, every]
 
 
 def test_an_example_without_a_kept_trace_is_skipped_or_answered_bare(trainer: Trainer) -> None:
@@ -224,6 +251,7 @@ def test_gradients_that_stay_not_finite_stop_the_stage(source: Path, tmp_path: P
         ({"batch": 6, "micro_batches": 4}, "sft.micro_batches 4 must divide sft.batch 6"),
         ({"batch": 4, "micro_batches": 0}, "sft.micro_batches"),
         ({"batch": 0}, "sft.batch"),
+        ({"row_length": 1024}, "sft.row_length 1024 must hold the longest .*, sft.max_length 2048"),
         ({"steps": -1}, "sft.steps"),
         ({"epochs": 0.0}, "sft.epochs"),
     ],

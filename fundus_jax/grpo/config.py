@@ -33,7 +33,9 @@ class GrpoConfig:
     passes over them, each one optimizer update whose gradient is summed over micro-batches of `micro_batch`
     rollouts (whole groups, which share the work on their prompt). `steps` of these make the stage. Every
     `save_every` steps a bundle is saved and a few groups are written to rollouts/ (0: only at the end).
-    `seed` fixes prompts and sampling.
+    `seed` fixes prompts and sampling. `buckets`: prompts are sorted by length into at most so many shapes,
+    and those of a step are of one shape, so that short prompts are not padded to the longest; each shape that
+    occurs compiles the programs of a step once more.
     """
 
     group_size: int = 4
@@ -46,6 +48,7 @@ class GrpoConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     save_every: int = 0
     seed: int = 0
+    buckets: int = 1
 
     # The loss (loss.py says what each choice computes). kl_coef is ours: 0 needs no reference policy at all.
     clip_low: float = 0.2
@@ -141,6 +144,7 @@ _AT_LEAST = {
     "micro_batch": 1,
     "save_every": 0,
     "seed": 0,
+    "buckets": 1,
     "kl_coef": 0,
     "constant_norm": 0,
     "answer_weight": 0,

@@ -9,6 +9,7 @@ stage's adapters are fresh, that is zero, the reference is the weights with the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from fundus_jax import dialog, training
-from fundus_jax.data import Pool, batches, round_up
+from fundus_jax.data import Pool, batches, ladder, round_up
 from fundus_jax.files import write_atomic
 from fundus_jax.grpo.advantages import group_advantages, group_stats
 from fundus_jax.grpo.config import GrpoConfig
@@ -28,7 +29,6 @@ from fundus_jax.grpo.judge import Judge
 from fundus_jax.grpo.rewards import Score, check_abstentions, reward_arrays, reward_metrics, score_rollout
 from fundus_jax.grpo.rollout import Rollout, generate
 from fundus_jax.grpo.update import Samples, make_score, make_update
-from fundus_jax.models.layers import Options
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Example
 from fundus_jax.sft import LENGTH_STEP, PromptConfig
@@ -38,12 +38,21 @@ SHOWN = 4  # groups of a step that are written to rollouts/ for people to read
 
 
 class Prompts:
-    """The prompts of a pool that fit `max_length` tokens, and the padded sizes that hold every one of
-    them."""
+    """The prompts of a pool that fit `max_length` tokens, in groups of like length (at most `buckets`, none
+    smaller than a step's `batch`), and the padded sizes that hold each group."""
 
-    def __init__(self, pool: Pool, processor: Processor, prompt: PromptConfig, max_length: int) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        processor: Processor,
+        prompt: PromptConfig,
+        max_length: int,
+        *,
+        buckets: int = 1,
+        batch: int = 1,
+    ) -> None:
         self.pool, self.processor = pool, processor
-        kept, self.patches, longest, dropped = [], 0, 0, 0
+        kept, sizes, dropped = [], [], 0
         for example in pool.examples:
             messages = dialog.messages(example, prompt.style, prompt.think, instruct=prompt.instruct)
             text = processor.chat(messages, add_generation_prompt=True)
@@ -52,22 +61,27 @@ class Prompts:
                 dropped += 1
                 continue
             kept.append((example, text))
-            longest, self.patches = max(longest, tokens), max(self.patches, slots)
+            sizes.append((round_up(tokens, LENGTH_STEP), slots))
         if not kept:
             raise ConfigError(
                 f"all {dropped} prompts are longer than {max_length} tokens; "
                 "raise the bound or lower max_pixels"
             )
         self.rows: Sequence[tuple[Example, str]] = kept
-        self.length = round_up(longest, LENGTH_STEP)
-        logging.info("grpo prompts: %d kept, %d too long; longest %d tokens", len(kept), dropped, longest)
+        self.groups = ladder([tokens for tokens, _ in sizes], buckets, batch)
+        self.shapes: dict[int, tuple[int, int]] = {}  # of each prompt's group: (tokens, patch slots)
+        for group in self.groups:
+            length, patches = (max(sizes[i][axis] for i in group) for axis in range(2))
+            self.shapes |= dict.fromkeys(group, (length, patches))
+            logging.info("grpo prompts: %d padded to %d tokens, %d patch slots", len(group), length, patches)
+        count = len(set(self.shapes.values()))
+        logging.info("grpo prompts: %d kept, %d too long; shapes to compile: %d", len(kept), dropped, count)
 
     def build(self, index: np.ndarray) -> tuple[np.ndarray, Any]:
-        """(rows chosen, their Batch)."""
+        """(rows chosen, their Batch, padded to the sizes of the largest group among them)."""
+        length, patches = (max(self.shapes[i][axis] for i in index.tolist()) for axis in range(2))
         images = [[self.pool.image(self.rows[i][0])] for i in index]
-        return index, self.processor(
-            [self.rows[i][1] for i in index], images, length=self.length, patches=self.patches
-        )
+        return index, self.processor([self.rows[i][1] for i in index], images, length=length, patches=patches)
 
 
 def score_all(
@@ -110,7 +124,7 @@ def train(
     """
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
-    options = Options(remat=remat, unroll=model.options.unroll)
+    options = dataclasses.replace(model.options, remat=remat)
 
     def merge(params: Any) -> Any:
         return skeleton.merge(params, options)
@@ -124,7 +138,8 @@ def train(
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
         reference = snapshot(state.params, compute) if config.kl_coef else None
-        iterator = batches(len(prompts.rows), config.prompts_per_step, prompts.build, seed=config.seed)
+        order = {"seed": config.seed, "groups": prompts.groups}
+        iterator = batches(len(prompts.rows), config.prompts_per_step, prompts.build, **order)
         state, done = work.resume("grpo", state, iterator)
         progress, watch = work.progress("grpo", done), Stopwatch()
         for step in range(done + 1, config.steps + 1):

@@ -2,10 +2,10 @@
 
 A processor makes it in numpy at data time (tokens, image patches, window order, position ids), so that
 nothing inside `jit` depends on an image's size. Model, rollout and losses only read it. One row is one
-conversation.
+conversation, or several where a batch is packed for training.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -27,8 +27,10 @@ class Batch:
             cache slots and loss positions do not depend on its neighbours' lengths.
         mask: [B,T] bool, True at real tokens. Padding is known by this alone, never by a token's value: the
             pad id may also be a real end token.
-        positions: [B,3,T] int32 M-RoPE ids (time, height, width), 0 at padding. Computed once, as training,
-            prefill and decode must agree on them; decode continues at the row's largest id + 1.
+        segments: [B,T] int32, the number of the token's conversation in its row, from 1; 0 at padding.
+        positions: [B,3,T] int32 M-RoPE ids (time, height, width), 0 at padding. They start anew with each
+            conversation. Computed once, as training, prefill and decode must agree on them; decode continues
+            at the row's largest id + 1.
         image_index: [B,T] int32, the merged slot of the row whose feature replaces this token's embedding, -1
             for text. It undoes the window order, so that the vision tower needs no reverse permutation.
         patches: [B,P,F] float32 flattened pixels, F = channels * temporal_patch_size * patch_size^2 (1176),
@@ -39,17 +41,21 @@ class Batch:
             empty.
         patch_image: [B,P] int32, number of the image in the row, -1 for an empty slot. Full attention stays
             inside equal numbers; a slot's window is its index // W.
+        packed: whether a row may hold several conversations. Known when compiling, since attention within
+            segments costs more than causal attention, which alone keeps right-padded rows exact.
     """
 
     tokens: Array
     mask: Array
+    segments: Array
     positions: Array
     image_index: Array
     patches: Array
     patch_hw: Array
     patch_image: Array
+    packed: bool = field(default=False, metadata={"static": True})
 
     @property
     def rows(self) -> int:
-        """B, the number of conversations."""
+        """B, the number of rows."""
         return self.tokens.shape[0]

@@ -36,7 +36,7 @@ class Options:
     """How a model computes, never what.
 
     `remat` is a name of REMAT, `unroll` blocks are laid out per scan step (compile time against speed),
-    `attention` names the back end of `models.attention`.
+    `attention` names one of `models.attention.BACKENDS`.
     """
 
     remat: str = "none"

@@ -16,6 +16,7 @@ BAD = [
     ("temperature", float("nan")),
     ("temperature", "1.0"),
     ("prompts_per_step", 0),
+    ("buckets", 0),
     ("steps", 0),
     ("max_new_tokens", 0),
     ("mu", 0),

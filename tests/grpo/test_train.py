@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from fundus_jax import training
+from fundus_jax.data import round_up
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge
 from fundus_jax.records import ConfigError, Verdict
+from fundus_jax.sft import LENGTH_STEP, PromptConfig
 from launch.stages import Trainer
 from tests import small
 
@@ -222,12 +224,35 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(
         cut = grpo.Prompts(*arguments, bound)
     assert len(cut.rows) == sum(length <= bound for length in lengths) < len(whole.rows)
     lost, longest = len(whole.rows) - len(cut.rows), max(set(lengths) - {bound + 1})
-    assert f"{len(cut.rows)} kept, {lost} too long; longest {longest}" in caplog.text
+    padded = round_up(longest, LENGTH_STEP)
+    assert f"{len(cut.rows)} kept, {lost} too long; shapes to compile: 1" in caplog.text
+    assert f"{len(cut.rows)} padded to {padded} tokens" in caplog.text
     index, batch = cut.build(np.asarray([2, 0]))
     assert index.tolist() == [2, 0]
-    assert batch.tokens.shape == (2, cut.length)
+    assert batch.tokens.shape == (2, padded)
     assert trainer.processor.decode(batch.tokens[0][batch.mask[0]], skip_special_tokens=False).endswith(
         "assistant\n"
     )
     with pytest.raises(ConfigError, match=r"all [0-9]+ prompts are longer than 5 tokens"):
         grpo.Prompts(*arguments, 5)
+
+
+def test_prompts_of_a_step_are_of_one_shape(source: Path, tmp_path: Path) -> None:
+    trainer = small.open_run(tmp_path, source, small.config())
+    asked = PromptConfig(style="options")  # whose number depends on the task
+    arguments = (trainer.pool.choose(), trainer.processor, asked, 512)
+    prompts = grpo.Prompts(*arguments, buckets=3, batch=4)
+    assert sorted(i for group in prompts.groups for i in group) == list(range(len(prompts.rows)))
+    assert min(len(group) for group in prompts.groups) >= len(prompts.rows) // 3 >= 4
+    lengths = []
+    for group in prompts.groups:
+        _, batch = prompts.build(np.asarray(group))
+        assert {prompts.shapes[i] for i in group} == {(batch.tokens.shape[1], batch.patches.shape[1])}
+        lengths.append(round_up(int(batch.mask.sum(axis=1).max()), LENGTH_STEP))
+        assert batch.tokens.shape[1] == lengths[-1]
+    assert len(lengths) > 1
+    assert sorted(set(lengths)) == lengths, "no two groups have one length"
+    _, mixed = prompts.build(np.asarray([group[0] for group in prompts.groups]))
+    assert mixed.tokens.shape[1] == lengths[-1], "whoever mixes them gets room for all"
+    whole = grpo.Prompts(*arguments, buckets=3, batch=len(prompts.rows))
+    assert len(whole.groups) == 1, "a group has a step's prompts at least"

@@ -109,6 +109,7 @@ def full_rows(prompts: Batch, tokens: np.ndarray) -> tuple[Batch, np.ndarray]:
         start, count = int(prompts.mask[b].sum()), int(LENGTHS[b, g])
         row = {
             "tokens": np.zeros(width, np.int32), "mask": np.arange(width) < start + count,
+            "segments": (np.arange(width) < start + count).astype(np.int32),
             "positions": np.zeros((3, width), np.int32), "image_index": np.full(width, -1, np.int32),
             **{name: getattr(prompts, name)[b] for name in ("patches", "patch_hw", "patch_image")},
         }  # fmt: skip

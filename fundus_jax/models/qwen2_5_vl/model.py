@@ -89,7 +89,8 @@ class Qwen2_5_VL(nnx.Module):
         return constrain(x, "batch", None, None)
 
     def hidden(self, batch: Batch) -> Array:
-        """Final hidden states [B, T, D] of a whole conversation, causal; padding is seen by nobody."""
+        """Final hidden states [B, T, D] of whole conversations, causal; padding is seen by nobody, nor is
+        another conversation of a packed row."""
         return self._forward(batch, keep=False)[0]
 
     def __call__(self, batch: Batch) -> Array:
@@ -112,18 +113,15 @@ class Qwen2_5_VL(nnx.Module):
     def extend(self, prompt: Prompt, tokens: Array) -> Array:
         """Hidden states [B, G, N, D] of responses tokens [B, G, N] after their
         prompt; state n predicts token n + 1."""
-        length = tokens.shape[2]
-        mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        positions = (prompt.position[:, None] + jnp.arange(length))[:, None].repeat(3, axis=1)
-        return self.text(self.text.embed(tokens), positions, mask, self.options, prefix=prompt.prefix)[0]
+        positions = (prompt.position[:, None] + jnp.arange(tokens.shape[2]))[:, None].repeat(3, axis=1)
+        return self.text(self.text.embed(tokens), positions, self.options, prefix=prompt.prefix)[0]
 
     def stepper(self) -> Stepper:
         """The weights that decoding needs, laid out for it; make it once, outside the loop."""
         return Stepper(self)
 
     def _forward(self, batch: Batch, *, keep: bool) -> tuple[Array, tuple[Array, Array] | None]:
-        length = batch.tokens.shape[1]
-        mask = jnp.tril(jnp.ones((length, length), bool)) & batch.mask[:, None, :]
         x, positions = self.embed(batch)[:, None], jnp.asarray(batch.positions)
-        hidden, made = self.text(x, positions, mask[:, None], self.options, keep=keep)
+        segments = jnp.asarray(batch.segments) if batch.packed else None
+        hidden, made = self.text(x, positions, self.options, segments=segments, keep=keep)
         return hidden[:, 0], made

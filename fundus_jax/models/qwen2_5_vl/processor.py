@@ -16,7 +16,7 @@ from PIL import Image
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.qwen2_5_vl.images import ImageConfig
 from fundus_jax.models.qwen2_5_vl.processor_files import load_tokenizer, read_files, write_files
-from fundus_jax.models.qwen2_5_vl.rows import Row, collate, expand
+from fundus_jax.models.qwen2_5_vl.rows import Row, collate, expand, join
 from fundus_jax.records import ConfigError, DataError
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"  # noqa: S105 (names of tokens, not secrets)
@@ -137,7 +137,7 @@ class Processor:
         if isinstance(texts, str) or not len(texts):
             raise ConfigError(f"texts must be a list of at least one text, got {texts!r:.60}")
         rows = [[(text, False)] for text in texts]
-        return self._collate(self._rows(rows, images), length, patches)[0]
+        return self._collate(self._rows(rows, images), length=length, patches=patches)[0]
 
     def row_size(self, text: str, images: Sequence[Image.Image] = ()) -> tuple[int, int]:
         """(tokens, patch slots) a row would take, from the images' sizes alone: for filters and buckets."""
@@ -168,10 +168,21 @@ class Processor:
         *,
         length: int | None = None,
         patches: int | None = None,
+        per_row: Sequence[int] | None = None,
     ) -> tuple[Batch, np.ndarray]:
-        """A batch of whole conversations and its loss mask [B,T]; see `__call__` and `train_row`."""
+        """A batch of whole conversations and its loss mask [B,T]; see `__call__` and `train_row`.
+
+        per_row: how many conversations, in order, each row is packed with; None gives each a row of its own.
+        Raises ConfigError if they do not add up.
+        """
         rows = self._rows([self._segments(messages) for messages in dialogs], images)
-        return self._collate(rows, length, patches)
+        if per_row is None:
+            return self._collate(rows, length=length, patches=patches)
+        if sum(per_row) != len(rows) or min(per_row) < 1:
+            raise ConfigError(f"per_row {list(per_row)} must be counts from 1 that add up to {len(rows)}")
+        ends = np.cumsum(per_row)
+        joined = [join(rows[end - count : end]) for end, count in zip(ends, per_row, strict=True)]
+        return self._collate(joined, length=length, patches=patches, packed=True)
 
     def encode_dialog(
         self,
@@ -227,12 +238,5 @@ class Processor:
             done.append(expand(ids, loss, images[number], self.image_config, self.image_token_id, number))
         return done
 
-    def _collate(self, rows: list[Row], length: int | None, patches: int | None) -> tuple[Batch, np.ndarray]:
-        return collate(
-            rows,
-            self.image_config,
-            pad_id=self.pad_id,
-            image_token_id=self.image_token_id,
-            length=length,
-            patches=patches,
-        )
+    def _collate(self, rows: list[Row], **shape: Any) -> tuple[Batch, np.ndarray]:
+        return collate(rows, self.image_config, pad_id=self.pad_id, **shape)

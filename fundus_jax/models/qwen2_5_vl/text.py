@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from fundus_jax.models.attention import Prefix, attend
+from fundus_jax.models.attention import Prefix, backend
 from fundus_jax.models.embedding import lookup
 from fundus_jax.models.layers import ATTENDED, Factory, Linear, Options, RMSNorm, SwiGLU, rotate, scan_blocks
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -23,7 +23,7 @@ Array = jax.Array
 
 
 class Attention(nnx.Module):
-    """Projections and rotary; the core is `models.attention.attend`."""
+    """Projections and rotary; the core is `models.attention`."""
 
     def __init__(self, make: Factory, config: Qwen2_5_VLConfig) -> None:
         self.channels = config.head_dim
@@ -77,26 +77,30 @@ class Decoder(nnx.Module):
         self,
         x: Array,
         positions: Array,
-        mask: Array,
         options: Options,
         *,
+        segments: Array | None = None,
         prefix: Prefix | None = None,
         keep: bool = False,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Run the layers over x [B,G,N,D] at M-RoPE positions [B,3,N] (one group shares them).
 
-        mask [B,G or 1,N,N]: which keys of x each query sees. prefix: the prompt's keys and values, stacked
-        [L,B,S,K,C]. Returns (hidden, keys and values of x [L,B,G,N,K,C] if `keep`, else None).
+        Whole rows (G = 1) are causal, within equal `segments` [B,N] where these are given. With `prefix`, the
+        prompt's keys and values stacked [L,B,S,K,C], x continues it, causally. Returns (hidden, keys and
+        values of x [L,B,G,N,K,C] if `keep`, else None).
         """
         config = self.config
         wide = jnp.promote_types(x.dtype, jnp.float32)
         cos, sin = text_rotary(positions, config.head_dim, config.rope_theta, config.mrope_section, wide)
         cos, sin = cos[:, None], sin[:, None]  # one axis for the group
+        core = backend(options.attention)
 
         def body(layer: DecoderLayer, x: Array, shared: tuple) -> tuple[Array, tuple | None]:
             query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
-            seen = None if prefix is None else Prefix(shared[0], shared[1], prefix.mask)
-            heads = attend(query, key, value, mask, seen, backend=options.attention)
+            if prefix is not None:
+                heads = core.continuation(query, key, value, Prefix(*shared, prefix.mask))
+            else:
+                heads = core.causal(query[:, 0], key[:, 0], value[:, 0], segments)[:, None]
             x = x + layer.self_attn.output(heads)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             return constrain(x, "batch", None, None, None), (key, value) if keep else None

@@ -2,26 +2,27 @@
 within an image in a few, then the merger.
 
 Patches arrive in window order, each window owning a fixed run of slots (see `models.batch`). Window attention
-is then a reshape, without gathers, sliding bands or masks of P x P; full attention masks by image number.
-Short windows at an image's border leave slots empty, which no query sees.
+is then a reshape, without gathers, sliding bands or masks of P x P; full attention stays inside equal image
+numbers. Short windows at an image's border leave slots empty, which no real slot sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from fundus_jax.models.attention import attend
+from fundus_jax.models.attention import attend, backend
 from fundus_jax.models.layers import ATTENDED, Factory, Linear, Options, RMSNorm, SwiGLU, rotate, scan_blocks
 from fundus_jax.models.qwen2_5_vl.config import VisionConfig
 from fundus_jax.models.qwen2_5_vl.rotary import vision_rotary
 from fundus_jax.sharding import constrain
 
 Array = jax.Array
+Core = Callable[[Array, Array, Array], Array]  # query, key, value [B,P,H,C] -> [B,P,H,C]
 EPS = 1e-6  # of every norm of the tower; not a field of the configuration
 PLAIN = Options()
 
@@ -36,15 +37,12 @@ class VisionAttention(nnx.Module):
         self.qkv = Linear(make, width, 3 * width, ("heads", "embed"), bias=True, std=std)
         self.proj = Linear(make, width, width, ("embed", "heads"), bias=True, std=std)
 
-    def __call__(self, x: Array, cos: Array, sin: Array, mask: Array, backend: str) -> Array:
-        """x [B,P,D]; mask [B,G,1 or N,N] with G windows (or 1) of N slots, G * N = P."""
+    def __call__(self, x: Array, cos: Array, sin: Array, core: Core) -> Array:
+        """x [B,P,D]; core: attention among the slots of one window, or of one image."""
         batch, slots, width = x.shape
-        groups, length = mask.shape[1], mask.shape[3]
-        channels = width // self.heads
-        query, key, value = jnp.moveaxis(self.qkv(x).reshape(batch, slots, 3, self.heads, channels), 2, 0)
-        shape = (batch, groups, length, self.heads, channels)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        out = attend(query.reshape(shape), key.reshape(shape), value.reshape(shape), mask, backend=backend)
+        qkv = self.qkv(x).reshape(batch, slots, 3, self.heads, width // self.heads)
+        query, key, value = jnp.moveaxis(qkv, 2, 0)
+        out = core(rotate(query, cos, sin), rotate(key, cos, sin), value)
         return self.proj(checkpoint_name(out.reshape(batch, slots, width), ATTENDED))
 
 
@@ -57,8 +55,8 @@ class VisionBlock(nnx.Module):
         self.attn = VisionAttention(make, config, std)
         self.mlp = SwiGLU(make, config.hidden_size, config.intermediate_size, bias=True, std=std)
 
-    def __call__(self, x: Array, cos: Array, sin: Array, mask: Array, backend: str) -> Array:
-        x = x + self.attn(self.norm1(x), cos, sin, mask, backend)
+    def __call__(self, x: Array, cos: Array, sin: Array, core: Core) -> Array:
+        x = x + self.attn(self.norm1(x), cos, sin, core)
         return constrain(x + self.mlp(self.norm2(x)), "batch", None, None)
 
 
@@ -97,24 +95,42 @@ class VisionTower(nnx.Module):
         Features of empty slots are finite and meaningless; `Batch.image_index` never points at them.
         """
         config = self.config
-        batch, slots = patch_image.shape
         dtype = self.patch_embed.weight.get_value().dtype
         wide = jnp.promote_types(dtype, jnp.float32)
-        real = patch_image >= 0
-        windows = real.reshape(batch, slots // config.window_slots, 1, config.window_slots)
-        images = ((patch_image[:, :, None] == patch_image[:, None, :]) & real[:, None, :])[:, None]
+        windows, images = _cores(patch_image, config.window_slots, options.attention)
         channels = config.hidden_size // config.num_heads
         cos, sin = vision_rotary(patch_hw, channels, config.rope_theta, wide)
 
         x = self.patch_embed(patches.astype(dtype))
         for layers, full in _runs(config):
-            mask = images if full else windows
+            core = images if full else windows
 
-            def body(block: VisionBlock, x: Array, _: None, mask: Array = mask) -> tuple[Array, None]:
-                return block(x, cos, sin, mask, options.attention), None
+            def body(block: VisionBlock, x: Array, _: None, core: Core = core) -> tuple[Array, None]:
+                return block(x, cos, sin, core), None
 
             x, _ = scan_blocks(self.blocks, body, x, None, options, layers)
         return self.merger(x)
+
+
+def _cores(patch_image: Array, slots: int, name: str) -> tuple[Core, Core]:
+    """Attention within windows of `slots` slots, and within images by the back end `name`.
+
+    A window's scores are 64 x 64, P x 64 of a row in all: there is nothing for a flash kernel to save, and a
+    batched product of small matrices is what XLA is good at on every platform.
+    """
+    batch = patch_image.shape[0]
+    real = (patch_image >= 0).reshape(batch, -1, 1, slots)
+
+    def windows(query: Array, key: Array, value: Array) -> Array:
+        def cut(x: Array) -> Array:
+            return x.reshape(batch, -1, slots, *x.shape[2:])
+
+        return attend(cut(query), cut(key), cut(value), real).reshape(query.shape)
+
+    def images(query: Array, key: Array, value: Array) -> Array:
+        return backend(name).within(query, key, value, patch_image + 1)
+
+    return windows, images
 
 
 def _runs(config: VisionConfig) -> Iterator[tuple[slice, bool]]:

@@ -110,7 +110,9 @@ def test_a_batch_holds_its_rows(processor: Processor) -> None:
     slots = [processor.row_size(text, row)[1] for text, row in zip(texts, images, strict=True)]
     assert slots == [0, 2 * 64 + 3 * 64, 64]
     assert batch.patches.shape == (3, 5 * 64, 1176)
-    types = {name: getattr(batch, name).dtype.name for name in Batch.__dataclass_fields__}
+    assert not batch.packed
+    np.testing.assert_array_equal(batch.segments, batch.mask)
+    types = {name: getattr(batch, name).dtype.name for name in Batch.__dataclass_fields__ if name != "packed"}
     assert types.pop("mask") == "bool"
     assert types.pop("patches") == "float32"
     assert set(types.values()) == {"int32"}
