@@ -171,17 +171,21 @@ def train(
         micro_batches=config.micro_batches,
     )
 
+    mine = training.rows_here(config.batch, mesh)
+
     def build(index: np.ndarray) -> Any:
+        index = index[mine]
         images = [[rows.pool.image(rows.rows[i][0])] for i in index]
         dialogs = [rows.dialog(i) for i in index]
         return processor.encode_dialogs(dialogs, images, length=rows.length, patches=rows.patches)
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), work.stoppable("sft") as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         iterator = batches(len(rows.rows), config.batch, build, seed=config.seed)
         state, done = work.resume("sft", state, iterator)
         progress, watch = work.progress("sft", done), Stopwatch()
         for step in range(done + 1, steps + 1):
+            keep(step - 1, state, iterator)
             with watch("data"):
                 batch = training.place(next(iterator), mesh)
             with watch("update"):
