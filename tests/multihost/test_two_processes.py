@@ -5,25 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from tests.e2e.conftest import ROOT, environment
+from tests.run_worker import command
 
-FIELDS = {
-    **{"data.train": 36, "data.test": 6, "data.size": 56, "data.workers": 1, "unroll": 1},
-    **{"policy.vocab": 400, "policy.width": 32, "policy.layers": 2, "policy.heads": 2, "policy.kv_heads": 1},
-    **{"policy.mlp": 48, "policy.vision_width": 32, "policy.vision_layers": 2, "policy.vision_mlp": 48},
-    **{"policy.pixels": 56, "base.steps": 2, "base.batch": 4, "base.optim.warmup": 0},
-    **{"sft.steps": 10, "sft.batch": 4, "sft.optim.warmup": 2, "sft.max_length": 512},
-    **{"grpo.steps": 5, "grpo.prompts_per_step": 4, "grpo.group_size": 2, "grpo.micro_batch": 8},
-    **{"grpo.max_new_tokens": 8, "grpo.kl_coef": 0.02, "grpo.flat_groups": "keep"},
-    **{"evaluate.questions": 4, "evaluate.before": 4, "evaluate.sampled": 4, "evaluate.samples": 2},
-    "evaluate.batch": 4,
-}
 STOPPED = 128 + 15
 
 
@@ -32,8 +21,7 @@ def start(workdir: Path, cache: Path, processes: int, stop_at: str = "") -> list
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--config=configs/demo.py:quick", "--mesh=data:2,fsdp:2", f"--workdir={workdir}"]
-    words += [f"--config.{name}={value}" for name, value in FIELDS.items()]
+    words = ["--mesh=data:2,fsdp:2"]
     if processes > 1:
         words += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", "--one_host"]
     started = []
@@ -42,14 +30,10 @@ def start(workdir: Path, cache: Path, processes: int, stop_at: str = "") -> list
             more = [stop_at] if stop_at and number == processes - 1 else []
             more += [*words, f"--process={number}"] if processes > 1 else words
             log = (workdir.parent / f"{workdir.name}-{processes}-{number}.log").open("w")
+            env = environment(cache, 4 // processes)
+            words_here = command(workdir, *more)
             started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.multihost.worker", *more],
-                    cwd=ROOT,
-                    env=environment(cache, 4 // processes),
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )  # fmt: skip
+                subprocess.Popen(words_here, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
             )
         return [process.wait(timeout=200) for process in started]
     finally:
