@@ -30,8 +30,8 @@ Environment = Mapping[str, str]
 class Settings:
     """What jax.distributed.initialize needs to know.
 
-    coordinator: HOST:PORT of process 0. devices: the accelerators of this process, by their numbers on the
-    host; None takes all that the process sees. one_host: all processes are known to run on one host.
+    coordinator: HOST:PORT of process 0. devices: which of the accelerators that it sees this process takes;
+    None takes all. one_host: all processes are known to run on one host.
     """
 
     coordinator: str

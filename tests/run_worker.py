@@ -73,6 +73,7 @@ def signal_at(place: str) -> None:
     def logged(self: Metrics, stage: str, step: int, values: Any) -> None:
         log(self, stage, step, values)
         if place == f"{stage}:{step}":
+            print(f"stuck at {place}", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
 
     Metrics.log = logged  # type: ignore[method-assign]

@@ -19,8 +19,7 @@ IN_TIME = 25  # seconds that clouds give at least
 
 
 def stop(workdir: Path, cache: Path, point: str, number: int = signal.SIGTERM, **more: float) -> list[int]:
-    """Run until it is stuck at `point`, send the signal, and return the steps of the finished bundles. At
-    STAGE:STEP the run sends the signal to itself."""
+    """Run until it is stuck at `point`, send the signal, and return the steps of the finished bundles."""
     options = [f"--{name}={value}" for name, value in more.items()]
     log = workdir.parent / f"{point}.log"
     with log.open("w") as file:
@@ -29,15 +28,12 @@ def stop(workdir: Path, cache: Path, point: str, number: int = signal.SIGTERM, *
         )
     try:
         deadline = time.monotonic() + 200
-        while ":" not in point and f"stuck at {point}" not in log.read_text():
+        while f"stuck at {point}" not in log.read_text():
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, f"never came to {point}"
             time.sleep(0.05)
-        if ":" not in point:
-            process.send_signal(number)
-        assert process.wait(timeout=IN_TIME if ":" not in point else 200) == 128 + number, log.read_text()[
-            -3000:
-        ]
+        process.send_signal(number)  # at STAGE:STEP the second SIGTERM, which changes nothing
+        assert process.wait(timeout=IN_TIME) == 128 + number, log.read_text()[-3000:]
     finally:
         process.kill()
     folder = workdir / "checkpoints"
