@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from fundus_jax import bundle, files
+from fundus_jax import bundle, files, hosts
 from fundus_jax.bundle import Bundle
 from fundus_jax.files import MANIFEST
 from fundus_jax.records import ConfigError, DataError
@@ -86,7 +85,7 @@ class Checkpoints:
         _require_same_everywhere(step, text)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays.values()) + len(text)
         path = self._path(step)
-        _on_first_process(lambda: self._open(step, size, text))
+        hosts.on_first(lambda: self._open(step, size, text))
         try:
             self._orbax.save(path / STATE, args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
@@ -101,9 +100,19 @@ class Checkpoints:
         Call it before the program ends, also by an exception: the interpreter's shutdown stops Orbax.
         """
         if self._thread is not None:
+            hosts.raise_everywhere(self._joined())
+
+    def close(self) -> None:
+        """Wait like `wait`, for a process that may be leaving alone: the others are not asked."""
+        if failure := self._joined():
+            raise failure
+
+    def _joined(self) -> SaveError | None:
+        """What became of the save under way, once it has ended."""
+        if self._thread is not None:
             self._thread.join()
-            self._thread, failure, self._failure = None, self._failure, None
-            _raise_everywhere(failure)
+        self._thread, failure, self._failure = None, self._failure, None
+        return failure
 
     def steps(self) -> list[int]:
         """Steps with a finished bundle, in order. A damaged one is among them: nobody skips it unseen."""
@@ -128,7 +137,7 @@ class Checkpoints:
         """
         self.wait()
         path = self._path(step)
-        _on_first_process(lambda: self._verify(step))
+        hosts.on_first(lambda: self._verify(step))
         text = (path / CONTENT).read_text()
         content = bundle.from_text(text, path, step=step, config_hash=self.config_hash)
         wanted = bundle.named_leaves(abstract_state)
@@ -215,26 +224,6 @@ class Checkpoints:
             if earlier:
                 remedy = f"step {earlier[-1]} is intact: move {path} away to go on from there"
             raise DataError(f"{error}; {remedy}") from error
-
-
-def _on_first_process(action: Callable[[], None]) -> None:
-    """Run `action` on process 0; if it fails, every process raises. Nobody goes on before it has ended."""
-    failure: Exception | None = None
-    if jax.process_index() == 0:
-        try:
-            action()
-        except Exception as error:  # raised again below, once the others know
-            failure = error
-    _raise_everywhere(failure)
-
-
-def _raise_everywhere(failure: Exception | None) -> None:
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.asarray(failure is not None))
-        if failure is None and np.any(failed):
-            raise RuntimeError(f"process {np.flatnonzero(failed).tolist()} failed; the reason is in its log")
-    if failure is not None:
-        raise failure
 
 
 def _require_same_everywhere(step: int, text: str) -> None:

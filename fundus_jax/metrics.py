@@ -101,6 +101,11 @@ class Metrics:
             if stage in self._boards:
                 self._boards.pop(stage).close()
 
+    def flush(self) -> None:
+        """Write what the boards hold back; the JSONL file holds nothing back."""
+        for board in self._boards.values():
+            board.flush()
+
     def close(self) -> None:
         """Close the files."""
         if self._file is not None:

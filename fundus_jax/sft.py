@@ -7,7 +7,6 @@ Neighbours: `training` (the step), `data` (the rows), `workdir` (bundles and met
 """
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -216,15 +215,19 @@ def train(
     optimizer = training.make_optimizer(config.optim, steps)
     options = dataclasses.replace(model.options, remat=remat)
     step_of = make_update(lambda params: skeleton.merge(params, options), optimizer, config, compute)
+    mine = training.rows_here(config.batch, mesh)
 
-    with jax.set_mesh(mesh):
+    def build(index: np.ndarray) -> Any:
+        return encode(rows, processor, index[mine])
+
+    with jax.set_mesh(mesh), work.stoppable("sft") as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
-        build = functools.partial(encode, rows, processor)
         iterator = batches(len(rows.packs), config.batch, build, seed=config.seed)
         state, done = work.resume("sft", state, iterator)
         progress, watch = work.progress("sft", done), Stopwatch()
         for step in range(done + 1, steps + 1):
+            keep(step - 1, state, iterator)
             with watch("data"):
                 batch = training.place(next(iterator), mesh)
             with watch("update"):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -102,23 +103,64 @@ def cast(params: Params, dtype: str) -> Params:
     )
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
-    """A batch on the mesh: every leaf split along its first axis. Raises ConfigError if the rows do not
-    divide."""
+def rows_here(count: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a batch of `count` the devices of this process hold, in order: with one process all.
+
+    Rows that several processes hold (of one tensor-parallel group) are among those of each. Raises
+    ConfigError if the rows do not divide.
+    """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
-    if any(count % parts for count in rows):
+    if count % parts:
         raise ConfigError(
-            f"{sorted(rows)} rows do not divide by data x fsdp = {parts} of the mesh; "
+            f"{count} rows do not divide by data x fsdp = {parts} of the mesh; "
             "change the batch size or the mesh"
         )
-    return jax.device_put(tree, sharding.batch_sharding(mesh))
+    held: Any = sharding.batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    return np.unique([np.arange(count)[index] for index in held])
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """A batch on the mesh: every leaf split along its first axis. Each process gives its `rows_here` only.
+    Raises ConfigError if the rows do not divide."""
+    target, parts = sharding.batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    share = len(rows_here(parts, mesh))
+
+    def one(leaf: Any) -> jax.Array:
+        count = leaf.shape[0] * parts // share
+        rows = rows_here(count, mesh)
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, target)
+
+        def held(part: Any) -> Any:
+            first, end, _ = part[0].indices(count)
+            return leaf[slice(*np.searchsorted(rows, (first, end)))]
+
+        return jax.make_array_from_callback((count, *leaf.shape[1:]), target, held)
+
+    return jax.tree.map(one, tree)
+
+
+def spread(params: Params, places: Any) -> Params:
+    """Parameters, whole on every process, to where `places` says; those that lie on the mesh already stay on
+    it."""
+
+    def one(leaf: Any, place: NamedSharding) -> jax.Array:
+        if place.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, place)
+        whole = np.asarray(leaf)  # each process takes its parts of it; device_put would compare all of it
+        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+    return jax.tree.map(one, params, places)
 
 
 def start(skeleton: Skeleton, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-    """Trained parameters and fresh optimizer state on the mesh; moments lie where their parameters lie."""
-    places = _like(skeleton.shardings(mesh), params)
-    params = jax.device_put(params, places)
+    """Trained parameters and fresh optimizer state on the mesh."""
+    return begin(params, _like(skeleton.shardings(mesh), params), optimizer, mesh)
+
+
+def begin(params: Params, places: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """Parameters where `places` says, and fresh optimizer state; moments lie where their parameters lie."""
+    params = spread(params, places)
     shape = jax.eval_shape(optimizer.init, params)
     out = like_params(shape, places, NamedSharding(mesh, PartitionSpec()))
     return State(params, jax.jit(optimizer.init, out_shardings=out)(params))
@@ -126,7 +168,7 @@ def start(skeleton: Skeleton, params: Params, optimizer: optax.GradientTransform
 
 def hold(skeleton: Skeleton, frozen: Params, mesh: Mesh, compute: str) -> Params:
     """Frozen parameters on the mesh, in the dtype of the forward pass: they are read and nothing else."""
-    return jax.device_put(cast(frozen, compute), _like(skeleton.shardings(mesh), frozen))
+    return spread(cast(frozen, compute), _like(skeleton.shardings(mesh), frozen))
 
 
 def _like(tree: Params, part: Params) -> Params:
@@ -226,6 +268,7 @@ __all__ = [
     "Loss",
     "Skeleton",
     "State",
+    "begin",
     "cast",
     "check_finite",
     "cut_rows",
@@ -235,6 +278,8 @@ __all__ = [
     "make_optimizer",
     "make_step",
     "place",
+    "rows_here",
     "split",
+    "spread",
     "start",
 ]

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import logging
 
+from fundus_jax import hosts, stop
 from fundus_jax.checkpoints import Checkpoints
 from fundus_jax.files import write_atomic
 from fundus_jax.metrics import Metrics, Progress
@@ -37,13 +40,18 @@ class Workdir:
         self.stages: dict[str, int] = {}
         text = json.dumps(config, indent=1, sort_keys=True)
         self.config_hash = hashlib.sha256(text.encode()).hexdigest()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._claim(config, text)
+        hosts.on_first(lambda: self._claim(config, text))
+        if not (self.path / "config.json").is_file():
+            raise ConfigError(
+                f"process {jax.process_index()} does not see {self.path}, which the first one writes; "
+                "give a --workdir on a file system that all hosts share"
+            )
         self.checkpoints = Checkpoints(self.path / "checkpoints", config_hash=self.config_hash)
         self.metrics = Metrics(self.path)
 
     def _claim(self, config: Mapping[str, Any], text: str) -> None:
         """Write config.json, or refuse when another configuration stands there."""
+        self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "config.json"
         if path.exists():
             there = json.loads(path.read_text(encoding="utf-8"))
@@ -66,7 +74,7 @@ class Workdir:
 
     def finished(self, stage: str) -> bool:
         """Whether the last bundle of `stage` is there."""
-        return self.offset(stage) + self.stages[stage] in self.checkpoints.steps()
+        return bool(hosts.of_first(self.offset(stage) + self.stages[stage] in self.checkpoints.steps()))
 
     def resume(self, stage: str, state: Any, iterator: Any) -> tuple[Any, int]:
         """(state, step) to go on with: those of the newest bundle of `stage`, or the given state and 0.
@@ -75,12 +83,12 @@ class Workdir:
         """
         first, last = self.offset(stage), self.offset(stage) + self.stages[stage]
         steps = [step for step in self.checkpoints.steps() if first < step <= last]
-        done = max(steps, default=first) - first
+        done = hosts.of_first(max(steps, default=first)) - first
         later = list(self.stages)[list(self.stages).index(stage) + 1 :]
         self.metrics.rewind({stage: done} | dict.fromkeys(later, 0))
-        if not steps:
+        if not done:
             return state, 0
-        bundle = self.checkpoints.restore(max(steps), state)
+        bundle = self.checkpoints.restore(first + done, state)
         iterator.set_state(bundle.data_state)
         logging.info("%s: resumed at step %d of %d", stage, done, self.stages[stage])
         return bundle.state, done
@@ -88,13 +96,38 @@ class Workdir:
     def save(self, stage: str, step: int, state: Any, iterator: Any) -> None:
         """Start to save the bundle after `step` steps of `stage`; the stage's last one is kept for good. Call
         it before the next batch is drawn, or the iterator's place is not the state's."""
+        self._save(stage, step, state, iterator.get_state())
+
+    def _save(self, stage: str, step: int, state: Any, place: Any) -> None:
+        self.checkpoints.wait()
         number = self.offset(stage) + step
-        if number not in self.checkpoints.steps():
+        if hosts.of_first(step > 0 and number not in self.checkpoints.steps()):
+            self.metrics.flush()
             counters = {"stage": stage, "step": step}
             final = step == self.stages[stage]
-            self.checkpoints.save(
-                number, state, data_state=iterator.get_state(), counters=counters, final=final
-            )
+            self.checkpoints.save(number, state, data_state=place, counters=counters, final=final)
+
+    @contextmanager
+    def stoppable(self, stage: str) -> Iterator[Callable[[int, Any, Any], None]]:
+        """Around a loop of `stage`: a stop (`fundus_jax.stop`) within saves a bundle of what was kept last.
+
+        Gives `keep(step, state, iterator)`, to be called before each step: with the state after `step` steps,
+        and the iterator before it gives the next batch. Where the run is to stop, it stops there.
+        """
+        kept: list[tuple[int, Any, Any]] = []
+
+        def keep(step: int, state: Any, iterator: Any) -> None:
+            kept[:] = [(step, state, iterator.get_state())]
+            stop.check()
+
+        with stop.deferred():
+            try:
+                yield keep
+            except stop.Stopped:
+                for step, state, place in kept:
+                    logging.info("%s: stopped after step %d of %d", stage, step, self.stages[stage])
+                    self._save(stage, step, state, place)
+                raise
 
     def params(self, stage: str, abstract_params: Any) -> Any:
         """The parameters that `stage` ended with. Raises DataError if it has not finished."""
@@ -110,7 +143,7 @@ class Workdir:
 
     def close(self) -> None:
         """Wait for the save under way and close the metrics."""
-        self.checkpoints.wait()
+        self.checkpoints.close()
         self.metrics.close()
 
 

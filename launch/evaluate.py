@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
+from fundus_jax import hosts, stop
 from fundus_jax.data import load_image, open_pool
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.benchmarks import PhantomBenchmark
@@ -61,6 +63,7 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
             _answers,
             functools.cache(functools.partial(trainer.after, stage)),
             trainer.processor,
+            mesh=trainer.mesh,
             load_image=functools.partial(load_image, examples),
             max_new_tokens=config.grpo.max_new_tokens,
             batch_size=config.evaluate.batch,
@@ -79,7 +82,8 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
             predictions[f"{stage}-sampled"], rewards[stage] = drawn, parts
         summary["stages"][stage] = entry
     _differences(summary, predictions, rewards)
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    hosts.on_first(lambda: write_atomic(folder / "summary.json", text))
     return summary
 
 
@@ -91,7 +95,7 @@ def _answers(
     `model` gives the policy and is only called to ask.
     """
     done = folder / "report.json"  # written last
-    if done.is_file():
+    if hosts.of_first(done.is_file()):
         logging.info("%s is there already", folder)
         asked = {item.id: item for item in items}
         lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
@@ -99,9 +103,10 @@ def _answers(
         kept = ("response", "sample", "tokens", "finished")
         answers = [Prediction(item=asked[one["id"]], **{name: one[name] for name in kept}) for one in facts]
         return answers, json.loads(done.read_text(encoding="utf-8"))
-    answers = predict(model(), processor, items, **ask)
+    with jax.set_mesh(ask["mesh"]), stop.deferred():
+        answers = predict(model(), processor, items, **ask)
     report = evaluate(answers)
-    write(folder, answers, report)
+    hosts.on_first(lambda: write(folder, answers, report))
     logging.info("%s\n%s", folder.name, table(report))
     return answers, report
 

@@ -5,11 +5,13 @@
     --stage=grpo
 
 Stages: data, base (only where no model is given), sft, grpo, evaluate, export. Running the same command again
-goes on where it stopped; another configuration in the same workdir is refused.
+goes on where it stopped; another configuration in the same workdir is refused. On several hosts each runs
+this very line (docs/hosts.md). SIGTERM and Ctrl-C save and leave within --grace seconds; exit code 143 or 130.
 """
 
 import json
 import logging as python_logging
+import os
 import shlex
 import sys
 import time
@@ -21,11 +23,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from fundus_jax import sharding
+from fundus_jax import hosts, sharding, stop
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
 from fundus_jax.workdir import Workdir
-from launch import evaluate, stages
+from launch import distributed, evaluate, stages
 from launch.config import RunConfig, as_json
 
 # Recipes build on each other (`from configs... import`), and configs/ is part of no installed package.
@@ -38,7 +40,18 @@ config_flags.DEFINE_config_file(
 )
 flags.DEFINE_string("mesh", "data:-1", "Devices by axis, e.g. data:1,fsdp:-1,tensor:1; one size may be -1.")
 flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Run one stage only; those before it must have finished.")
-flags.DEFINE_string("workdir", None, "Directory of the run; runs/NAME by default.")
+flags.DEFINE_string("workdir", None, "Directory of the run, seen by all hosts; runs/NAME by default.")
+flags.DEFINE_enum("multihost", "auto", distributed.KINDS, "Who knows the other processes: docs/hosts.md.")
+flags.DEFINE_string("coordinator", "", "explicit: HOST:PORT of process 0; else JAX_COORDINATOR_ADDRESS.")
+flags.DEFINE_integer("processes", 0, "explicit: how many processes; else NNODES.", lower_bound=0)
+flags.DEFINE_integer(
+    "process", -1, "explicit: which of them this is, from 0; else NODE_RANK.", lower_bound=-1
+)
+flags.DEFINE_bool("one_host", False, "explicit: all processes run on this host, so loopback is no mistake.")
+flags.DEFINE_integer(
+    "join_timeout", distributed.TIMEOUT, "Seconds until all processes have come.", lower_bound=1
+)
+flags.DEFINE_float("grace", stop.GRACE, "Seconds from SIGTERM to the end, at the latest.", lower_bound=1)
 
 
 @contextmanager
@@ -47,6 +60,8 @@ def timed(work: Workdir, stage: str, about: dict[str, str]):
     logging.info("=== %s", stage)
     begun, clock = time.time(), time.monotonic()
     yield
+    if not hosts.is_first():
+        return
     line = {"stage": stage, "started": begun, "seconds": time.monotonic() - clock, **about}
     with (work.path / "timeline.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -72,7 +87,7 @@ def run(
     try:
         if "data" in wanted:
             with timed(work, "data", about):
-                stages.prepare_data(config, work)
+                hosts.on_first(lambda: stages.prepare_data(config, work))
         trainer = stages.Trainer(config, work, mesh)
         for name in ("base", "sft", "grpo"):
             if name in wanted and name in trainer.plan:
@@ -84,7 +99,8 @@ def run(
         if "export" in wanted:
             with timed(work, "export", about):
                 stages.export(work, trainer)
-        return write_report(work.path)
+        hosts.on_first(lambda: write_report(work.path))
+        return work.path / "report.html"
     finally:
         work.close()
 
@@ -104,13 +120,24 @@ def main(argv: Sequence[str]) -> None:
     config: RunConfig = flags.FLAGS.config
     if config is None:
         raise app.UsageError("--config is missing, e.g. --config=configs/demo.py")
-    workdir = flags.FLAGS.workdir or f"runs/{config.name}"
+    args = flags.FLAGS
+    workdir = args.workdir or f"runs/{config.name}"
+    explicit = {name: getattr(args, name) for name in ("coordinator", "processes", "process", "one_host")}
     try:
+        distributed.initialise(
+            distributed.settings(args.multihost, os.environ, **explicit), args.join_timeout
+        )
+        stop.install(args.grace)
         command = shlex.join(["python", *sys.argv])
-        report = run(config, workdir, flags.FLAGS.mesh, flags.FLAGS.stage, command)
+        report = run(config, workdir, args.mesh, args.stage, command)
     except (ConfigError, DataError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    print(f"report: {report.resolve()}")
+    except SystemExit as stopped:  # by fundus_jax.stop, here or on another process
+        distributed.leave()
+        logging.flush()
+        os._exit(int(stopped.code or 0))  # no thread is waited for: the time is short
+    if hosts.is_first():
+        print(f"report: {report.resolve()}")
 
 
 if __name__ == "__main__":

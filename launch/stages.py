@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from data_pipeline import findings as findings_job
 from data_pipeline import ingest, knowledge_base, traces
 from data_pipeline.datasets.phantom_source import PhantomConfig
-from fundus_jax import sft, training
+from fundus_jax import hosts, sft, training
 from fundus_jax.base import policy, warmup
 from fundus_jax.data import Pool, open_pool
 from fundus_jax.grpo import train as grpo
@@ -85,7 +85,8 @@ class Trainer:
         """workdir/policy: configuration and tokenizer of the small policy, learned from the training
         texts."""
         directory = self.work.path / "policy"
-        if not directory.exists():
+
+        def write() -> None:
             texts = [trace.think + "\n" + trace.answer for trace in self.pool.traces.values() if trace.think]
             texts += [example.question for example in self.pool.examples]
             texts += [
@@ -94,6 +95,9 @@ class Trainer:
                 for option in e.options
             ]
             policy.write_policy(directory, self.config.policy, sorted(texts))
+
+        if not hosts.of_first(directory.exists()):
+            hosts.on_first(write)
         return directory
 
     def run(self, stage: str) -> None:
@@ -128,7 +132,9 @@ class Trainer:
         """The policy before any stage."""
         if self.config.model:
             return self._with_options(load_pretrained(self.hf_dir, "float32", self.mesh)[0])
-        return self._with_options(policy.fresh(read_config(self.hf_dir), self.config.policy.seed))
+        model = policy.fresh(read_config(self.hf_dir), self.config.policy.seed)
+        skeleton, params = training.split(model)
+        return self._with_options(skeleton.merge(training.spread(params, skeleton.shardings(self.mesh))))
 
     def before(self, stage: str) -> Qwen2_5_VL:
         """The policy that `stage` starts from; what it does not train is marked, and in the compute dtype."""
@@ -185,10 +191,20 @@ def export(work: Workdir, trainer: Trainer) -> Path:
     """
     target, adapter = work.path / "hf", work.path / "adapter"
     apart = bool(trainer.config.lora.rank and trainer.config.model)
-    if target.exists() and (adapter.exists() or not apart):
+    missing = [path for path in (target, *([adapter] if apart else [])) if not path.exists()]
+    if not hosts.of_first(len(missing)):
         logging.info("%s is there already", target)
         return target
     model = trainer.after(list(trainer.plan)[-1])
-    if apart and not adapter.exists():
-        save_adapter(model, adapter, trainer.config.model)
-    return target if target.exists() else save_pretrained(model, trainer.processor, target)
+    if jax.process_count() > 1:  # the first process writes, and needs what the others hold
+        skeleton, params = training.split(model)
+        model = skeleton.merge(jax.tree.map(hosts.fetch, params))
+
+    def write() -> None:
+        if adapter in missing:
+            save_adapter(model, adapter, trainer.config.model)
+        if target in missing:
+            save_pretrained(model, trainer.processor, target)
+
+    hosts.on_first(write)
+    return target

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import bm25s
 import numpy as np
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
@@ -53,6 +52,8 @@ class Bm25Retriever(BaseRetriever):
     _scorer: Any = PrivateAttr(default=None)
 
     def model_post_init(self, context: Any, /) -> None:
+        import bm25s  # here, because importing it takes hold of jax's devices, which a run shares out first
+
         super().model_post_init(context)
         scorer = bm25s.BM25(method="lucene")
         scorer.index([_terms(document) for document in self.documents], show_progress=False)

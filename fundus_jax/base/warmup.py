@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fundus_jax import training
 from fundus_jax.data import Pool, batches
@@ -95,14 +95,19 @@ def warm_up(
 
     optimizer = training.make_optimizer(config.optim, config.steps)
     step_of = training.make_step(lambda learned: learned, loss, lambda batch: batch[1].shape[0], optimizer)
-    state = training.State(learned, jax.jit(optimizer.init)(learned))
-    iterator = batches(len(examples), config.batch, build, seed=config.seed)
-    state, done = work.resume("base", state, iterator)
-    progress, watch = work.progress("base", done), Stopwatch()
-    with jax.set_mesh(mesh):
+    whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), learned["head"])
+    places = {"visual": skeleton.shardings(mesh)["visual"], "head": whole}
+    mine = training.rows_here(config.batch, mesh)
+    with jax.set_mesh(mesh), work.stoppable("base") as keep:
+        state = training.begin(learned, places, optimizer, mesh)
+        frozen = training.hold(skeleton, frozen, mesh, "float32")
+        iterator = batches(len(examples), config.batch, build, seed=config.seed)
+        state, done = work.resume("base", state, iterator)
+        progress, watch = work.progress("base", done), Stopwatch()
         for step in range(done + 1, config.steps + 1):
+            keep(step - 1, state, iterator)
             with watch("data"):
-                batch = next(iterator)
+                batch = training.place(jax.tree.map(lambda rows: rows[mine], next(iterator)), mesh)
             with watch("update"):
                 state, metrics = step_of(state, batch, frozen)
                 values = {name: float(value) for name, value in metrics.items()}

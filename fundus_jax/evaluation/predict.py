@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
+from fundus_jax import hosts, stop, training
+from fundus_jax.data import round_up
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.report import Prediction
 from fundus_jax.grpo.rollout import generate
@@ -35,6 +39,7 @@ def predict(
     temperature: float = 0.0,
     group_size: int = 1,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> list[Prediction]:
     """`group_size` responses to every item, item after item in the order of `items`.
 
@@ -46,18 +51,26 @@ def predict(
         load_image: the benchmark's; gets an item's `image`.
         batch_size: rows of a batch; B * group_size responses are decoded at once.
         temperature: 0 is greedy.
+        mesh: what the model lies on, if on more than one device; batches are split over it, and every process
+            of a run gets all responses.
 
     Raises:
         ConfigError: a batch size below 1.
         DataError: an image that cannot be read.
+        Stopped: the run is to stop (`fundus_jax.stop`).
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
+    if mesh is not None:
+        batch_size = round_up(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
     responses: dict[int, list[Prediction]] = {}
     batches = _prefetched(_batches(processor, items, load_image, batch_size))
     total = -(-len(items) // batch_size)
     bar = tqdm(batches, total=total, unit="batch", desc="evaluate", disable=not sys.stderr.isatty())
     for number, (index, batch) in enumerate(bar):
+        if mesh is not None:
+            mine = training.rows_here(batch_size, mesh)
+            batch = training.place(jax.tree.map(lambda rows, mine=mine: rows[mine], batch), mesh)
         drawn = generate(
             model,
             batch,
@@ -66,7 +79,7 @@ def predict(
             group_size=group_size,
             seed=_stream(seed, number),
         )
-        tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.mask)
+        tokens, mask = map(hosts.fetch, stop.settle((drawn.tokens, drawn.mask)))
         for row, i in enumerate(index):
             responses[i] = [
                 _prediction(processor, items[i], g, tokens[row, g][mask[row, g]]) for g in range(group_size)

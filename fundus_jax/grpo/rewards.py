@@ -17,6 +17,7 @@ The loop calls `score_rollout` for each rollout, `check_abstentions` and `reward
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,14 @@ class Score:
     def valid(self) -> bool:
         """Whether the rollout takes part in the statistics of its group."""
         return self.total is not None
+
+
+def from_dict(facts: Mapping[str, Any]) -> Score:
+    """The score whose `dataclasses.asdict` went through JSON, as from another process."""
+    verdict = facts["verdict"]
+    if verdict is not None:
+        verdict = Verdict(**{**verdict, "reasons": tuple(verdict["reasons"])})
+    return Score(**{**facts, "verdict": verdict})
 
 
 def score_rollout(

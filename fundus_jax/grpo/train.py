@@ -20,13 +20,20 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from fundus_jax import dialog, training
+from fundus_jax import dialog, hosts, stop, training
 from fundus_jax.data import Pool, batches, ladder, round_up
 from fundus_jax.files import write_atomic
 from fundus_jax.grpo.advantages import group_advantages, group_stats
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import Judge
-from fundus_jax.grpo.rewards import Score, check_abstentions, reward_arrays, reward_metrics, score_rollout
+from fundus_jax.grpo.rewards import (
+    Score,
+    check_abstentions,
+    from_dict,
+    reward_arrays,
+    reward_metrics,
+    score_rollout,
+)
 from fundus_jax.grpo.rollout import Rollout, generate
 from fundus_jax.grpo.update import Samples, make_score, make_update
 from fundus_jax.models.qwen2_5_vl.processor import Processor
@@ -77,11 +84,13 @@ class Prompts:
         count = len(set(self.shapes.values()))
         logging.info("grpo prompts: %d kept, %d too long; shapes to compile: %d", len(kept), dropped, count)
 
-    def build(self, index: np.ndarray) -> tuple[np.ndarray, Any]:
-        """(rows chosen, their Batch, padded to the sizes of the largest group among them)."""
+    def build(self, index: np.ndarray, mine: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, Any]:
+        """(rows chosen, the Batch of those at `mine`, which this process holds, padded to the sizes of the
+        largest group among them all)."""
         length, patches = (max(self.shapes[i][axis] for i in index.tolist()) for axis in range(2))
-        images = [[self.pool.image(self.rows[i][0])] for i in index]
-        return index, self.processor([self.rows[i][1] for i in index], images, length=length, patches=patches)
+        chosen = [self.rows[i] for i in index[mine]]
+        images = [[self.pool.image(example)] for example, _ in chosen]
+        return index, self.processor([text for _, text in chosen], images, length=length, patches=patches)
 
 
 def score_all(
@@ -103,6 +112,25 @@ def score_all(
             ]
         )
     return texts, scores
+
+
+def score_together(
+    prompts: Prompts, index: np.ndarray, rollout: Rollout, judge: Judge, config: GrpoConfig
+) -> tuple[list[list[str]], list[list[Score]]]:
+    """`score_all`, with the prompts dealt out to the processes: each is judged once, and all get all scores.
+
+    Raises Stopped where the run is to stop; a judge that waits for a server is not waited for.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return stop.interruptible(lambda: score_all(prompts, index, rollout, judge, config))
+    mine = slice(jax.process_index(), None, count)
+    part = Rollout(*(jax.numpy.asarray(hosts.fetch(array)[mine]) for array in rollout))
+    texts, scores = stop.interruptible(lambda: score_all(prompts, index[mine], part, judge, config))
+    told = [[dataclasses.asdict(score) for score in group] for group in scores]
+    shares = [list(zip(*share, strict=True)) for share in hosts.gather([texts, told])]
+    dealt = [shares[row % count][row // count] for row in range(len(index))]
+    return [group for group, _ in dealt], [[from_dict(score) for score in group] for _, group in dealt]
 
 
 def train(
@@ -134,31 +162,35 @@ def train(
     key = jax.random.key(config.seed)
     settings = ("max_new_tokens", "temperature", "group_size")
     sample = functools.partial(generate, **{name: getattr(config, name) for name in settings})
-    with jax.set_mesh(mesh):
+    mine = training.rows_here(config.prompts_per_step, mesh)
+    build = functools.partial(prompts.build, mine=mine)
+    with jax.set_mesh(mesh), work.stoppable("grpo") as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
         reference = snapshot(state.params, compute) if config.kl_coef else None
         order = {"seed": config.seed, "groups": prompts.groups}
-        iterator = batches(len(prompts.rows), config.prompts_per_step, prompts.build, **order)
+        iterator = batches(len(prompts.rows), config.prompts_per_step, build, **order)
         state, done = work.resume("grpo", state, iterator)
         progress, watch = work.progress("grpo", done), Stopwatch()
         for step in range(done + 1, config.steps + 1):
+            keep(step - 1, state, iterator)
             with watch("data"):
                 index, batch = next(iterator)
                 batch = training.place(batch, mesh)
             with watch("rollout"):
                 weights = training.join(training.cast(state.params, compute), frozen)
                 policy = skeleton.merge(weights, model.options)
-                rollout = jax.block_until_ready(sample(policy, batch, seed=jax.random.fold_in(key, step)))
+                rollout = stop.settle(sample(policy, batch, seed=jax.random.fold_in(key, step)))
+                del weights, policy  # the update needs their room
             with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
                 ref = None if reference is None else score(reference, batch, rollout.tokens, frozen)
                 old = score(state.params, batch, rollout.tokens, frozen) if config.mu > 1 else None
             with watch("judge"):
-                texts, scores = score_all(prompts, index, rollout, judge, config)
+                texts, scores = score_together(prompts, index, rollout, judge, config)
                 check_abstentions(scores, config)
                 advantages = np.asarray(group_advantages(*totals(scores), scale=config.scale), np.float32)
             with watch("update"):
-                samples = Samples.of(batch, rollout, training.place(advantages, mesh), old, ref)
+                samples = Samples.of(batch, rollout, training.place(advantages[mine], mesh), old, ref)
                 for _ in range(config.mu):
                     state, metrics = update(state, samples, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
@@ -186,7 +218,7 @@ def totals(scores: Sequence[Sequence[Score]]) -> tuple[np.ndarray, np.ndarray]:
 
 def describe(scores: Sequence[Sequence[Score]], rollout: Rollout) -> dict[str, float]:
     """What metrics.jsonl records of a step: reward parts and ratings, group statistics, response lengths."""
-    lengths = np.asarray(rollout.mask).sum(axis=-1)
+    lengths = hosts.fetch(rollout.mask).sum(axis=-1)
     return {
         **{f"reward/{name}": value for name, value in reward_metrics(scores).items()},
         **{name: float(value) for name, value in group_stats(*totals(scores)).items()},
@@ -206,6 +238,8 @@ def show(
 ) -> None:
     """Write a few groups of a step to rollouts/<step>.jsonl: example, texts, reward parts, verdicts,
     advantages."""
+    if not hosts.is_first():
+        return
     lines = []
     for row, i in list(enumerate(index))[:SHOWN]:
         example = prompts.rows[i][0]

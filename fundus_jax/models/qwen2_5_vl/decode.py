@@ -92,7 +92,7 @@ class Stepper(nnx.Module):
             query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
             keys.append(_put(old_keys, key, column))
             values.append(_put(old_values, value, column))
-            heads = attend_step(query, Prefix(*shared, memory.mask), keys[-1], values[-1], seen)
+            heads = attend_step(query, Prefix(shared[0], shared[1], memory.mask), keys[-1], values[-1], seen)
             x = x + layer.self_attn.output(heads)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             x = constrain(x, "batch", None, None, None)

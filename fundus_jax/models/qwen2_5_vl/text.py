@@ -98,7 +98,7 @@ class Decoder(nnx.Module):
         def body(layer: DecoderLayer, x: Array, shared: tuple) -> tuple[Array, tuple | None]:
             query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
             if prefix is not None:
-                heads = core.continuation(query, key, value, Prefix(*shared, prefix.mask))
+                heads = core.continuation(query, key, value, Prefix(shared[0], shared[1], prefix.mask))
             else:
                 heads = core.causal(query[:, 0], key[:, 0], value[:, 0], segments)[:, None]
             x = x + layer.self_attn.output(heads)

@@ -1,0 +1,93 @@
+"""What the processes of a run do together: one acts for all, all agree, all see the same values.
+
+A run is one process, or several that `launch/distributed.py` has joined: one a host, or one an accelerator.
+With several, all of them call each function here, at the same point of the program; one that does not leaves
+the others waiting. With one process nothing is exchanged. Neighbours: `checkpoints`, `stop` and the loops.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+DAY = 24 * 3600  # seconds that the others wait while the first process prepares data
+LARGE = 1 << 30  # bytes that `fetch` brings onto a device at once
+_waits = itertools.count()  # a barrier's name is used once; all processes count alike
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def highest(value: int) -> int:
+    """The largest of the processes' numbers."""
+    return (
+        value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).max())
+    )
+
+
+def of_first(value: int) -> int:
+    """The first process's number: what it sees of the files decides for all."""
+    return highest(value if is_first() else np.iinfo(np.int32).min)
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON values that the processes give, by process; a tuple comes back as a list."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def fetch(array: Any) -> np.ndarray:
+    """All of an array on every process, wherever its parts lie."""
+    if getattr(array, "is_fully_addressable", True):
+        return np.asarray(array)
+    if array.nbytes > LARGE and array.ndim > 1:  # a stack of layers: it would not fit one device
+        return np.stack([fetch(array[row]) for row in range(array.shape[0])])
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def on_first(action: Callable[[], Any]) -> None:
+    """Run `action` on the first process, up to a day; nobody goes on before it has ended.
+
+    If it fails, every process raises: the first one the error itself, the others RuntimeError, or SystemExit
+    where the first process was stopped by one (`stop`).
+    """
+    failure: BaseException | None = None
+    if is_first():
+        try:
+            action()
+        except BaseException as error:  # raised again below, once the others know
+            failure = error
+    if jax.process_count() > 1:  # not on the devices: what waits there for long is taken for dead
+        name = f"on_first_{next(_waits)}"
+        ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * DAY)
+    raise_everywhere(failure)
+
+
+def raise_everywhere(failure: BaseException | None) -> None:
+    """Raise `failure` where it happened, and tell the other processes, which raise too (as `on_first`)."""
+    code = 0 if failure is None else 1
+    if isinstance(failure, SystemExit) and isinstance(failure.code, int):
+        code = failure.code
+    if jax.process_count() > 1:
+        codes = multihost_utils.process_allgather(np.int32(code))
+        if failure is None and codes.max() > 1:
+            raise SystemExit(int(codes.max()))
+        if failure is None and codes.any():
+            raise RuntimeError(f"process {np.flatnonzero(codes).tolist()} failed; the reason is in its log")
+    if failure is not None:
+        raise failure

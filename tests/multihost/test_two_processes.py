@@ -1,0 +1,79 @@
+"""Two processes on loopback, with two devices each, do what one with four does; a run moves between them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from tests.e2e.conftest import ROOT, environment
+from tests.run_worker import command
+
+STOPPED = 128 + 15
+
+
+def start(workdir: Path, cache: Path, processes: int, stop_at: str = "") -> list[int]:
+    """Exit codes of the run in `workdir` on so many processes; the last gets SIGTERM at `stop_at`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--mesh=data:2,fsdp:2"]
+    if processes > 1:
+        words += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", "--one_host"]
+    started = []
+    try:
+        for number in range(processes):
+            more = [stop_at] if stop_at and number == processes - 1 else []
+            more += [*words, f"--process={number}"] if processes > 1 else words
+            log = (workdir.parent / f"{workdir.name}-{processes}-{number}.log").open("w")
+            env = environment(cache, 4 // processes)
+            words_here = command(workdir, *more)
+            started.append(
+                subprocess.Popen(words_here, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+            )
+        return [process.wait(timeout=200) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def lines(workdir: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what a clock wrote."""
+    told = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time" and not k.startswith("time/")} for line in told]
+
+
+def test_two_processes_do_what_one_does_and_either_goes_on_for_the_other(tmp_path: Path) -> None:
+    cache, one, two = tmp_path / "compiled", tmp_path / "one", tmp_path / "two"
+    assert start(one, cache, 1) == [0]
+    # A signal to one of the two stops both at the same step; then one process goes on, then two again.
+    assert start(two, cache, 2, "sft:4") == [STOPPED] * 2
+    assert sorted(int(path.name) for path in (two / "checkpoints").iterdir()) == [2, 2 + 4]
+    assert start(two, cache, 1, "grpo:2") == [STOPPED]
+    assert sorted(int(path.name) for path in (two / "checkpoints").iterdir()) == [2, 12, 12 + 2]
+    assert start(two, cache, 2) == [0, 0]
+
+    assert [line["step"] for line in lines(one)] == [*range(1, 3), *range(1, 11), *range(1, 6)]
+    for ours, theirs in zip(lines(one), lines(two), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert theirs[name] == value or abs(theirs[name] - value) < 1e-5, (
+                ours["stage"],
+                ours["step"],
+                name,
+            )
+    grpo = [line for line in lines(one) if line["stage"] == "grpo"]
+    assert max(line["grad_norm"] for line in grpo) > 1e-3, (
+        "GRPO had nothing to learn: the test would prove little"
+    )
+    ours, theirs = (load_file(path / "hf" / "model.safetensors") for path in (one, two))
+    assert ours.keys() == theirs.keys()
+    assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5
+    answers = [
+        (path / "evaluation" / "grpo-sampled" / "predictions.jsonl").read_text() for path in (one, two)
+    ]
+    assert answers[0] == answers[1]
