@@ -219,8 +219,8 @@ def initialise(found: Settings | str, timeout: int = TIMEOUT) -> None:
             join(*which, cluster_detection_method="deactivate")
     except RuntimeError as error:
         raise ConfigError(
-            f"could not join the processes of {found} in {timeout} s ({error}); is process 0 running, and can "
-            "the others reach its address? --join_timeout waits longer"
+            f"could not join the processes of {found} in {timeout} s ({error}); is process 0 running, and "
+            "can the others reach its address? --join_timeout waits longer"
         ) from error
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ConfigError(

@@ -6,7 +6,7 @@
 
 Stages: data, base (only where no model is given), sft, grpo, evaluate, export. Running the same command again
 goes on where it stopped; another configuration in the same workdir is refused. On several hosts each runs
-this very line (docs/hosts.md). SIGTERM and Ctrl-C save and leave within --grace seconds; exit code 143 or 130.
+this very line (docs/hosts.md). At SIGTERM and Ctrl-C it saves and leaves within --grace seconds.
 """
 
 import json

@@ -16,8 +16,15 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/log.md")
-COMMANDS_OF = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+DOCUMENTS = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/log.md",
+    "docs/hosts.md",
+)
+COMMANDS_OF = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/hosts.md")
 
 
 def commands() -> list[tuple[str, str]]:
