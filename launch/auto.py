@@ -67,9 +67,9 @@ class Sizes:
         self.frozen = self.total if adapters else 0
 
     def lasting(self, fsdp: int, tensor: int) -> float:
-        """Masters, moments, frozen weights, and the reference where it is a model of its own."""
-        reference = self.total if self.config.grpo.kl_coef and not self.frozen else 0
-        return (12 * self.trained + 2 * self.frozen + 2 * reference) / (fsdp * tensor)
+        """Masters, moments, frozen weights, and the reference's copy of what is trained."""
+        reference = 2 * self.trained if self.config.grpo.kl_coef else 0
+        return (12 * self.trained + 2 * self.frozen + reference) / (fsdp * tensor)
 
     def update(self, rows: int, length: int, remat: str, fsdp: int, tensor: int) -> float:
         """Gradients, and what a micro-batch of `rows` rows of `length` tokens and an image takes."""

@@ -148,23 +148,21 @@ def grpo_stage(policy: Abstract) -> Stage:
     optimizer = training.make_optimizer(config.optim, SCHEDULE)
     state = policy.state(optimizer)
     batch = policy.batch(config.prompts_per_step, run.max_prompt)
-    apart = bool(config.kl_coef) and not run.lora.rank  # adapters switched off are the reference
     resident = {
         "weights": state.params,
         "optimizer": state.optimizer,
         "frozen": policy.frozen,
         "batch": batch,
     }
-    resident |= {"reference": policy.narrowed(policy.trained)} if apart else {}
+    resident |= {"reference": policy.narrowed(policy.trained)} if config.kl_coef else {}
     others = ("weights", "optimizer", "reference")
     programs = _sampling(policy, batch, others)
     shape = (config.prompts_per_step, config.group_size, config.max_new_tokens)
     tokens, logprobs = policy.rows(shape, jnp.int32), policy.rows(shape, jnp.float32)
     if config.kl_coef:
         score = update.make_score(policy.merge, config, run.compute)
-        weights = resident["reference"] if apart else policy.trained
-        beside = ("weights", "optimizer") if apart else ("optimizer",)
-        programs.append(Program("score", score, lambda _: (weights, batch, tokens, policy.frozen), beside))
+        arguments = (resident["reference"], batch, tokens, policy.frozen)
+        programs.append(Program("score", score, lambda _: arguments, ("weights", "optimizer")))
     samples = update.Samples(
         prompts=batch,
         tokens=tokens,

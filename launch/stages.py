@@ -144,6 +144,12 @@ class Trainer:
         if stage != "base" and earlier in ([], ["base"]):
             chosen(self.config, model)
         narrow(model, self.config.compute)
+        if stage != "base":
+            skeleton, params = training.split(model)
+            trained, frozen = (
+                sum(leaf.size for leaf in jax.tree.leaves(part)) / 1e6 for part in skeleton.divide(params)
+            )
+            logging.info("%s: %.1f M parameters are trained, %.1f M frozen", stage, trained, frozen)
         return model
 
     def after(self, stage: str) -> Qwen2_5_VL:
