@@ -54,6 +54,14 @@ class Counts(NamedTuple):
         """Share of the slot-steps that were busy; 1 if there was nothing to decode."""
         return self.busy / (self.steps * self.slots) if self.steps else 1.0
 
+    def metrics(self) -> dict[str, float]:
+        """What metrics.jsonl records of it."""
+        return {
+            "sampler/occupancy": self.occupancy,
+            "sampler/steps": float(self.steps),
+            "sampler/fills": float(self.fills),
+        }
+
 
 def sample(
     model: Qwen2_5_VL,

@@ -24,7 +24,8 @@ from fundus_jax.grpo.advantages import group_advantages, group_stats
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import Judge
 from fundus_jax.grpo.rewards import Score, check_abstentions, reward_arrays, reward_metrics, score_rollout
-from fundus_jax.grpo.rollout import Rollout, generate
+from fundus_jax.grpo.rollout import Rollout
+from fundus_jax.grpo.sampler import sample
 from fundus_jax.grpo.update import Samples, make_score, make_update
 from fundus_jax.models.layers import Options
 from fundus_jax.models.qwen2_5_vl.processor import Processor
@@ -114,8 +115,8 @@ def train(
     optimizer = training.make_optimizer(config.optim, config.steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
     key = jax.random.key(config.seed)
-    settings = ("max_new_tokens", "temperature", "group_size")
-    sample = functools.partial(generate, **{name: getattr(config, name) for name in settings})
+    settings = ("max_new_tokens", "temperature", "group_size", "slots")
+    draw = functools.partial(sample, **{name: getattr(config, name) for name in settings})
     with jax.set_mesh(mesh):
         state = training.start(skeleton, params, optimizer, mesh)
         reference = frozen(state.params, compute) if config.kl_coef else None
@@ -128,7 +129,8 @@ def train(
                 batch = training.place(batch, mesh)
             with watch("rollout"):
                 policy = skeleton.merge(training.cast(state.params, compute), model.options)
-                rollout = jax.block_until_ready(sample(policy, batch, seed=jax.random.fold_in(key, step)))
+                rollout, counts = draw(policy, batch, seed=jax.random.fold_in(key, step))
+                jax.block_until_ready(rollout)
             with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
                 ref = None if reference is None else score(reference, batch, rollout.tokens)
                 old = score(state.params, batch, rollout.tokens) if config.mu > 1 else None
@@ -142,7 +144,7 @@ def train(
                     state, metrics = update(state, samples)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
-            values |= describe(scores, rollout)
+            values |= describe(scores, rollout) | counts.metrics()
             work.metrics.log("grpo", step, values | watch.lap())
             progress.update(note=f"reward {values['reward/total']:.3f}")
             if step == config.steps or (config.save_every and step % config.save_every == 0):
