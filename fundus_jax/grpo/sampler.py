@@ -135,7 +135,7 @@ def _fill(
 ) -> Pool:
     """Read the prompts `index` of the batch into the slots `where` (S: into none), after writing down what
     was said there."""
-    prompts = jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), batch)
+    prompts = pinned(jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), batch))
     new = begin(nnx.merge(*model), nnx.merge(*stepper), prompts, index, key, settings)
     groups = jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), pool.slots.groups, new)
     return Pool(pool.slots._replace(groups=pinned(groups)), _written(pool.done, pool.slots.groups))
