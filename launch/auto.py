@@ -123,7 +123,7 @@ def choose(config: RunConfig, model: Qwen2_5_VLConfig, devices: Sequence[Any]) -
             continue
         each = [rows // (slices * fsdp) for rows in batches]
         rollout = sizes.lasting(fsdp, tensor) + sizes.rollout(
-            getattr(config.grpo, "slots", 0) or each[1], tensor
+            (config.grpo.slots or batches[1]) // (slices * fsdp), tensor
         )
         for remat in REMATS:
             cut, needs = [], [rollout]

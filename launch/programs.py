@@ -187,7 +187,7 @@ def _sampling(policy: Abstract, batch: Batch, others: tuple[str, ...]) -> list[P
     model = nnx.split(policy.skeleton.merge(weights, Options(unroll=policy.config.unroll)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     rows = config.prompts_per_step
-    slots, refill = sampler.sizes(rows, getattr(config, "slots", 0), getattr(config, "refill", 0))
+    slots, refill = sampler.sizes(rows, config.slots, 0)
     which, count = jax.ShapeDtypeStruct((refill,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     steps = (config.max_new_tokens - 1) * -(-rows // slots)
 

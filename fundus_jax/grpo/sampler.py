@@ -1,10 +1,10 @@
 """The sampler: S slots that work through any number of prompts, so that one long answer does not hold the
 others.
 
-A slot is one prompt and its group. Decoding returns to the host when enough slots have ended; the host has the
-next prompts read and put into them, and goes on. A rollout's random numbers follow from the seed and its
-prompt's number alone, so the tokens are those of `rollout.generate`, whatever S is. Four programs are compiled,
-each once: open, fill, decode, close. Neighbours: `rollout` (the loop), `train`.
+A slot is one prompt and its group. Decoding returns to the host when enough slots have ended; the host has
+the next prompts read and put into them, and goes on. A rollout's random numbers follow from the seed and its
+prompt's number alone, so the tokens are those of `rollout.generate`, whatever S is. Four programs are
+compiled, each once: open, fill, decode, close. Neighbours: `rollout` (the loop), `train`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fundus_jax.models.batch import Batch
 from fundus_jax.models.qwen2_5_vl.decode import pinned
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.records import ConfigError
+from fundus_jax.sharding import constrain
 
 Array = jax.Array
 Split = tuple[nnx.GraphDef, Any]  # a module as nnx.split gives it
@@ -53,6 +54,14 @@ class Counts(NamedTuple):
     def occupancy(self) -> float:
         """Share of the slot-steps that were busy; 1 if there was nothing to decode."""
         return self.busy / (self.steps * self.slots) if self.steps else 1.0
+
+    def metrics(self) -> dict[str, float]:
+        """What metrics.jsonl records of it."""
+        return {
+            "sampler/occupancy": self.occupancy,
+            "sampler/steps": float(self.steps),
+            "sampler/fills": float(self.fills),
+        }
 
 
 def sample(
@@ -134,7 +143,7 @@ def fill_slots(
 ) -> Pool:
     """Read the prompts `index` of the batch into the slots `where` (S: into none), after writing down what
     was said there."""
-    prompts = jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), batch)
+    prompts = pinned(jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), batch))
     new = begin(nnx.merge(*model), nnx.merge(*stepper), prompts, index, key, settings)
     groups = jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), pool.slots.groups, new)
     return Pool(pool.slots._replace(groups=pinned(groups)), _written(pool.done, pool.slots.groups))
@@ -146,7 +155,7 @@ def decode_slots(
 ) -> tuple[Pool, Array]:
     """Go on until `enough` slots are free; also says which are."""
     slots = decode(nnx.merge(*stepper), pool.slots, key, settings, enough)
-    return Pool(slots, pool.done), ~slots.groups.alive.any(axis=1)
+    return Pool(slots, pool.done), constrain(~slots.groups.alive.any(axis=1), None)  # the host reads it
 
 
 def _written(done: Rollout, groups: Groups) -> Rollout:

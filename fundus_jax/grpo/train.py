@@ -34,7 +34,8 @@ from fundus_jax.grpo.rewards import (
     reward_metrics,
     score_rollout,
 )
-from fundus_jax.grpo.rollout import Rollout, generate
+from fundus_jax.grpo.rollout import Rollout
+from fundus_jax.grpo.sampler import sample
 from fundus_jax.grpo.update import Samples, make_score, make_update
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Example
@@ -160,8 +161,8 @@ def train(
     optimizer = training.make_optimizer(config.optim, config.steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
     key = jax.random.key(config.seed)
-    settings = ("max_new_tokens", "temperature", "group_size")
-    sample = functools.partial(generate, **{name: getattr(config, name) for name in settings})
+    settings = ("max_new_tokens", "temperature", "group_size", "slots")
+    draw = functools.partial(sample, **{name: getattr(config, name) for name in settings})
     mine = training.rows_here(config.prompts_per_step, mesh)
     build = functools.partial(prompts.build, mine=mine)
     with jax.set_mesh(mesh), work.stoppable("grpo") as keep:
@@ -180,7 +181,8 @@ def train(
             with watch("rollout"):
                 weights = training.join(training.cast(state.params, compute), frozen)
                 policy = skeleton.merge(weights, model.options)
-                rollout = stop.settle(sample(policy, batch, seed=jax.random.fold_in(key, step)))
+                rollout, counts = draw(policy, batch, seed=jax.random.fold_in(key, step))
+                stop.settle(rollout)
                 del weights, policy  # the update needs their room
             with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
                 ref = None if reference is None else score(reference, batch, rollout.tokens, frozen)
@@ -195,7 +197,7 @@ def train(
                     state, metrics = update(state, samples, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
-            values |= describe(scores, rollout)
+            values |= describe(scores, rollout) | counts.metrics()
             work.metrics.log("grpo", step, values | watch.lap())
             progress.update(note=f"reward {values['reward/total']:.3f}")
             if step == config.steps or (config.save_every and step % config.save_every == 0):

@@ -15,6 +15,7 @@ from fundus_jax import sharding, training
 from fundus_jax.grpo.rollout import Rollout, generate
 from fundus_jax.grpo.update import response_logprobs
 from fundus_jax.models.batch import Batch
+from fundus_jax.models.qwen2_5_vl.decode import Stepper
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError
@@ -105,13 +106,13 @@ def test_it_ends_at_an_end_token_and_stops_when_all_have_ended(
     assert lengths.max() <= 4
     assert len(set(ends)) > 1
     steps: list[int] = []
-    decode = Qwen2_5_VL.decode
+    call = Stepper.__call__
 
     def counted(self: Any, *arguments: Any) -> Any:
         jax.debug.callback(lambda: steps.append(1))
-        return decode(self, *arguments)
+        return call(self, *arguments)
 
-    monkeypatch.setattr(Qwen2_5_VL, "decode", counted)
+    monkeypatch.setattr(Stepper, "__call__", counted)
     got = sampler(endless(ends), max_new_tokens=12, temperature=0.0)(batch, key())
     jax.effects_barrier()
     assert len(steps) == lengths.max() - 1  # the first token comes from the prefill

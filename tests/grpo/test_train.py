@@ -43,6 +43,9 @@ METRICS = {
     "reward_std",
     "length",
     "length_max",
+    "sampler/occupancy",
+    "sampler/steps",
+    "sampler/fills",
     "reward/answer",
     "reward/format",
     "reward/total",
@@ -194,6 +197,18 @@ def test_the_seed_fixes_prompts_and_samples(source: Path, tmp_path: Path) -> Non
         return (tmp_path / name / "rollouts" / "000001.jsonl").read_text()
 
     assert story("a", 0) == story("b", 0) != story("c", 1)
+
+
+def test_slots_change_no_rollout(source: Path, tmp_path: Path) -> None:
+    def story(name: str, slots: int) -> tuple[str, dict]:
+        lines = run(tmp_path / name, source, replace(SMALL, steps=1, slots=slots))[2]
+        return (tmp_path / name / "rollouts" / "000001.jsonl").read_text(), lines[0]
+
+    (whole, at_once), (refilled, by_twos) = story("all", 0), story("two", 2)
+    assert refilled == whole
+    assert (at_once["sampler/fills"], by_twos["sampler/fills"]) == (1, SMALL.prompts_per_step)
+    assert at_once["sampler/steps"] < by_twos["sampler/steps"]
+    assert by_twos["sampler_gap"] < 1e-4
 
 
 def test_a_judge_that_fails_stops_the_stage(

@@ -9,6 +9,7 @@ Neighbours: `text` (the same layers over whole conversations), `grpo.rollout` (t
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
@@ -36,7 +37,11 @@ class Memory(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of what the G continuations of B prompts have said, one [B,K,G,N,C] a layer."""
+    """Keys and values of what the G continuations of B prompts have said, one [B,K*G,N,C] a layer.
+
+    Heads and continuations share an axis: XLA drops axes of size 1 on its way to a product, and then copies the
+    whole cache in every step.
+    """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
@@ -65,7 +70,7 @@ class Stepper(nnx.Module):
     def empty_cache(self, memory: Memory, group: int, columns: int) -> Cache:
         """A cache of G = `group` continuations of every prompt and N = `columns`, in which nothing is set."""
         batch, heads, _, channels = memory.keys[0].shape
-        shape = (batch, heads, group, columns, channels)
+        shape = (batch, heads * group, columns, channels)
         return pinned(Cache(*(tuple(jnp.zeros(shape, key.dtype) for key in memory.keys) for _ in range(2))))
 
     def logits(self, hidden: Array) -> Array:
@@ -100,12 +105,12 @@ class Stepper(nnx.Module):
 
 
 def pinned(tree: Tree) -> Tree:
-    """Arrays with a leading axis B on the mesh: rows lie where the batch does, and the heads of caches, which
-    have four axes and more ([B,K,...]), where the attention heads do."""
+    """Arrays with a leading axis B on the mesh: rows lie where the batch does, and the heads of caches, the
+    second of four axes, where the attention heads do."""
 
     def one(x: Array) -> Array:
         heads = "heads" if x.ndim > 3 else None
-        return constrain(x, *("batch", heads, None, None, None)[: x.ndim])
+        return constrain(x, *("batch", heads, None, None)[: x.ndim])
 
     return jax.tree.map(one, tree)
 
@@ -115,33 +120,35 @@ def attend_step(query: Array, prefix: Prefix, keys: Array, values: Array, seen: 
     here.
 
     query [B,G,1,H,C]; prefix: keys, values [B,K,T,C] and mask [B,T] of the prompts, read once a group; keys,
-    values [B,K,G,N,C], of which [B,N] are seen. Returns [B,G,1,H,C] in the query's dtype; scores and softmax
+    values [B,K*G,N,C], of which [B,N] are seen. Returns [B,G,1,H,C] in the query's dtype; scores and softmax
     are float32 at least.
     """
     batch, group, _, heads, channels = query.shape
-    kv_heads = keys.shape[1]
+    kv_heads, pairs = prefix.keys.shape[1], keys.shape[1]
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    query = query.reshape(batch, group, kv_heads, heads // kv_heads, channels).swapaxes(1, 2)
-    shared = jnp.einsum("bkgrc,bktc->bkgrt", query, prefix.keys, preferred_element_type=wide)
-    own = jnp.einsum("bkgrc,bkgnc->bkgrn", query, keys, preferred_element_type=wide)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    query = query.reshape(batch, group, kv_heads, -1, channels).swapaxes(1, 2)
+    own = product("bjrc,bjnc->bjrn", query.reshape(batch, pairs, -1, channels), keys) * channels**-0.5
+    shared = product("bkmc,bktc->bkmt", query.reshape(batch, kv_heads, -1, channels), prefix.keys)
+    shared = shared.reshape(*own.shape[:-1], -1) * channels**-0.5
     low = jnp.finfo(wide).min
-    shared = jnp.where(prefix.mask[:, None, None, None], shared * channels**-0.5, low)
-    own = jnp.where(seen[:, None, None, None], own * channels**-0.5, low)
+    own = jnp.where(seen[:, None, None], own, low)
+    shared = jnp.where(prefix.mask[:, None, None], shared, low)
     # one softmax over both without joining them: what is joined must be written and read again
     top = jnp.maximum(shared.max(axis=-1), own.max(axis=-1))[..., None]
-    shared, own = jnp.exp(shared - top), jnp.exp(own - top)
-    total = (shared.sum(axis=-1) + own.sum(axis=-1))[..., None]
-    out = jnp.einsum(
-        "bkgrt,bktc->bkgrc", shared.astype(values.dtype), prefix.values, preferred_element_type=wide
-    )
-    out += jnp.einsum("bkgrn,bkgnc->bkgrc", own.astype(values.dtype), values, preferred_element_type=wide)
-    out = (out / total).astype(query.dtype).swapaxes(1, 2)
-    return out.reshape(batch, group, 1, heads, channels)
+    own, shared = jnp.exp(own - top), jnp.exp(shared - top)
+    total = (own.sum(axis=-1) + shared.sum(axis=-1))[..., None]
+    out = product("bjrn,bjnc->bjrc", own.astype(values.dtype), values)
+    shared = shared.reshape(batch, kv_heads, -1, shared.shape[-1]).astype(values.dtype)
+    out += product("bkmt,bktc->bkmc", shared, prefix.values).reshape(out.shape)
+    out = (out / total).astype(query.dtype).reshape(batch, kv_heads, group, -1, channels)
+    return out.swapaxes(1, 2).reshape(batch, group, 1, heads, channels)
 
 
 def _put(cache: Array, new: Array, column: Array) -> Array:
-    """[B,K,G,N,C] with new [B,G,1,K,C] in `column`, in place."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.transpose(0, 3, 1, 2, 4), column, axis=3)
+    """[B,K*G,N,C] with new [B,G,1,K,C] in `column`, in place."""
+    new = new.transpose(0, 3, 1, 2, 4).reshape(*cache.shape[:2], 1, -1)
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis=2)
 
 
 def _is_param(leaf: object) -> bool:
