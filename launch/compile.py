@@ -38,7 +38,7 @@ config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_conf
 flags.DEFINE_string(
     "topology", None, "The machine, e.g. v5litepod-16, v6e-8, v5e:4x4x2 (two slices), h100-8."
 )
-flags.DEFINE_string("mesh", "data:1,fsdp:-1,tensor:1", "Devices by axis, as for launch/run.py.")
+flags.DEFINE_string("mesh", "auto", "Devices by axis, or auto, as for launch/run.py.")
 flags.DEFINE_enum("stage", "all", ("all", "sft", "grpo"), "Whose programs.")
 flags.DEFINE_string("json", "", "Also write the figures to this file.")
 flags.DEFINE_string("hlo", "", "Also write each program's compiled text into this folder.")

@@ -244,6 +244,10 @@ def _count_kernel(found: Report, op: Op, table: dict[str, Op], times: float) -> 
         places = re.findall(r"\d+", summed[1]) if summed else []
         out = arrays(op.shape)[0][1]
         found.flops += times * 2.0 * math.prod(out) * math.prod(left[int(place)] for place in places)
+    elif name.startswith("cudnn"):  # its text says nothing: two products, five in the backward pass, unmasked
+        query, keys = (arrays(table[name].shape)[0][1] for name in op.operands[:2])
+        products = 5 if "backward" in name else 2
+        found.kernel_flops += times * products * 2.0 * math.prod(query) * keys[1]
     elif flops := op.attribute(r'"?flops"?\W+(\d+)'):
         found.kernel_flops += times * int(flops)
 

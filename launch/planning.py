@@ -17,7 +17,7 @@ import jax
 from absl import logging
 
 from fundus_jax import sharding
-from launch import hlo, programs
+from launch import auto, hlo, programs
 from launch.chips import GIB, Topology
 from launch.config import RunConfig
 
@@ -38,7 +38,12 @@ def plan(
     one does not. Raises ConfigError for a mesh that the machine has not, or a missing compiler.
     """
     config.validate()
-    mesh = sharding.parse_mesh(mesh_text, topology.devices())
+    devices = topology.devices()
+    if mesh_text == "auto":
+        choice = auto.choose(config, programs.model_config(config), devices)
+        logging.info("%s", choice)
+        config, mesh_text = choice.apply(config), choice.mesh
+    mesh = sharding.parse_mesh(mesh_text, devices)
     built = programs.STAGES[stage](programs.Abstract(config, mesh))
     resident = {name: programs.bytes_per_device(tree) for name, tree in built.resident.items()}
     rows, problems, made = [], [], {}
@@ -64,6 +69,8 @@ def plan(
         "chips": topology.chips,
         "mesh": ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items()),
         "stage": stage,
+        "remat": config.remat,
+        "micro_batches": config.sft.micro_batches if stage == "sft" else _pieces(config),
         "jax": jax.__version__,
         "memory_gib": topology.chip.memory / topology.chip.devices,
         "resident_gib": {name: size / GIB for name, size in resident.items()},
@@ -72,6 +79,10 @@ def plan(
         "fits": not problems,
         "problems": problems,
     }
+
+
+def _pieces(config: RunConfig) -> int:
+    return config.grpo.prompts_per_step * config.grpo.group_size // config.grpo.micro_batch
 
 
 def _compile(
@@ -154,7 +165,8 @@ COLUMNS = (  # head, width, and the figure of a program's row
 def table(plan: dict[str, Any]) -> str:
     """The figures of `plan` for people."""
     title = f"{plan['config']}, {plan['stage']}, on {plan['topology']} ({plan['chips']} chips)"
-    lines = ["", f"{title}, {plan['mesh']}, jax {plan['jax']}", ""]
+    cut = f"remat {plan['remat']}, {plan['micro_batches']} micro-batches"
+    lines = ["", f"{title}, {plan['mesh']}, {cut}, jax {plan['jax']}", ""]
     lines.append(
         f"  {'program':<14}" + "".join(f"{name:>{width}}" for name, width, _ in COLUMNS) + "  kernels"
     )

@@ -7,6 +7,7 @@ may be made of devices that are not there. Neighbour: `compile.py` compiles them
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from fundus_jax import sft, sharding, training
 from fundus_jax.data import round_up
 from fundus_jax.grpo import sampler, update
 from fundus_jax.models import read_config
+from fundus_jax.models.attention import backend_for
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.layers import Options
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -81,7 +83,10 @@ class Abstract:
         self.trained, frozen = self.skeleton.divide(jax.tree.map(_put, params, places))
         self.frozen = self.narrowed(frozen)
         self.places = self.skeleton.divide(places)[0]
-        self.options = Options(remat=config.remat, unroll=config.unroll)
+        attention = config.attention
+        if attention == "auto":
+            attention = backend_for(mesh.devices.flat[0].platform)
+        self.options = Options(remat=config.remat, unroll=config.unroll, attention=attention)
 
     def merge(self, params: Any) -> Any:
         """The model with `params`, as the training loops compute with it."""
@@ -184,7 +189,7 @@ def _sampling(policy: Abstract, batch: Batch, others: tuple[str, ...]) -> list[P
     config = policy.config.grpo
     settings = sampler.Settings(config.max_new_tokens, config.temperature, config.group_size)
     weights = training.join(policy.narrowed(policy.trained), policy.frozen)
-    model = nnx.split(policy.skeleton.merge(weights, Options(unroll=policy.config.unroll)))
+    model = nnx.split(policy.skeleton.merge(weights, dataclasses.replace(policy.options, remat="none")))
     key = jax.eval_shape(lambda: jax.random.key(0))
     rows = config.prompts_per_step
     slots, refill = sampler.sizes(rows, config.slots, 0)
