@@ -265,3 +265,11 @@ def test_steps_of_a_stage() -> None:
     assert sft.SftConfig(steps=7).total_steps(1000) == 7
     assert sft.SftConfig(epochs=2, batch=16).total_steps(1000) == 125
     assert sft.SftConfig(epochs=2, batch=16).total_steps(3) == 1
+
+
+def test_the_mesh_names_the_back_end_of_attention(trainer: Trainer, source: Path, tmp_path: Path) -> None:
+    assert trainer.start().options.attention == "xla", "that of a CPU"
+    chosen = small.open_run(tmp_path, source, small.config(attention="splash"))
+    assert chosen.start().options.attention == "splash"
+    with pytest.raises(ConfigError, match="attention is 'flash'; it must be one of auto, xla, splash, cudnn"):
+        small.config(attention="flash").validate()

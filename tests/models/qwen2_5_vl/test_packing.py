@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fundus_jax import sft, training
+from fundus_jax import sft, sharding, training
 from fundus_jax.models.batch import Batch
+from fundus_jax.models.layers import Options
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError
 from tests.models import small, tiny
@@ -72,46 +73,50 @@ def test_a_packed_row_holds_its_conversations(processor: Processor) -> None:
     assert packed_learned.sum() == learned.sum()
 
 
+def step_of(skeleton: training.Skeleton, attention: str = "xla") -> Any:
+    """Compile (params, (batch, learned)) -> ((loss, tokens), gradient)."""
+    options = Options(attention=attention)
+
+    def value(params: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+        loss, metrics = sft.loss(skeleton.merge(params, options), rows, sft.count(rows))
+        return loss, metrics["tokens"]
+
+    return jax.jit(jax.value_and_grad(value, has_aux=True), compiler_options=LESS_COMPILING)
+
+
+def check_gradients(wanted: Any, got: Any, tolerance: float) -> None:
+    scales = [(path, float(np.abs(leaf).max())) for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)]
+    for path, scale in scales:
+        assert scale > 0, f"{path} has no gradient: the test would prove nothing"
+    assert small.largest_difference(wanted, got) < tolerance * max(scale for _, scale in scales)
+
+
 def test_loss_and_gradient_are_those_of_rows_apart(processor: Processor) -> None:
     """In float64, where only a difference in what is computed is left."""
     skeleton, params = training.split(small.model())
-
-    def step(params: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
-        value, metrics = sft.loss(skeleton.merge(params), rows, sft.count(rows))
-        return value, metrics["tokens"]
-
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
-        compiled = jax.jit(jax.value_and_grad(step, has_aux=True), compiler_options=LESS_COMPILING)
-        results = []
+        step, results = step_of(skeleton), []
         for batch, learned in both(processor):
             wide = dataclasses.replace(batch, patches=batch.patches.astype(np.float64))
-            results.append(jax.device_get(compiled(params, (wide, learned))))
+            results.append(jax.device_get(step(params, (wide, learned))))
     ((want, tokens), gradient), ((got, packed_tokens), other) = results
     assert tokens == packed_tokens
     assert got == pytest.approx(want, rel=1e-10)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        scale = np.abs(leaf).max()
-        assert scale > 0, f"{path} has no gradient: the test would prove nothing"
-    assert small.largest_difference(gradient, other) < 1e-10 * max(
-        float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)
-    )
+    check_gradients(gradient, other, 1e-10)
 
 
-def test_a_flash_kernel_computes_the_same_of_a_packed_row(processor: Processor) -> None:
-    _, (packed, _) = both(processor)
-    model = small.model()
-    hidden = []
-    for name in ("xla", "splash_interpret"):
-        model.options = dataclasses.replace(model.options, attention=name)
-        skeleton, params = training.split(model)
-        run = jax.jit(
-            lambda params, batch, skeleton=skeleton: skeleton.merge(params).hidden(batch),
-            compiler_options=LESS_COMPILING,
-        )
-        hidden.append(np.asarray(run(params, packed))[packed.mask])
-    assert np.abs(hidden[0]).max() > 1
-    np.testing.assert_allclose(hidden[1], hidden[0], atol=2e-4)
+def test_flash_kernels_on_a_mesh_train_a_packed_row_alike(processor: Processor) -> None:
+    """Two rows on four data devices, two heads on two tensor devices: one replicated, one cut."""
+    _, rows = both(processor)
+    skeleton, params = training.split(small.model())
+    (want, _), gradient = step_of(skeleton)(params, rows)
+    mesh = sharding.parse_mesh("data:2,fsdp:2,tensor:2", jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, skeleton.shardings(mesh))
+        (got, _), other = step_of(skeleton, "splash_interpret")(placed, rows)
+    assert got == pytest.approx(float(want), rel=2e-5)
+    check_gradients(gradient, jax.device_get(other), 2e-5)
 
 
 def test_counts_that_do_not_add_up(processor: Processor) -> None:
