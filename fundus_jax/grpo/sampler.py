@@ -1,10 +1,10 @@
 """The sampler: S slots that work through any number of prompts, so that one long answer does not hold the
 others.
 
-A slot is one prompt and its group. Decoding returns to the host when enough slots have ended; the host has the
-next prompts read and put into them, and goes on. A rollout's random numbers follow from the seed and its
-prompt's number alone, so the tokens are those of `rollout.generate`, whatever S is. Four programs are compiled,
-each once: open, fill, decode, close. Neighbours: `rollout` (the loop), `train`.
+A slot is one prompt and its group. Decoding returns to the host when enough slots have ended; the host has
+the next prompts read and put into them, and goes on. A rollout's random numbers follow from the seed and its
+prompt's number alone, so the tokens are those of `rollout.generate`, whatever S is. Four programs are
+compiled, each once: open, fill, decode, close. Neighbours: `rollout` (the loop), `train`.
 """
 
 from __future__ import annotations
@@ -142,9 +142,7 @@ def _fill(
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
-def _decode(
-    stepper: Split, pool: Pool, key: Array, settings: Settings, enough: Array
-) -> tuple[Pool, Array]:
+def _decode(stepper: Split, pool: Pool, key: Array, settings: Settings, enough: Array) -> tuple[Pool, Array]:
     """Go on until `enough` slots are free; also says which are."""
     slots = decode(nnx.merge(*stepper), pool.slots, key, settings, enough)
     return Pool(slots, pool.done), ~slots.groups.alive.any(axis=1)
@@ -152,7 +150,11 @@ def _decode(
 
 def _written(done: Rollout, groups: Groups) -> Rollout:
     """The rollouts of all prompts, with those of the slots in their places."""
-    return pinned(jax.tree.map(lambda all, out: all.at[groups.number].set(out, mode="drop"), done, groups.out))
+
+    def put(done: Array, said: Array) -> Array:
+        return done.at[groups.number].set(said, mode="drop")
+
+    return pinned(jax.tree.map(put, done, groups.out))
 
 
 _close = jax.jit(_written, donate_argnums=0)
