@@ -133,8 +133,8 @@ class BigramStepper(nnx.Module):
     def __init__(self, model: Bigram) -> None:
         self.config, self.model = model.config, model
 
-    def remember(self, prompt: Prompt) -> Any:
-        return prompt.prefix
+    def remember(self, prefix: Any) -> Any:
+        return prefix
 
     def empty_cache(self, memory: jax.Array, group: int, columns: int) -> jax.Array:
         del memory, group, columns

@@ -31,13 +31,13 @@ class GrpoConfig:
     The loop. One step samples `prompts_per_step` prompts x `group_size` rollouts of at most `max_new_tokens`
     tokens at `temperature` (at which the log-probabilities of the update are taken too), then makes `mu`
     passes over them, each one optimizer update whose gradient is summed over micro-batches of `micro_batch`
-    rollouts (whole groups, which share the work on their prompt). `slots` prompts are decoded at a time, and the
-    next take the places of those that have ended (0: all prompts of the step at once); it bounds the memory of
-    the cache and changes no token. `steps` of these make the stage. Every
-    `save_every` steps a bundle is saved and a few groups are written to rollouts/ (0: only at the end).
-    `seed` fixes prompts and sampling. `buckets`: prompts are sorted by length into at most so many shapes,
-    and those of a step are of one shape, so that short prompts are not padded to the longest; each shape that
-    occurs compiles the programs of a step once more.
+    rollouts (whole groups, which share the work on their prompt). `slots` prompts are decoded at a time, and
+    the next take the places of those that have ended (0: all prompts of the step at once); this bounds the
+    memory of the caches and changes no token. `steps` of these make the stage. Every `save_every` steps a
+    bundle is saved and a few groups are written to rollouts/ (0: only at the end). `seed` fixes prompts and
+    sampling. `buckets`: prompts are sorted by length into at most so many shapes, and those of a step are of
+    one shape, so that short prompts are not padded to the longest; each shape that occurs compiles the
+    programs of a step once more.
     """
 
     group_size: int = 4

@@ -139,7 +139,7 @@ def begin(
     ends = _ends(model.config)
     nothing = Rollout(jnp.full(shape, ends[0]), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool))
     groups = Groups(
-        memory=stepper.remember(prompt),
+        memory=stepper.remember(prompt.prefix),
         position=prompt.position,
         number=number.astype(jnp.int32),
         step=jnp.zeros(rows, jnp.int32),

@@ -160,9 +160,11 @@ def decode_slots(
 
 def _written(done: Rollout, groups: Groups) -> Rollout:
     """The rollouts of all prompts, with those of the slots in their places."""
-    return pinned(
-        jax.tree.map(lambda all, out: all.at[groups.number].set(out, mode="drop"), done, groups.out)
-    )
+
+    def put(done: Array, said: Array) -> Array:
+        return done.at[groups.number].set(said, mode="drop")
+
+    return pinned(jax.tree.map(put, done, groups.out))
 
 
 close_slots = jax.jit(_written, donate_argnums=0)

@@ -93,8 +93,8 @@ class Countdown(nnx.Module):
     def stepper(self) -> Countdown:
         return self
 
-    def remember(self, prompt: Prompt) -> Any:
-        return prompt.prefix
+    def remember(self, prefix: Any) -> Any:
+        return prefix
 
     def empty_cache(self, memory: Any, group: int, columns: int) -> jax.Array:
         return jnp.zeros((len(memory), group, columns))

@@ -10,7 +10,7 @@ Neighbours: `text` (the same layers over whole conversations), `grpo.rollout` (t
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,8 @@ from flax import nnx
 from fundus_jax.models.attention import Prefix
 from fundus_jax.models.embedding import lookup
 from fundus_jax.models.qwen2_5_vl.rotary import text_rotary
+from fundus_jax.models.qwen2_5_vl.text import Decoder
 from fundus_jax.sharding import constrain, param_axes
-
-if TYPE_CHECKING:
-    from fundus_jax.models.qwen2_5_vl.model import Prompt, Qwen2_5_VL
 
 Array = jax.Array
 Tree = TypeVar("Tree")
@@ -39,8 +37,8 @@ class Memory(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of what the G continuations of B prompts have said, one [B,K*G,N,C] a layer.
 
-    Heads and continuations share an axis: XLA drops axes of size 1 on its way to a product, and then copies the
-    whole cache in every step.
+    Heads and continuations share an axis: XLA drops axes of size 1 on its way to a product, and then copies
+    the whole cache in every step.
     """
 
     keys: tuple[Array, ...]
@@ -50,22 +48,21 @@ class Cache(NamedTuple):
 class Stepper(nnx.Module):
     """The text half of a model with its layers one by one: a copy of the weights, made once before a loop."""
 
-    def __init__(self, model: Qwen2_5_VL) -> None:
-        text = model.text
-        self.config = model.config
+    def __init__(self, text: Decoder, head: nnx.Variable) -> None:
+        self.config = text.config
         self.embed_tokens = _gathered(text.embed_tokens)
-        self.head = self.embed_tokens if model.lm_head is None else _gathered(model.lm_head.weight)
+        self.head = self.embed_tokens if head is text.embed_tokens else _gathered(head)
         self.norm = text.norm
         graph, stack = nnx.split(text.layers)
         self.layers = nnx.List(
             nnx.merge(graph, jax.tree.map(lambda param, i=i: _gathered(param, i), stack, is_leaf=_is_param))
-            for i in range(model.config.num_hidden_layers)
+            for i in range(text.config.num_hidden_layers)
         )
 
-    def remember(self, prompt: Prompt) -> Memory:
-        """The keys and values of prefilled prompts, laid out for decoding."""
-        keys, values = (tuple(stack.swapaxes(2, 3)) for stack in (prompt.prefix.keys, prompt.prefix.values))
-        return pinned(Memory(keys, values, prompt.prefix.mask))
+    def remember(self, prefix: Prefix) -> Memory:
+        """The keys and values of prefilled prompts, stacked [L,B,T,K,C], laid out for decoding."""
+        keys, values = (tuple(stack.swapaxes(2, 3)) for stack in (prefix.keys, prefix.values))
+        return pinned(Memory(keys, values, prefix.mask))
 
     def empty_cache(self, memory: Memory, group: int, columns: int) -> Cache:
         """A cache of G = `group` continuations of every prompt and N = `columns`, in which nothing is set."""
@@ -90,14 +87,14 @@ class Stepper(nnx.Module):
         angles = (config.head_dim, config.rope_theta, config.mrope_section, wide)
         cos, sin = text_rotary(jnp.broadcast_to(position[:, None, None], (len(position), 3, 1)), *angles)
         cos, sin = cos[:, None], sin[:, None]  # one axis for the group
+        caches = zip(self.layers, *memory[:2], *cache, strict=True)
         keys, values = [], []
-        for layer, *shared, old_keys, old_values in zip(
-            self.layers, memory.keys, memory.values, cache.keys, cache.values, strict=True
-        ):
+        for layer, shared_keys, shared_values, own_keys, own_values in caches:
             query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
-            keys.append(_put(old_keys, key, column))
-            values.append(_put(old_values, value, column))
-            heads = attend_step(query, Prefix(shared[0], shared[1], memory.mask), keys[-1], values[-1], seen)
+            keys.append(_put(own_keys, key, column))
+            values.append(_put(own_values, value, column))
+            prefix = Prefix(shared_keys, shared_values, memory.mask)
+            heads = attend_step(query, prefix, keys[-1], values[-1], seen)
             x = x + layer.self_attn.output(heads)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             x = constrain(x, "batch", None, None, None)
