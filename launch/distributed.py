@@ -209,7 +209,7 @@ def initialise(found: Settings | str, timeout: int = TIMEOUT) -> None:
     """
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from fundus_jax.stop
     join = functools.partial(
-        jax.distributed.initialize, initialization_timeout=timeout, shutdown_timeout_seconds=60
+        jax.distributed.initialize, initialization_timeout=timeout, shutdown_timeout_seconds=30
     )
     try:
         if found == "tpu":

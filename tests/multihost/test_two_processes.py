@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from tests.e2e.conftest import ROOT, environment
@@ -47,6 +48,7 @@ def lines(workdir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k != "time" and not k.startswith("time/")} for line in told]
 
 
+@pytest.mark.timeout(600)  # about two minutes of two processors, which others may want too
 def test_two_processes_do_what_one_does_and_either_goes_on_for_the_other(tmp_path: Path) -> None:
     cache, one, two = tmp_path / "compiled", tmp_path / "one", tmp_path / "two"
     assert start(one, cache, 1) == [0]

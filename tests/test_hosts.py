@@ -1,0 +1,85 @@
+"""What processes do together, on two of them with two devices each; alone, everything is itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fundus_jax import hosts
+
+TWO_PROCESSES = """
+import sys, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from fundus_jax import hosts, sharding, training
+from fundus_jax.records import ConfigError
+port, rank = sys.argv[1], int(sys.argv[2])
+jax.distributed.initialize("127.0.0.1:" + port, 2, rank)
+
+assert hosts.highest(10 * rank - 5) == 5 and hosts.of_first(10 * rank - 5) == -5
+assert hosts.gather({"rank": rank, "text": "x" * 9 * rank}) == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x" * 9}]
+done = []
+hosts.on_first(lambda: done.append(1))
+assert done == [1] * (rank == 0)
+
+def fail(error):
+    raise error
+for error, other in ((ConfigError("lost"), (RuntimeError, "process [0] failed")), (SystemExit(143), (SystemExit, "143"))):
+    try:
+        hosts.on_first(lambda: fail(error))
+    except BaseException as raised:
+        assert raised is error if rank == 0 else (type(raised), str(raised)[:18]) == other, raised
+    else:
+        raise AssertionError("process %d did not hear of it" % rank)
+
+# Rows by a mesh whose devices are not in the order of the processes, as on a torus; and shared by a tensor axis.
+a, b, c, d = jax.devices()
+rows = np.arange(24).reshape(8, 3)
+for shape, order, mine in (((2, 2, 1), (a, c, b, d), None), ((2, 1, 2), (a, c, b, d), 8), ((4, 1, 1), (d, a, b, c), 4)):
+    mesh = Mesh(np.asarray(order).reshape(shape), sharding.AXES)
+    here = training.rows_here(8, mesh)
+    assert mine is None or len(here) == mine, here
+    placed = training.place({"x": rows[here]}, mesh)["x"]
+    assert placed.shape == (8, 3)
+    assert np.array_equal(hosts.fetch(placed), rows)
+    spread = training.spread({"w": rows}, {"w": NamedSharding(mesh, P(("data", "fsdp"), "tensor") if shape[2] == 1 else P("data"))})["w"]
+    hosts.LARGE = 0 if shape[0] == 4 else 1 << 30
+    assert np.array_equal(hosts.fetch(spread), rows)
+jax.distributed.shutdown()
+print("fine", rank)
+"""  # noqa: E501 - a program of its own
+
+
+def test_two_processes(repo_root: Path) -> None:
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | env | {"PYTHONPATH": str(repo_root)}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    command = [sys.executable, "-c", TWO_PROCESSES, port]
+    ranks = [
+        subprocess.Popen(
+            [*command, rank], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for rank, output in enumerate(outputs):
+        assert f"fine {rank}" in output, "\n".join(outputs)
+
+
+def test_one_process_exchanges_nothing() -> None:
+    assert hosts.is_first()
+    assert hosts.highest(-3) == hosts.of_first(-3) == -3
+    assert hosts.gather((1, 2)) == [(1, 2)]
+    assert np.array_equal(hosts.fetch([1, 2]), [1, 2])
+    with pytest.raises(KeyError, match="missing"):
+        hosts.on_first(lambda: {}["missing"])
