@@ -17,7 +17,7 @@ from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.params import table
 from fundus_jax.records import ConfigError
 from launch.chips import CHIPS, GIB, kind_of
-from launch.config import RunConfig
+from launch.config import RunConfig, model_config
 
 BUDGET = 0.85  # of a device's memory is planned for
 REMATS = ("none", "dots", "block")  # from the fastest to the smallest
@@ -28,14 +28,14 @@ MOST_ROWS = 8  # of a device in a micro-batch: more hide no more traffic
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What was chosen, and the estimate it rests on, GiB a device."""
+    """What was chosen, and the estimate it rests on, GiB a device (None: there is none)."""
 
     mesh: str
     remat: str
     sft_micro_batches: int
     grpo_micro_batch: int
-    estimate_gib: float
-    memory_gib: float
+    estimate_gib: float | None
+    memory_gib: float | None
     device: str
 
     def apply(self, config: RunConfig) -> RunConfig:
@@ -46,11 +46,13 @@ class Choice:
         return changed
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"--mesh=auto on {self.device}: {self.mesh}, remat {self.remat}, sft in {self.sft_micro_batches} "
-            f"micro-batches, grpo in pieces of {self.grpo_micro_batch} rollouts; estimated "
-            f"{self.estimate_gib:.1f} of {self.memory_gib:.1f} GiB a device"
+            f"micro-batches, grpo in pieces of {self.grpo_micro_batch} rollouts"
         )
+        if self.estimate_gib is None:
+            return text
+        return f"{text}; estimated {self.estimate_gib:.1f} of {self.memory_gib:.1f} GiB a device"
 
 
 class Sizes:
@@ -101,55 +103,57 @@ def _activations(width: float, mlp: float, remat: str, layers: int) -> float:
     return layers * kept + 2 * whole
 
 
-def choose(config: RunConfig, model: Qwen2_5_VLConfig, devices: Sequence[Any]) -> Choice:
+def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
     """The smallest tensor axis that fits, then the least recomputing, then the most rows in a micro-batch.
 
-    devices: all of one kind; where they are several TPU slices these form the data axis. On a CPU, whose
-    memory is not planned, the batch is simply spread. Raises ConfigError where no mesh divides the batches or
-    nothing fits, with the arithmetic.
+    devices: all of one kind; where they are several TPU slices these form the data axis. On CPUs, whose
+    memory is not planned, and for the small policy, which fits anywhere, the batch is simply spread. Raises
+    ConfigError where no mesh divides the batches or nothing fits, with the arithmetic.
     """
-    if devices[0].platform == "cpu":
+    name = f"{len(devices)} x {devices[0].device_kind}"
+    if devices[0].platform == "cpu" or not config.model:
         unchanged = (config.remat, config.sft.micro_batches, config.grpo.micro_batch)
-        return Choice(f"data:{len(devices)},fsdp:1,tensor:1", *unchanged, 0.0, 0.0, f"{len(devices)} x cpu")
+        return Choice(f"data:{len(devices)},fsdp:1,tensor:1", *unchanged, None, None, name)
     kind = kind_of(devices[0].device_kind)
-    memory, sizes = CHIPS[kind].memory / CHIPS[kind].devices, Sizes(config, model)
+    memory, sizes = CHIPS[kind].memory / CHIPS[kind].devices, Sizes(config, model_config(config))
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     slices = slices if devices[0].platform == "tpu" else 1
-    tried = []
+    batches, tried = (config.sft.batch, config.grpo.prompts_per_step), []
     for tensor in TENSOR:
         fsdp, rest = divmod(len(devices) // slices, tensor)
-        batches = (config.sft.batch, config.grpo.prompts_per_step)
-        if rest or any(rows % (slices * fsdp) for rows in batches):
+        parts = slices * fsdp
+        if rest or any(rows % parts for rows in batches):
             tried.append(f"tensor:{tensor} does not divide {len(devices)} devices and {batches} rows")
             continue
-        each = [rows // (slices * fsdp) for rows in batches]
-        rollout = sizes.lasting(fsdp, tensor) + sizes.rollout(
-            (config.grpo.slots or batches[1]) // (slices * fsdp), tensor
-        )
         for remat in REMATS:
-            cut, needs = [], [rollout]
-            for rows, length in zip(each, lengths(config), strict=True):
-                fixed = sizes.lasting(fsdp, tensor)
-                found = [(n, fixed + sizes.update(n, length, remat, fsdp, tensor)) for n in divisors(rows)]
-                fitting = [one for one in found if one[1] <= BUDGET * memory * GIB] or found[:1]
-                cut.append(fitting[-1][0])
-                needs.append(fitting[-1][1])
-            tried.append(f"tensor:{tensor} remat {remat} needs {max(needs) / GIB:.1f} GiB")
-            if max(needs) <= BUDGET * memory * GIB:
-                return Choice(
-                    f"data:{slices},fsdp:{fsdp},tensor:{tensor}",
-                    remat,
-                    each[0] // cut[0],
-                    cut[1] * slices * fsdp * config.grpo.group_size,
-                    max(needs) / GIB,
-                    memory,
-                    f"{len(devices)} x {kind}",
-                )
+            each = [rows // parts for rows in batches]
+            cut, need = _cut(sizes, each, remat, fsdp, tensor, BUDGET * memory * GIB)
+            tried.append(f"tensor:{tensor} remat {remat} needs {need / GIB:.1f} GiB")
+            if need <= BUDGET * memory * GIB:
+                pieces = (each[0] // cut[0], cut[1] * parts * config.grpo.group_size)
+                mesh = f"data:{slices},fsdp:{fsdp},tensor:{tensor}"
+                return Choice(mesh, remat, *pieces, need / GIB, memory, name)
     raise ConfigError(
-        f"--mesh=auto finds no mesh of {len(devices)} x {kind} ({memory:.1f} GiB, {BUDGET:.0%} of it "
-        f"planned) for {config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), shorter lengths, "
-        "or batches that the devices divide"
+        f"--mesh=auto finds no mesh of {name} ({memory:.1f} GiB, {BUDGET:.0%} of it planned) for {config.name}: "
+        f"{'; '.join(tried)}; use more chips, LoRA (lora.rank), shorter lengths, or batches that the devices "
+        "divide"
     )
+
+
+def _cut(
+    sizes: Sizes, each: list[int], remat: str, fsdp: int, tensor: int, room: float
+) -> tuple[list[int], float]:
+    """The most rows in a micro-batch of SFT and of GRPO that fit into `room` bytes, of `each` rows a device
+    has of them (1 where none fits), and the bytes needed then, decoding included."""
+    lasting, grpo = sizes.lasting(fsdp, tensor), sizes.config.grpo
+    slots = min(each[1], -(-grpo.slots * each[1] // grpo.prompts_per_step) or each[1])
+    cut, needs = [], [lasting + sizes.rollout(slots, tensor)]
+    for rows, length in zip(each, lengths(sizes.config), strict=True):
+        found = [(n, lasting + sizes.update(n, length, remat, fsdp, tensor)) for n in divisors(rows)]
+        best = ([one for one in found if one[1] <= room] or found[:1])[-1]
+        cut.append(best[0])
+        needs.append(best[1])
+    return cut, max(needs)
 
 
 def lengths(config: RunConfig) -> tuple[int, int]:

@@ -7,13 +7,17 @@ them. `validate` is called before anything else happens.
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
 from fundus_jax.grpo.config import GrpoConfig
+from fundus_jax.models import read_config
 from fundus_jax.models.layers import REMAT
 from fundus_jax.models.lora import LoraConfig
+from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
+from fundus_jax.models.qwen2_5_vl.sizes import published
 from fundus_jax.records import ConfigError
 from fundus_jax.sft import PromptConfig, SftConfig
 
@@ -123,6 +127,11 @@ class RunConfig:
             warmup = getattr(self, name).optim.warmup
             if steps and warmup >= steps:
                 raise ConfigError(f"{name}.optim.warmup is {warmup} of {steps} updates; it must be less")
+
+
+def model_config(config: RunConfig) -> Qwen2_5_VLConfig:
+    """The model of a run: that of its directory, or where there is none the published size of its name."""
+    return read_config(config.model) if Path(config.model).is_dir() else published(config.model)
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def plan(
     config.validate()
     devices = topology.devices()
     if mesh_text == "auto":
-        choice = auto.choose(config, programs.model_config(config), devices)
+        choice = auto.choose(config, devices)
         logging.info("%s", choice)
         config, mesh_text = choice.apply(config), choice.mesh
     mesh = sharding.parse_mesh(mesh_text, devices)

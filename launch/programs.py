@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fundus_jax import sft, sharding, training
 from fundus_jax.data import round_up
 from fundus_jax.grpo import sampler, update
-from fundus_jax.models import read_config
 from fundus_jax.models.attention import backend_for
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.layers import Options
-from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from fundus_jax.models.qwen2_5_vl.sizes import published
-from launch.config import RunConfig
+from launch.config import RunConfig, model_config
 from launch.stages import chosen
 
 SCHEDULE = 1000  # steps of a stage for the learning-rate schedule, which changes no shape
@@ -56,11 +52,6 @@ class Stage(NamedTuple):
 
     programs: list[Program]
     resident: dict[str, Any]
-
-
-def model_config(config: RunConfig) -> Qwen2_5_VLConfig:
-    """The model of a run: that of its directory, or where there is none the published size of its name."""
-    return read_config(config.model) if Path(config.model).is_dir() else published(config.model)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -27,7 +27,7 @@ from fundus_jax import hosts, sharding, stop
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
 from fundus_jax.workdir import Workdir
-from launch import distributed, evaluate, stages
+from launch import auto, distributed, evaluate, stages
 from launch.config import RunConfig, as_json
 
 # Recipes build on each other (`from configs... import`), and configs/ is part of no installed package.
@@ -38,7 +38,9 @@ STAGES = ("data", "base", "sft", "grpo", "evaluate", "export")
 config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with an argument after a colon.", lock_config=False
 )
-flags.DEFINE_string("mesh", "data:-1", "Devices by axis, e.g. data:1,fsdp:-1,tensor:1; one size may be -1.")
+flags.DEFINE_string(
+    "mesh", "auto", "Devices by axis, e.g. data:1,fsdp:-1,tensor:1; one size may be -1. auto: by their kind."
+)
 flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Run one stage only; those before it must have finished.")
 flags.DEFINE_string("workdir", None, "Directory of the run, seen by all hosts; runs/NAME by default.")
 flags.DEFINE_enum("multihost", "auto", distributed.KINDS, "Who knows the other processes: docs/hosts.md.")
@@ -77,8 +79,13 @@ def run(
     Raises ConfigError or DataError with what to change.
     """
     config.validate()
+    resolved = as_json(config)
+    if mesh_text == "auto":
+        choice = auto.choose(config, jax.devices())
+        logging.info("%s", choice)
+        config, mesh_text = choice.apply(config), choice.mesh
     mesh = sharding.parse_mesh(mesh_text)
-    work = Workdir(workdir, as_json(config))
+    work = Workdir(workdir, resolved)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     about = {"device": device, "mesh": ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())}
     about |= {"command": command} if command else {}

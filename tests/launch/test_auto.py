@@ -30,7 +30,7 @@ def machine(kind: str, count: int, slices: int = 1) -> list[Device]:
 
 
 def choose(config: RunConfig, kind: str, count: int, slices: int = 1) -> auto.Choice:
-    return auto.choose(config, published(config.model), machine(kind, count, slices))
+    return auto.choose(config, machine(kind, count, slices))
 
 
 def sizes(choice: auto.Choice) -> dict[str, int]:
@@ -55,6 +55,8 @@ def test_the_choice_is_one_that_runs(recipe: object, kind: str, count: int, slic
     mesh = sizes(choice)
     assert mesh["data"] * mesh["fsdp"] * mesh["tensor"] == count
     assert mesh["data"] == slices
+    assert choice.estimate_gib is not None
+    assert choice.memory_gib is not None
     assert choice.estimate_gib <= auto.BUDGET * choice.memory_gib
     changed = choice.apply(config)
     changed.validate()
@@ -75,7 +77,9 @@ def test_less_memory_means_more_of_something() -> None:
 
 def test_adapters_need_less() -> None:
     config = fundus_r1_7b.get_config()
-    with pytest.raises(ConfigError, match=r"finds no mesh of 1 x h100 .*tensor:1 remat block needs"):
+    with pytest.raises(
+        ConfigError, match=r"finds no mesh of 1 x NVIDIA H100 80GB HBM3 .*tensor:1 remat block needs"
+    ):
         choose(config, "NVIDIA H100 80GB HBM3", 1)
     lora = replace(config, lora=replace(config.lora, rank=16))
     choice = choose(lora, "NVIDIA H200", 1)
@@ -95,9 +99,11 @@ def test_unknown_devices_and_cpus() -> None:
     config = fundus_r1_3b.get_config()
     with pytest.raises(ConfigError, match="'Radeon' are not known here; name the mesh"):
         choose(config, "Radeon", 1)
-    choice = auto.choose(config, published("3B"), [Device(0, "cpu", "cpu")] * 8)
+    choice = auto.choose(config, [Device(0, "cpu", "cpu")] * 8)
     assert choice.mesh == "data:8,fsdp:1,tensor:1"
     assert (choice.remat, choice.sft_micro_batches) == (config.remat, config.sft.micro_batches)
+    config.model = ""
+    assert choose(config, "Radeon", 4).mesh == "data:4,fsdp:1,tensor:1", "the small policy fits anywhere"
 
 
 def test_the_estimate_counts_what_the_model_has() -> None:
