@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("fundus_jax", "data_pipeline", "launch", "configs")
+PACKAGES = ("fundus_jax", "data_pipeline", "launch", "configs", "benchmarks")
 MAX_LINES, MEDIAN_LINES, MAX_FUNCTION = 400, 150, 60
 
 

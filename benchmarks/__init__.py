@@ -1,0 +1,1 @@
+"""Measurements beside Hugging Face in the same process; not shipped."""
