@@ -1,7 +1,7 @@
 """Fundus-R1-32B: as configs/fundus_r1_3b.py, from Qwen2.5-VL-32B-Instruct. Not in the paper.
 
-    python launch/run.py --config=configs/fundus_r1_32b.py --config.model=DIR --config.data.dataset=idrid
-    --config.data.source=DIR --mesh=auto
+    python launch/run.py --config=configs/fundus_r1_32b.py --config.model=DIR --config.data.dataset=idrid \
+        --config.data.source=DIR
 
 Hardware: from 32 TPU v5p chips (v5p-64), see docs/scaling.md; with `:lora` adapters are trained instead of
 the weights.

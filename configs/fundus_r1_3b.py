@@ -1,25 +1,30 @@
 """Fundus-R1-3B (the paper's set-up G): Qwen2.5-VL-3B, SFT on reasoning traces, then GRPO with the process
 reward.
 
-    python launch/run.py --config=configs/fundus_r1_3b.py --config.model=DIR --config.data.dataset=idrid
-    --config.data.source=DIR \
-        --mesh=data:1,fsdp:-1,tensor:1
+    python launch/run.py --config=configs/fundus_r1_3b.py --config.model=DIR --config.data.dataset=idrid \
+        --config.data.source=DIR
+    python launch/run.py --config=configs/fundus_r1_3b.py:lora ...     adapters of rank 16 in the decoder
 
 --config.model is a Hugging Face directory of Qwen2.5-VL-3B-Instruct. Hardware in the paper: 8 x H800 80 GB,
-bf16. From the paper: 2 epochs of SFT, AdamW, 4 rollouts at temperature 1.0. Ours, since its text lost them:
-learning rates, batch sizes, rating values. What fits which mesh has not been measured here yet.
+bf16. Mesh, recomputing and micro-batches are chosen by the devices (--mesh=auto); docs/scaling.md says what
+fits on which machine. From the paper: 2 epochs of SFT, AdamW, 4 rollouts at temperature 1.0. Ours, since its
+text lost them: learning rates, batch sizes, rating values.
 """
 
 from fundus_jax.grpo.config import GrpoConfig
+from fundus_jax.models.lora import LoraConfig
 from fundus_jax.optim import OptimConfig
+from fundus_jax.records import ConfigError
 from fundus_jax.sft import PromptConfig, SftConfig
 from launch.config import DataConfig, EvaluateConfig, RunConfig
 
 
 def get_config(arg: str = "") -> RunConfig:
-    """The recipe; it takes no argument."""
-    del arg
-    return RunConfig(
+    """The recipe; with `arg` "lora" adapters are trained in the place of the weights. Raises ConfigError for
+    another argument."""
+    if arg not in ("", "lora"):
+        raise ConfigError(f"the recipe takes no argument, or lora, not {arg!r}")
+    config = RunConfig(
         name="fundus_r1_3b",
         model="Qwen2.5-VL-3B-Instruct",
         compute="bfloat16",
@@ -47,3 +52,8 @@ def get_config(arg: str = "") -> RunConfig:
         ),
         evaluate=EvaluateConfig(sampled=500, samples=4, batch=128),
     )
+    if arg == "lora":  # PEFT's usual: a tenfold learning rate, alpha twice the rank
+        config.name += "_lora"
+        config.lora = LoraConfig(rank=16, alpha=32)
+        config.sft.optim.lr, config.grpo.optim.lr = 1e-4, 1e-5
+    return config

@@ -135,8 +135,8 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
                 return Choice(mesh, remat, *pieces, need / GIB, memory, name)
     raise ConfigError(
         f"--mesh=auto finds no mesh of {name} ({memory:.1f} GiB, {BUDGET:.0%} of it planned) for "
-        f"{config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), shorter lengths, or batches that the devices "
-        "divide"
+        f"{config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), shorter lengths, or batches "
+        "that the devices divide"
     )
 
 

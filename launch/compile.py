@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # recipes import each
 
 from fundus_jax.files import write_atomic  # noqa: E402
 from fundus_jax.records import ConfigError, DataError  # noqa: E402
-from launch import planning  # noqa: E402
+from launch import planning, scaling  # noqa: E402
 from launch.chips import parse_topology  # noqa: E402
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=False)
@@ -41,6 +41,10 @@ flags.DEFINE_string(
 flags.DEFINE_string("mesh", "auto", "Devices by axis, or auto, as for launch/run.py.")
 flags.DEFINE_enum("stage", "all", ("all", "sft", "grpo"), "Whose programs.")
 flags.DEFINE_string("json", "", "Also write the figures to this file.")
+flags.DEFINE_string(
+    "table", "", "Make the rows of this table instead, e.g. docs/scaling (see launch/scaling.py)."
+)
+flags.DEFINE_string("only", "", "With --table: a regular expression over 'RECIPE MACHINE'.")
 flags.DEFINE_string("hlo", "", "Also write each program's compiled text into this folder.")
 
 
@@ -48,6 +52,9 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     values = flags.FLAGS
+    if values.table:
+        scaling.make(Path(values.table), values.only)
+        return
     if values.config is None or values.topology is None:
         raise app.UsageError("--config and --topology are needed")
     try:
