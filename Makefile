@@ -4,10 +4,12 @@
 #   make test VENV=.venv312          another environment than .venv (with PYTHON=python3.12: both, side by side)
 #   make setup TORCH=                without torch: the comparisons with it skip
 #   make demo ARGS=--config.seed=1   more words for the command line of launch/run.py; make test ARGS=-x for pytest's
+#   make setup VENV=.venv-tpu EXTRA=tpu   with an optional part of pyproject.toml: tpu or gpu, each in its own environment
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+EXTRA ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -17,13 +19,14 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test test-aot lint
 
 help:
 	@echo "make setup  create $(VENV) from constraints/; the other three do so by themselves"
 	@echo "make demo   images, traces, SFT, GRPO, evaluation, Hugging Face directory: all of it, on this CPU"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, pyright, import-linter"
+	@echo "make test-aot  the tests that compile for TPUs, with their compiler in .venv-tpu"
 
 setup: $(STAMP)
 
@@ -36,7 +39,7 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt) | $(BIN)/python
 	if test $$minor = 11 && test -n "$(TORCH)"; then \
 	  $(PIP) install -c constraints/py3.$$minor.txt $(TORCH); \
 	fi; \
-	$(PIP) install -c constraints/py3.$$minor.txt -e '.[dev$(if $(TORCH),$(comma)parity)]'; \
+	$(PIP) install -c constraints/py3.$$minor.txt -e '.[dev$(if $(TORCH),$(comma)parity)$(if $(EXTRA),$(comma)$(EXTRA))]'; \
 	touch $@
 
 # Some systems ship Python's venv without the pip that belongs into it; then the outer pip puts one there.
@@ -54,6 +57,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# On any CPU host. The TPU's compiler stays out of .venv, where jax would look for TPUs at every start.
+test-aot:
+	$(MAKE) test VENV=.venv-tpu EXTRA=tpu TORCH= ARGS='-m aot tests/launch $(ARGS)'
 
 lint: setup
 	$(BIN)/ruff check .
