@@ -114,12 +114,14 @@ def _figures(compiled: Any, program: programs.Program, topology: Topology) -> di
     """What the compiler says of the memory of `compiled`, and its text of the work."""
     memory, report, chip = compiled.memory_analysis(), hlo.report(compiled.as_text()), topology.chip
     inside, outside = report.sent(chips_per_node=topology.devices_together)
-    own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # those in the place of no argument
+    own = memory.argument_size_in_bytes + results
     devices = program.times * chip.devices  # those of a chip share its units
     return {
         "program": program.name,
         "runs": program.times,
         "arguments_gib": memory.argument_size_in_bytes / GIB,
+        "results_gib": results / GIB,
         "temporaries_gib": memory.temp_size_in_bytes / GIB,
         "program_gib": (own + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes) / GIB,
         "matmul_tflop": report.flops / 1e12,

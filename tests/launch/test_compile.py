@@ -45,6 +45,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         mrope_section=(8, 12, 12),
+        image_token_id=VOCAB - 1,
+        video_token_id=VOCAB - 2,
+        vision_start_token_id=VOCAB - 3,
+        vision_end_token_id=VOCAB - 4,
+        eos_ids=(VOCAB - 5,),
         vision=VisionConfig(
             depth=2, hidden_size=160, intermediate_size=256, num_heads=2, out_hidden_size=WIDTH,
             full_attention_layers=(1,),
@@ -147,17 +152,16 @@ def test_the_vocabulary_stays_spread(plans: Any, program: str) -> None:
 
 @pytest.mark.parametrize(("stage", "program"), [("sft", "update"), ("grpo", "update"), ("grpo", "decode")])
 def test_what_is_replaced_is_donated(plans: Any, stage: str, program: str) -> None:
-    """A program's own memory is its arguments and temporaries: results lie where arguments lay."""
+    """Results lie where arguments lay, but for a few numbers."""
     row = next(row for row in plans[0][stage]["programs"] if row["program"] == program)
-    extra = row["program_gib"] - row["arguments_gib"] - row["temporaries_gib"]
-    assert extra < 0.35 * row["arguments_gib"] + 0.03, "the code, and a few numbers"
+    assert row["results_gib"] < 0.01 * row["arguments_gib"]
 
 
 def test_decoding_gathers_no_weight(plans: Any) -> None:
     """Its weights were gathered over fsdp before the loop; what is left are sums over `tensor`."""
     report = hlo.report(text(plans[1], "grpo-decode"))
-    weights = [one for one in report.collectives if one.kind == "all-gather" and one.sent > WIDTH * 64]
-    assert not weights, weights
+    gathered = [one.shape for one in report.collectives if one.kind == "all-gather"]
+    assert not [shape for shape in gathered if "bf16" in shape], gathered
     assert report.open_loops, "it ends by what is sampled"
 
 
@@ -191,15 +195,10 @@ def test_the_command(config: RunConfig, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "no slice of 3 v5e chips is offered" in done.stderr
     out = tmp_path / "plan.json"
-    words[2:] = [
-        *(
-            f"--config.model={config.model}",
-            "--config=configs/fundus_r1_3b.py",
-            "--topology=v5e-1",
-            "--stage=sft",
-        ),
+    words[3:] = [
+        *(f"--config.model={config.model}", "--topology=v5e-1", "--stage=sft", f"--json={out}"),
         *("--config.sft.batch=2", "--config.sft.max_length=256", "--config.max_pixels=50176"),
-        *("--config.grpo.prompts_per_step=2", "--config.grpo.micro_batch=8", f"--json={out}"),
+        *("--config.grpo.prompts_per_step=2", "--config.grpo.micro_batch=8"),
     ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
