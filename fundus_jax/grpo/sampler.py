@@ -19,7 +19,7 @@ from flax import nnx
 
 from fundus_jax.grpo.rollout import Decoding, Groups, Rollout, Settings, as_key, begin, decode, start
 from fundus_jax.models.batch import Batch
-from fundus_jax.models.qwen2_5_vl.decode import pinned
+from fundus_jax.models.qwen2_5_vl.decode import Stepper, pinned
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.records import ConfigError
 
@@ -107,7 +107,7 @@ def sample(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _open(model: Split, batch: Batch, key: Array, settings: Settings, slots: int) -> tuple[Split, Pool]:
+def _open(model: Split, batch: Batch, key: Array, settings: Settings, slots: int) -> tuple[Stepper, Pool]:
     """The weights as decoding wants them, and S slots that are free; their prompts' number is B, nobody's."""
     stepper = nnx.merge(*model).stepper()
     rows = batch.tokens.shape[0]
@@ -119,13 +119,13 @@ def _open(model: Split, batch: Batch, key: Array, settings: Settings, slots: int
     groups = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype), made)
     groups = pinned(groups._replace(number=jnp.full(slots, rows, jnp.int32)))
     done = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made.out)
-    return nnx.split(stepper), Pool(start(stepper, groups, settings), pinned(done))
+    return stepper, Pool(start(stepper, groups, settings), pinned(done))
 
 
 @functools.partial(jax.jit, static_argnums=7, donate_argnums=2)
 def _fill(
     model: Split,
-    stepper: Split,
+    stepper: Stepper,
     pool: Pool,
     batch: Batch,
     index: Array,
@@ -136,15 +136,17 @@ def _fill(
     """Read the prompts `index` of the batch into the slots `where` (S: into none), after writing down what
     was said there."""
     prompts = pinned(jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), batch))
-    new = begin(nnx.merge(*model), nnx.merge(*stepper), prompts, index, key, settings)
+    new = begin(nnx.merge(*model), stepper, prompts, index, key, settings)
     groups = jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), pool.slots.groups, new)
     return Pool(pool.slots._replace(groups=pinned(groups)), _written(pool.done, pool.slots.groups))
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
-def _decode(stepper: Split, pool: Pool, key: Array, settings: Settings, enough: Array) -> tuple[Pool, Array]:
+def _decode(
+    stepper: Stepper, pool: Pool, key: Array, settings: Settings, enough: Array
+) -> tuple[Pool, Array]:
     """Go on until `enough` slots are free; also says which are."""
-    slots = decode(nnx.merge(*stepper), pool.slots, key, settings, enough)
+    slots = decode(stepper, pool.slots, key, settings, enough)
     return Pool(slots, pool.done), ~slots.groups.alive.any(axis=1)
 
 

@@ -110,7 +110,7 @@ class Qwen2_5_VL(nnx.Module):
 
     def stepper(self) -> Stepper:
         """The weights that decoding needs, laid out for it; make it once, outside the loop."""
-        return Stepper(self.text, self.text.embed_tokens if self.lm_head is None else self.lm_head.weight)
+        return Stepper.of(self.config, self.text, None if self.lm_head is None else self.head)
 
     def _forward(self, batch: Batch, *, keep: bool) -> tuple[Array, tuple[Array, Array] | None]:
         length = batch.tokens.shape[1]
