@@ -84,6 +84,7 @@ def make_prompts(args: Any) -> Batch:
     return Batch(
         tokens=tokens,
         mask=np.ones((rows, length), bool),
+        segments=np.ones((rows, length), np.int32),
         positions=np.broadcast_to(np.arange(length, dtype=np.int32), (rows, 3, length)),
         image_index=np.full((rows, length), -1, np.int32),
         patches=np.zeros((rows, 0, 1176), np.float32),

@@ -46,23 +46,26 @@ def plan(
     mesh = sharding.parse_mesh(mesh_text, devices)
     built = programs.STAGES[stage](programs.Abstract(config, mesh))
     resident = {name: programs.bytes_per_device(tree) for name, tree in built.resident.items()}
-    rows, problems, made = [], [], {}
+    rows, made = [], {}
     for program in built.programs:
         row, text, made[program.name] = _compile(program, made, mesh, topology)
+        rows.append(row)
         if hlo_folder and text:
             Path(hlo_folder).mkdir(parents=True, exist_ok=True)
-            Path(hlo_folder, f"{config.name}-{stage}-{program.name}.txt").write_text(text, encoding="utf-8")
+            name = f"{config.name}-{stage}-{program.name.replace(' ', '-')}.txt"
+            Path(hlo_folder, name).write_text(text, encoding="utf-8")
+        if "error" in row:
+            break  # what comes after it may need its results
+    if made.get("fill"):
+        sampler, slots = next(one for one in built.programs if one.name == "decode").arguments(made)[:2]
+        resident |= {"sampler": programs.bytes_per_device(sampler)}
+        resident |= {"keys and values": programs.bytes_per_device(slots)}
+    problems = []
+    for program, row in zip(built.programs, rows, strict=False):
         row["beside_gib"] = sum(resident.get(name, 0) for name in program.beside) / GIB
         row["total_gib"] = row.get("program_gib", row.get("needs_gib", 0.0)) + row["beside_gib"]
         if row["total_gib"] > USABLE * topology.chip.memory / topology.chip.devices or "error" in row:
             problems.append(_problem(row, topology))
-        rows.append(row)
-        if "error" in row:
-            break  # what comes after it may need its results
-    if made.get("open"):
-        stepper, pool = made["open"]
-        resident |= {"sampler": programs.bytes_per_device(stepper)}
-        resident |= {"keys and values": programs.bytes_per_device(pool)}
     return {
         "config": config.name,
         "topology": topology.name,

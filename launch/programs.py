@@ -151,6 +151,7 @@ def grpo_stage(policy: Abstract) -> Stage:
         "batch": batch,
     }
     resident |= {"reference": policy.narrowed(policy.trained)} if config.kl_coef else {}
+    resident |= {"policy": policy.narrowed(policy.trained)}  # in the compute dtype, while it samples
     others = ("weights", "optimizer", "reference")
     programs = _sampling(policy, batch, others)
     shape = (config.prompts_per_step, config.group_size, config.max_new_tokens)
@@ -184,23 +185,37 @@ def _sampling(policy: Abstract, batch: Batch, others: tuple[str, ...]) -> list[P
     key = jax.eval_shape(lambda: jax.random.key(0))
     rows = config.prompts_per_step
     slots, refill = sampler.sizes(rows, config.slots, 0)
-    which, count = jax.ShapeDtypeStruct((refill,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    steps = (config.max_new_tokens - 1) * -(-rows // slots)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    layers = policy.model.num_hidden_layers
+
+    def stepper(made: dict[str, Any]) -> Any:
+        return dataclasses.replace(made["gather ends"], layers=(made["gather layer"],) * layers)
 
     def fill(made: dict[str, Any]) -> tuple[Any, ...]:
-        return (model, *made["open"], batch, which, which, key, settings)
+        return (model, stepper(made), *made["open"], batch, which, which, key, settings)
 
-    return [
-        Program("open", sampler.open_slots, lambda _: (model, batch, key, settings, slots), others),
-        Program("fill", sampler.fill_slots, fill, others, -(-rows // refill)),
-        Program(
-            "decode",
-            sampler.decode_slots,
-            lambda made: (*made["open"], key, settings, count),
-            (*others, "batch"),
-            steps,
-        ),
+    def decode(made: dict[str, Any]) -> tuple[Any, ...]:
+        slots = made["fill"] if rows == refill else made["fill"][0]
+        return (stepper(made), slots, key, settings, count)
+
+    gather = [
+        Program("gather layer", sampler.gather_layer, lambda _: (model, count), (*others, "sampler"), layers),
+        Program("gather ends", sampler.gather_ends, lambda _: (model,), (*others, "sampler")),
     ]
+    steps = (config.max_new_tokens - 1) * -(-rows // slots)
+    last = Program("decode", sampler.decode_slots, decode, (*others, "batch", "policy"), steps)
+    if slots == rows:
+        whole = Program(
+            "fill", sampler.fill_all, lambda made: (model, stepper(made), batch, key, settings), others
+        )
+        return [*gather, whole, last]
+    with jax.set_mesh(policy.mesh):
+        shards = sharding.parts("batch", math.gcd(rows, slots, refill))
+    which = jax.ShapeDtypeStruct((shards, refill // shards), jnp.int32)
+    first = Program(
+        "open", sampler.open_slots, lambda made: (model, stepper(made), batch, key, settings, slots), others
+    )
+    return [*gather, first, Program("fill", sampler.fill_slots, fill, others, -(-rows // refill)), last]
 
 
 STAGES = {"sft": sft_stage, "grpo": grpo_stage}

@@ -8,6 +8,7 @@ model, `Bigram` stands in for it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +125,26 @@ class Bigram(nnx.Module):
         return self.embed(tokens) + prompt.prefix[:, None, None]  # type: ignore[index]
 
     def stepper(self) -> BigramStepper:
-        return BigramStepper(self)
+        return BigramStepper(
+            config=self.config, embedding=self.embedding.get_value(), output=self.output.get_value()
+        )
+
+    def stepper_of(self) -> BigramStepper:
+        return self.stepper()
+
+    def decoding_layer(self, index: jax.Array) -> jax.Array:
+        return index
 
 
-class BigramStepper(nnx.Module):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class BigramStepper:
     """What `Bigram` decodes with."""
 
-    def __init__(self, model: Bigram) -> None:
-        self.config, self.model = model.config, model
+    config: Qwen2_5_VLConfig = field(metadata={"static": True})
+    embedding: jax.Array
+    output: jax.Array
+    layers: tuple[jax.Array, ...] = ()
 
     def remember(self, prefix: Any) -> Any:
         return prefix
@@ -141,13 +154,13 @@ class BigramStepper(nnx.Module):
         return jnp.zeros(())
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.model.logits(hidden)
+        return hidden @ self.output.T
 
     def __call__(
         self, memory: jax.Array, cache: Any, tokens: jax.Array, *places: jax.Array
     ) -> tuple[jax.Array, Any]:
         del places
-        return self.model.embed(tokens) + memory[:, None], cache
+        return self.embedding[tokens] + memory[:, None], cache
 
 
 def bigram(trainer: stages.Trainer, seed: int = 0) -> Any:

@@ -47,6 +47,11 @@ class Settings(NamedTuple):
     temperature: float
     group_size: int
 
+    @property
+    def columns(self) -> int:
+        """N of the cache: the last token is never read, and products want multiples of 16."""
+        return -(-max(self.max_new_tokens - 1, 1) // 16) * 16
+
     def check(self) -> None:
         """Raises ConfigError for a negative temperature, or sizes below 1."""
         if self.max_new_tokens < 1 or self.group_size < 1 or not self.temperature >= 0:
@@ -153,8 +158,7 @@ def begin(
 
 def start(stepper: Stepper, groups: Groups, settings: Settings) -> Decoding:
     """The loop's state before its first step."""
-    columns = max(settings.max_new_tokens - 1, 1)  # the last token is never read
-    cache = stepper.empty_cache(groups.memory, settings.group_size, columns)
+    cache = stepper.empty_cache(groups.memory, settings.group_size, settings.columns)
     return Decoding(groups, cache, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -169,11 +173,11 @@ def decode(
 
     def advance(decoding: Decoding) -> Decoding:
         groups, cache, steps, busy = decoding
-        columns = max(settings.max_new_tokens - 1, 1)
-        age = (steps - jnp.arange(columns)) % columns
+        column = steps % settings.columns
+        age = (column - jnp.arange(settings.columns)) % settings.columns
         seen = age < groups.step[:, None]
         where = groups.position + groups.step - 1
-        hidden, cache = stepper(groups.memory, cache, groups.last, where, seen, steps % columns)
+        hidden, cache = stepper(groups.memory, cache, groups.last, where, seen, column)
         busy += groups.alive.any(axis=1).sum()
         groups = _said(groups, *_draw(stepper, groups, hidden, key, settings), ends)
         return Decoding(groups, cache, steps + 1, busy)

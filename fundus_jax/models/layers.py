@@ -87,6 +87,15 @@ class Linear(nnx.Module):
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 0.0
 
+    def effective(self) -> Array:
+        """The weight with the adapter added, [out, in] or a stack of them, in the weight's dtype."""
+        weight = self.weight.get_value()
+        if self.lora_a is None or self.lora_b is None:
+            return weight
+        added = jnp.einsum("...or,...ri->...oi", self.lora_b.get_value(), self.lora_a.get_value())
+        wide = jnp.promote_types(weight.dtype, jnp.float32)
+        return (weight.astype(wide) + self.lora_scale * added.astype(wide)).astype(weight.dtype)
+
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum("...i,oi->...o", x, self.weight.get_value())
         if self.bias is not None:
@@ -98,17 +107,14 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight, with the statistics in float32 (float64 stays
-    float64) and the product in the input's dtype."""
+    """`rms_norm` with its weight."""
 
     def __init__(self, make: Factory, width: int, eps: float) -> None:
         self.weight = make((width,), ("norm",), None)
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return self.weight.get_value() * (wide * scale).astype(x.dtype)
+        return rms_norm(x, self.weight.get_value(), self.eps)
 
 
 class SwiGLU(nnx.Module):
@@ -121,6 +127,14 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x / rms(x) * weight over the last axis, with the statistics in float32 (float64 stays float64) and the
+    product in the input's dtype."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return weight * (wide * scale).astype(x.dtype)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

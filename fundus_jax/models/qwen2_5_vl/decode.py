@@ -1,26 +1,29 @@
 """One token at a time: the decoder laid out for generation, and the keys and values it reads.
 
-A decoding step reads every weight and every key once, and is as fast as memory gives them. So nothing here is
-cut out of a stack inside the loop, which would be a copy a step: layers lie one by one, and caches keep their
-heads in front of their positions, as the products want them. On a mesh the weights are gathered over `fsdp`
-once, before the loop; then a step needs no weight of another device but those of `tensor`.
-Neighbours: `text` (the same layers over whole conversations), `grpo.rollout` (the loop).
+A decoding step reads every weight and every key once, and is as fast as memory gives them; whatever XLA cuts,
+joins, pads or turns inside the loop is a copy of all that in every step. So it is done once, before the loop:
+layers lie one by one, the matrices of one input are one, and caches keep their heads in front of their
+positions, as the products want them. On a mesh the weights are gathered over `fsdp`; then a step needs no
+weight of another device but those of `tensor`. Neighbours: `text` (the same layers over whole conversations),
+`grpo.rollout` (the loop).
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from fundus_jax.models.attention import Prefix
 from fundus_jax.models.embedding import lookup
+from fundus_jax.models.layers import rms_norm, rotate
+from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.rotary import text_rotary
 from fundus_jax.models.qwen2_5_vl.text import Decoder
-from fundus_jax.sharding import constrain, param_axes
+from fundus_jax.sharding import constrain
 
 Array = jax.Array
 Tree = TypeVar("Tree")
@@ -38,25 +41,63 @@ class Cache(NamedTuple):
     """Keys and values of what the G continuations of B prompts have said, one [B,K*G,N,C] a layer.
 
     Heads and continuations share an axis: XLA drops axes of size 1 on its way to a product, and then copies
-    the whole cache in every step.
+    the whole cache in every step. N is a multiple of 16, or it would be padded in every step.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
 
 
-class Stepper(nnx.Module):
-    """The text half of a model with its layers one by one: a copy of the weights, made once before a loop."""
+class Layer(NamedTuple):
+    """The weights of one layer, [in, out]; R = H / K query heads look at one key head.
 
-    def __init__(self, text: Decoder, head: nnx.Variable) -> None:
-        self.config = text.config
-        self.embed_tokens = _gathered(text.embed_tokens)
-        self.head = self.embed_tokens if head is text.embed_tokens else _gathered(head)
-        self.norm = text.norm
-        graph, stack = nnx.split(text.layers)
-        self.layers = nnx.List(
-            nnx.merge(graph, jax.tree.map(lambda param, i=i: _gathered(param, i), stack, is_leaf=_is_param))
-            for i in range(text.config.num_hidden_layers)
+    Attributes:
+        norm: [D].
+        qkv: [D,K,R+2,C], the R queries of a key head, its key and its value; `qkv_bias` [K,R+2,C].
+        out: [H*C,D].
+        mlp_norm: [D].
+        gate_up: [D,2,F].
+        down: [F,D].
+    """
+
+    norm: Array
+    qkv: Array
+    qkv_bias: Array
+    out: Array
+    mlp_norm: Array
+    gate_up: Array
+    down: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Stepper:
+    """The text half of a model for decoding: a copy of its weights, made once before a loop.
+
+    Attributes:
+        embed_tokens: [V,D].
+        head: [V,D], None where it is the embedding.
+        norm: [D], after the last layer.
+    """
+
+    config: Qwen2_5_VLConfig = field(metadata={"static": True})
+    embed_tokens: Array
+    head: Array | None
+    norm: Array
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def of(
+        cls, config: Qwen2_5_VLConfig, text: Decoder, head: Array | None, layers: tuple[Layer, ...]
+    ) -> Stepper:
+        """The decoder's weights, and those of the output projection if it is untied; `layers` as `layer_of`
+        gives them, or none yet."""
+        return cls(
+            config=config,
+            embed_tokens=constrain(text.embed_tokens.get_value(), "vocab", None),
+            head=None if head is None else constrain(head, "vocab", None),
+            norm=text.norm.weight.get_value(),
+            layers=layers,
         )
 
     def remember(self, prefix: Prefix) -> Memory:
@@ -73,7 +114,8 @@ class Stepper(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """Hidden states [...,D] -> logits [...,V], float32 at least."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.einsum("...d,vd->...v", hidden, self.head.get_value(), preferred_element_type=wide)
+        head = self.embed_tokens if self.head is None else self.head
+        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide)
 
     def __call__(
         self, memory: Memory, cache: Cache, tokens: Array, position: Array, seen: Array, column: Array
@@ -81,24 +123,63 @@ class Stepper(nnx.Module):
         """Read one token of every continuation, [B,G] at M-RoPE positions [B]: hidden states [B,G,D], and the
         cache with the tokens' keys and values in `column`. seen [B,N]: the columns that a prompt's
         continuations look at, that one included."""
-        config = self.config
-        x = lookup(self.embed_tokens.get_value(), tokens, ("vocab", None))[:, :, None]
+        config, eps = self.config, self.config.rms_norm_eps
+        x = lookup(self.embed_tokens, tokens, ("vocab", None))
         wide = jnp.promote_types(x.dtype, jnp.float32)
         angles = (config.head_dim, config.rope_theta, config.mrope_section, wide)
         cos, sin = text_rotary(jnp.broadcast_to(position[:, None, None], (len(position), 3, 1)), *angles)
-        cos, sin = cos[:, None], sin[:, None]  # one axis for the group
-        caches = zip(self.layers, *memory[:2], *cache, strict=True)
+        cos, sin = cos[:, None], sin[:, None]  # [B,1,1,1,C]: all continuations and heads turn alike
         keys, values = [], []
-        for layer, shared_keys, shared_values, own_keys, own_values in caches:
-            query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
-            keys.append(_put(own_keys, key, column))
-            values.append(_put(own_values, value, column))
-            prefix = Prefix(shared_keys, shared_values, memory.mask)
-            heads = attend_step(query, prefix, keys[-1], values[-1], seen)
-            x = x + layer.self_attn.output(heads)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            x = constrain(x, "batch", None, None, None)
-        return self.norm(x)[:, :, 0], Cache(tuple(keys), tuple(values))
+        for layer, *held in zip(self.layers, *memory[:2], *cache, strict=True):
+            joined = jnp.einsum("bgd,dkjc->bgkjc", rms_norm(x, layer.norm, eps), layer.qkv) + layer.qkv_bias
+            turned = rotate(joined[..., :-1, :], cos, sin)
+            keys.append(_put(held[2], turned[..., -1, :], column))
+            values.append(_put(held[3], joined[..., -1, :], column))
+            prefix = Prefix(held[0], held[1], memory.mask)
+            heads = attend_step(turned[..., :-1, :], prefix, keys[-1], values[-1], seen)
+            x = x + heads.reshape(*x.shape[:2], -1) @ layer.out
+            both = jnp.einsum("bgd,dnf->bgnf", rms_norm(x, layer.mlp_norm, eps), layer.gate_up)
+            x = x + (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]) @ layer.down
+            x = constrain(x, "batch", None, None)
+        return rms_norm(x, self.norm, eps), Cache(tuple(keys), tuple(values))
+
+
+def layer_of(text: Decoder, index: Array | int) -> Layer:
+    """The weights of layer `index` of the stack, with joined matrices, gathered over `fsdp`."""
+    config, attention, mlp = text.config, text.layers.self_attn, text.layers.mlp
+    shape = (config.num_key_value_heads, -1, config.head_dim)
+
+    def own(stack: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    qkv = [own(one.effective()).reshape(*shape, config.hidden_size) for one in projections]
+    bias = [own(one.bias.get_value()).reshape(shape) for one in projections if one.bias is not None]
+    norms = (text.layers.input_layernorm, text.layers.post_attention_layernorm)
+    before, after = (own(norm.weight.get_value()) for norm in norms)
+    gate_up = jnp.stack([own(one.effective()) for one in (mlp.gate_proj, mlp.up_proj)])
+    layer = Layer(
+        norm=before,
+        qkv=jnp.moveaxis(jnp.concatenate(qkv, axis=1), -1, 0),
+        qkv_bias=jnp.concatenate(bias, axis=1),
+        out=own(attention.o_proj.effective()).T,
+        mlp_norm=after,
+        gate_up=jnp.moveaxis(gate_up, -1, 0),
+        down=own(mlp.down_proj.effective()).T,
+    )
+    return Layer(*(constrain(weight, *names) for weight, names in zip(layer, _AXES, strict=True)))
+
+
+# Where the weights of a Layer lie on a mesh: nothing is split over `fsdp`.
+_AXES = (
+    (None,),
+    (None, "heads", None, None),
+    ("heads", None, None),
+    ("heads", None),
+    (None,),
+    (None, None, "mlp"),
+    ("mlp", None),
+)
 
 
 def pinned(tree: Tree) -> Tree:
@@ -116,16 +197,15 @@ def attend_step(query: Array, prefix: Prefix, keys: Array, values: Array, seen: 
     """Softmax attention of one new token a continuation: `models.attention.attend` for caches laid out as
     here.
 
-    query [B,G,1,H,C]; prefix: keys, values [B,K,T,C] and mask [B,T] of the prompts, read once a group; keys,
-    values [B,K*G,N,C], of which [B,N] are seen. Returns [B,G,1,H,C] in the query's dtype; scores and softmax
+    query [B,G,K,R,C]; prefix: keys, values [B,K,T,C] and mask [B,T] of the prompts, read once a group; keys,
+    values [B,K*G,N,C], of which [B,N] are seen. Returns [B,G,K,R,C] in the query's dtype; scores and softmax
     are float32 at least.
     """
-    batch, group, _, heads, channels = query.shape
-    kv_heads, pairs = prefix.keys.shape[1], keys.shape[1]
+    batch, group, kv_heads, ratio, channels = query.shape
     wide = jnp.promote_types(query.dtype, jnp.float32)
     product = functools.partial(jnp.einsum, preferred_element_type=wide)
-    query = query.reshape(batch, group, kv_heads, -1, channels).swapaxes(1, 2)
-    own = product("bjrc,bjnc->bjrn", query.reshape(batch, pairs, -1, channels), keys) * channels**-0.5
+    query = query.swapaxes(1, 2)
+    own = product("bjrc,bjnc->bjrn", query.reshape(batch, -1, ratio, channels), keys) * channels**-0.5
     shared = product("bkmc,bktc->bkmt", query.reshape(batch, kv_heads, -1, channels), prefix.keys)
     shared = shared.reshape(*own.shape[:-1], -1) * channels**-0.5
     low = jnp.finfo(wide).min
@@ -138,24 +218,11 @@ def attend_step(query: Array, prefix: Prefix, keys: Array, values: Array, seen: 
     out = product("bjrn,bjnc->bjrc", own.astype(values.dtype), values)
     shared = shared.reshape(batch, kv_heads, -1, shared.shape[-1]).astype(values.dtype)
     out += product("bkmt,bktc->bkmc", shared, prefix.values).reshape(out.shape)
-    out = (out / total).astype(query.dtype).reshape(batch, kv_heads, group, -1, channels)
-    return out.swapaxes(1, 2).reshape(batch, group, 1, heads, channels)
+    out = (out / total).astype(query.dtype).reshape(batch, kv_heads, group, ratio, channels)
+    return out.swapaxes(1, 2)
 
 
 def _put(cache: Array, new: Array, column: Array) -> Array:
-    """[B,K*G,N,C] with new [B,G,1,K,C] in `column`, in place."""
-    new = new.transpose(0, 3, 1, 2, 4).reshape(*cache.shape[:2], 1, -1)
+    """[B,K*G,N,C] with new [B,G,K,C] in `column`, in place."""
+    new = new.swapaxes(1, 2).reshape(*cache.shape[:2], 1, -1)
     return jax.lax.dynamic_update_slice_in_dim(cache, new, column, axis=2)
-
-
-def _is_param(leaf: object) -> bool:
-    return isinstance(leaf, nnx.Variable)
-
-
-def _gathered(param: nnx.Variable, layer: int | None = None) -> nnx.Variable:
-    """A parameter, or its slice for one layer of the stack, whole on every device but for `tensor`."""
-    value, axes = param.get_value(), param_axes(param)
-    if layer is not None:
-        value, axes = value[layer], axes[1:]
-    axes = tuple(None if axis == "embed" else axis for axis in axes)
-    return nnx.Param(constrain(value, *axes), axes=axes)

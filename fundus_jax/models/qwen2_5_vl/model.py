@@ -18,7 +18,7 @@ from fundus_jax.models.attention import Prefix
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.layers import Factory, Options
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
-from fundus_jax.models.qwen2_5_vl.decode import Stepper
+from fundus_jax.models.qwen2_5_vl.decode import Layer, Stepper, layer_of
 from fundus_jax.models.qwen2_5_vl.text import Decoder
 from fundus_jax.models.qwen2_5_vl.vision import VisionTower
 from fundus_jax.sharding import constrain
@@ -118,7 +118,16 @@ class Qwen2_5_VL(nnx.Module):
 
     def stepper(self) -> Stepper:
         """The weights that decoding needs, laid out for it; make it once, outside the loop."""
-        return Stepper(self.text, self.text.embed_tokens if self.lm_head is None else self.lm_head.weight)
+        return self.stepper_of(*(self.decoding_layer(i) for i in range(self.config.num_hidden_layers)))
+
+    def stepper_of(self, *layers: Layer) -> Stepper:
+        """As `stepper`, with layers that are there already."""
+        head = None if self.lm_head is None else self.head
+        return Stepper.of(self.config, self.text, head, layers)
+
+    def decoding_layer(self, index: Array | int) -> Layer:
+        """What `stepper_of` takes: one layer's weights."""
+        return layer_of(self.text, index)
 
     def _forward(self, batch: Batch, *, keep: bool) -> tuple[Array, tuple[Array, Array] | None]:
         x, positions = self.embed(batch)[:, None], jnp.asarray(batch.positions)
