@@ -23,6 +23,7 @@ DOCUMENTS = (
     "CHANGELOG.md",
     "docs/log.md",
     "docs/hosts.md",
+    "docs/scaling.md",
 )
 COMMANDS_OF = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/hosts.md")
 
