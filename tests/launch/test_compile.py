@@ -80,14 +80,16 @@ def text(folder: Path, program: str) -> str:
     return (folder / f"small-{program}.txt").read_text()
 
 
-PROGRAMS = ["sft-update", "grpo-open", "grpo-fill", "grpo-decode", "grpo-score", "grpo-update"]
+PROGRAMS = [
+    *("sft-update", "grpo-gather-layer", "grpo-gather-ends", "grpo-fill", "grpo-decode", "grpo-score"),
+    "grpo-update",
+]
 
 
 def test_every_program_compiles_and_fits(plans: Any) -> None:
     found, folder = plans
-    assert [
-        f"{stage}-{row['program']}" for stage, plan in found.items() for row in plan["programs"]
-    ] == PROGRAMS
+    names = [f"{stage}-{row['program']}" for stage, plan in found.items() for row in plan["programs"]]
+    assert [name.replace(" ", "-") for name in names] == PROGRAMS
     for plan in found.values():
         assert plan["fits"], plan["problems"]
         page = planning.table(plan)
@@ -123,10 +125,11 @@ def test_no_parameter_crosses_the_network(plans: Any, program: str) -> None:
 
 
 def test_between_slices_goes_the_gradient_and_no_more(plans: Any) -> None:
+    """In bfloat16, half of what a master takes, once a micro-batch; small parameters are not split."""
     found, folder = plans
     weights = found["sft"]["resident_gib"]["weights"] * 2**30  # float32 masters, of one device
     sent = hlo.report(text(folder, "sft-update")).dcn_sent
-    assert 0 < sent < 1.5 * weights, "a gradient is at most as large as its master"
+    assert 0 < sent < 1.6 * found["sft"]["micro_batches"] * weights / 2
 
 
 @pytest.mark.parametrize("program", ["sft-update", "grpo-score", "grpo-update"])
@@ -198,7 +201,7 @@ def test_the_command(config: RunConfig, tmp_path: Path) -> None:
     words[3:] = [
         *(f"--config.model={config.model}", "--topology=v5e-1", "--stage=sft", f"--json={out}"),
         *("--config.sft.batch=2", "--config.sft.max_length=256", "--config.max_pixels=50176"),
-        *("--config.grpo.prompts_per_step=2", "--config.grpo.micro_batch=8"),
+        *("--config.grpo.prompts_per_step=2", "--config.grpo.micro_batch=8", "--config.sft.micro_batches=2"),
     ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
