@@ -35,7 +35,7 @@ from fundus_jax.grpo.rewards import (
     score_rollout,
 )
 from fundus_jax.grpo.rollout import Rollout
-from fundus_jax.grpo.sampler import sample
+from fundus_jax.grpo.sampler import Counts, sample
 from fundus_jax.grpo.update import Samples, make_score, make_update
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Example
@@ -153,24 +153,20 @@ def train(
     """
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
-    options = dataclasses.replace(model.options, remat=remat)
 
     def merge(params: Any) -> Any:
-        return skeleton.merge(params, options)
+        return skeleton.merge(params, dataclasses.replace(model.options, remat=remat))
 
     optimizer = training.make_optimizer(config.optim, config.steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
     key = jax.random.key(config.seed)
-    settings = ("max_new_tokens", "temperature", "group_size", "slots")
-    draw = functools.partial(sample, **{name: getattr(config, name) for name in settings})
     mine = training.rows_here(config.prompts_per_step, mesh)
-    build = functools.partial(prompts.build, mine=mine)
     with jax.set_mesh(mesh), work.stoppable("grpo") as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
         reference = snapshot(state.params, compute) if config.kl_coef else None
-        order = {"seed": config.seed, "groups": prompts.groups}
-        iterator = batches(len(prompts.rows), config.prompts_per_step, build, **order)
+        build, order = functools.partial(prompts.build, mine=mine), {"groups": prompts.groups}
+        iterator = batches(len(prompts.rows), config.prompts_per_step, build, seed=config.seed, **order)
         state, done = work.resume("grpo", state, iterator)
         progress, watch = work.progress("grpo", done), Stopwatch()
         for step in range(done + 1, config.steps + 1):
@@ -181,8 +177,7 @@ def train(
             with watch("rollout"):
                 weights = training.join(training.cast(state.params, compute), frozen)
                 policy = skeleton.merge(weights, model.options)
-                rollout, counts = draw(policy, batch, seed=jax.random.fold_in(key, step))
-                stop.settle(rollout)
+                rollout, counts = draw(policy, batch, config, jax.random.fold_in(key, step))
                 del weights, policy  # the update needs their room
             with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
                 ref = None if reference is None else score(reference, batch, rollout.tokens, frozen)
@@ -205,6 +200,20 @@ def train(
                 work.save("grpo", step, state, iterator)
     progress.close()
     return training.join(state.params, frozen)
+
+
+def draw(policy: Any, batch: Any, config: GrpoConfig, key: jax.Array) -> tuple[Rollout, Counts]:
+    """The rollouts of a step, when they are there."""
+    rollout, counts = sample(
+        policy,
+        batch,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        group_size=config.group_size,
+        slots=config.slots,
+        seed=key,
+    )
+    return stop.settle(rollout), counts
 
 
 def snapshot(params: training.Params, dtype: str) -> training.Params:
