@@ -70,8 +70,9 @@ class Sizes:
 
     def lasting(self, fsdp: int, tensor: int) -> float:
         """Masters, moments, frozen weights, and the reference's copy of what is trained."""
-        reference = 2 * self.trained if self.config.grpo.kl_coef else 0
-        return (12 * self.trained + 2 * self.frozen + reference) / (fsdp * tensor)
+        own = (12 + (2 if self.config.grpo.kl_coef else 0)) * self.trained
+        spread = fsdp * tensor
+        return own / (1 if self.frozen else spread) + 2 * self.frozen / spread  # half of an adapter is whole
 
     def update(self, rows: int, length: int, remat: str, fsdp: int, tensor: int) -> float:
         """Gradients, and what a micro-batch of `rows` rows of `length` tokens and an image takes."""

@@ -65,6 +65,7 @@ def token_logprobs(
             mesh=mesh,
             in_specs=(batch, table, batch),
             out_specs=(batch, batch),
+            check_vma=batch[0] is not None,  # else the rows are everywhere, which a gather does not show
         )(rows, head, wanted)
     return logprobs.reshape(shape), entropy.reshape(shape)
 
