@@ -25,6 +25,7 @@ from fundus_jax import training
 from fundus_jax.evaluation import predict
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.rewards import Score
+from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.metrics import Metrics
 from launch import run, stages
 
@@ -90,21 +91,23 @@ def in_c(work: Callable[[], Any]) -> Any:
 
 def on_device(work: Callable[[], Any]) -> Any:
     """As in a long rollout: the arrays are there, but will not be computed for hours."""
-    rollout, side = work(), jax.numpy.ones((512, 512))  # a CPU would compute anything small before it returns
+    made, side = work(), jax.numpy.ones((512, 512))  # a CPU would compute anything small before it returns
+    rollout, *counts = [made] if isinstance(made, Rollout) else made
 
     @jax.jit
     def spin(tokens: jax.Array, side: jax.Array) -> jax.Array:
         side = jax.lax.fori_loop(0, 2**31 - 1, lambda _, x: jax.numpy.tanh(x @ x), side)
         return tokens + (side[0, 0] > 2)
 
-    return rollout._replace(tokens=spin(rollout.tokens, side))
+    stuck = rollout._replace(tokens=spin(rollout.tokens, side))
+    return (stuck, *counts) if counts else stuck
 
 
 # POINT -> module, what is called in it, which call gets stuck, and how
 STUCK: dict[str, tuple[Any, str, int, Callable[[Any], Any]]] = {
     "data": (stages.knowledge_base, "run", 1, in_python),
     "compile": (training, "make_step", 2, in_c),  # SFT's; the first is the base stage's
-    "rollout": (grpo, "generate", 2, on_device),
+    "rollout": (grpo, "sample", 2, on_device),
     "judge": (grpo, "score_all", 3, in_python),
     "evaluate": (predict, "generate", 2, on_device),
 }
