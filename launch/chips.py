@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -68,6 +69,11 @@ DEEP = {
     **{256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16)},
 }
 GPUS_A_NODE = 8
+# For the TPU's library where there is no TPU: it asks no metadata server, and several may compile at once.
+ALONE = {
+    **{"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+    **{"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"},
+}
 NAMES = "v5litepod-16, v5p-8, v6e-256, tpu7x-8, h100-8, h200-1, or a shape as v5e:4x4, v5e:4x4x2 (two slices)"
 
 
@@ -108,6 +114,8 @@ class Topology:
         shape = "x".join(map(str, self.shape))
         options: dict[str, Any]
         if self.chip.platform == "tpu":
+            for name, value in ALONE.items():
+                os.environ.setdefault(name, value)
             name, options = f"{self.kind}:{shape}", {"num_slices": self.slices} if self.slices > 1 else {}
             if self.shape == (1, 1):
                 options["chips_per_host_bounds"] = [1, 1, 1]
