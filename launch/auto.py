@@ -34,6 +34,7 @@ class Choice:
     remat: str
     sft_micro_batches: int
     grpo_micro_batch: int
+    grpo_slots: int
     estimate_gib: float | None
     memory_gib: float | None
     device: str
@@ -42,13 +43,15 @@ class Choice:
         """`config` cut and recomputed as chosen; the original is left as it is."""
         changed = dataclasses.replace(config, remat=self.remat)
         changed.sft = dataclasses.replace(config.sft, micro_batches=self.sft_micro_batches)
-        changed.grpo = dataclasses.replace(config.grpo, micro_batch=self.grpo_micro_batch)
+        cut = {"micro_batch": self.grpo_micro_batch, "slots": self.grpo_slots}
+        changed.grpo = dataclasses.replace(config.grpo, **cut)
         return changed
 
     def __str__(self) -> str:
         text = (
             f"--mesh=auto on {self.device}: {self.mesh}, remat {self.remat}, sft in {self.sft_micro_batches} "
-            f"micro-batches, grpo in pieces of {self.grpo_micro_batch} rollouts"
+            f"micro-batches, grpo in pieces of {self.grpo_micro_batch} rollouts, decoded "
+            + (f"{self.grpo_slots} prompts at a time" if self.grpo_slots else "all together")
         )
         if self.estimate_gib is None:
             return text
@@ -113,7 +116,7 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
     """
     name = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform == "cpu" or not config.model:
-        unchanged = (config.remat, config.sft.micro_batches, config.grpo.micro_batch)
+        unchanged = (config.remat, config.sft.micro_batches, config.grpo.micro_batch, config.grpo.slots)
         return Choice(f"data:{len(devices)},fsdp:1,tensor:1", *unchanged, None, None, name)
     kind = kind_of(devices[0].device_kind)
     memory, sizes = CHIPS[kind].memory / CHIPS[kind].devices, Sizes(config, model_config(config))
@@ -129,9 +132,11 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
         for remat in REMATS:
             each = [rows // parts for rows in batches]
             cut, need = _cut(sizes, each, remat, fsdp, tensor, BUDGET * memory * GIB)
+            slots = cut.pop() * parts
             tried.append(f"tensor:{tensor} remat {remat} needs {need / GIB:.1f} GiB")
             if need <= BUDGET * memory * GIB:
-                pieces = (each[0] // cut[0], cut[1] * parts * config.grpo.group_size)
+                slots = 0 if slots == config.grpo.prompts_per_step else slots
+                pieces = (each[0] // cut[0], cut[1] * parts * config.grpo.group_size, slots)
                 mesh = f"data:{slices},fsdp:{fsdp},tensor:{tensor}"
                 return Choice(mesh, remat, *pieces, need / GIB, memory, name)
     raise ConfigError(
@@ -144,17 +149,19 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
 def _cut(
     sizes: Sizes, each: list[int], remat: str, fsdp: int, tensor: int, room: float
 ) -> tuple[list[int], float]:
-    """The most rows in a micro-batch of SFT and of GRPO that fit into `room` bytes, of `each` rows a device
-    has of them (1 where none fits), and the bytes needed then, decoding included."""
+    """The most rows in a micro-batch of SFT and of GRPO, and the most slots to decode in, that fit into `room`
+    bytes, of `each` rows a device has of them (1 where none fits); and the bytes needed then."""
     lasting, grpo = sizes.lasting(fsdp, tensor), sizes.config.grpo
-    slots = min(each[1], -(-grpo.slots * each[1] // grpo.prompts_per_step) or each[1])
+    slots = -(-grpo.slots * each[1] // grpo.prompts_per_step) or each[1]
+    while slots > 1 and slots % 2 == 0 and lasting + sizes.rollout(slots, tensor) > room:
+        slots //= 2
     cut, needs = [], [lasting + sizes.rollout(slots, tensor)]
     for rows, length in zip(each, lengths(sizes.config), strict=True):
         found = [(n, lasting + sizes.update(n, length, remat, fsdp, tensor)) for n in divisors(rows)]
         best = ([one for one in found if one[1] <= room] or found[:1])[-1]
         cut.append(best[0])
         needs.append(best[1])
-    return cut, max(needs)
+    return [*cut, slots], max(needs)
 
 
 def lengths(config: RunConfig) -> tuple[int, int]:

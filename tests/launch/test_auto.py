@@ -88,6 +88,15 @@ def test_adapters_need_less() -> None:
     assert numbers.trained < 0.01 * numbers.total
 
 
+def test_where_memory_is_short_fewer_prompts_are_decoded_at_a_time() -> None:
+    config = fundus_r1_3b.get_config("lora")
+    assert choose(config, "NVIDIA H200", 1).apply(config).grpo.slots == 0, "all of a step at once"
+    small = choose(config, "TPU v6 lite", 1)
+    assert 0 < small.grpo_slots < config.grpo.prompts_per_step
+    small.apply(config).validate()
+    assert f"decoded {small.grpo_slots} prompts at a time" in str(small)
+
+
 def test_batches_that_the_devices_do_not_divide_are_said() -> None:
     config = fundus_r1_3b.get_config()
     config.sft.batch = 7
@@ -114,4 +123,4 @@ def test_the_estimate_counts_what_the_model_has() -> None:
     assert numbers.lasting(4, 2) == whole, "both axes split what stays"
     assert numbers.rollout(1, 2) < numbers.rollout(1, 1)
     assert numbers.update(2, 2048, "block", 8, 1) < numbers.update(2, 2048, "none", 8, 1)
-    assert tuple(sizes(auto.Choice("data:1,fsdp:2,tensor:3", "", 1, 1, 0, 0, ""))) == sharding.AXES
+    assert tuple(sizes(auto.Choice("data:1,fsdp:2,tensor:3", "", 1, 1, 0, 0, 0, ""))) == sharding.AXES
