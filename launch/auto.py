@@ -149,8 +149,8 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
 def _cut(
     sizes: Sizes, each: list[int], remat: str, fsdp: int, tensor: int, room: float
 ) -> tuple[list[int], float]:
-    """The most rows in a micro-batch of SFT and of GRPO, and the most slots to decode in, that fit into `room`
-    bytes, of `each` rows a device has of them (1 where none fits); and the bytes needed then."""
+    """The most rows in a micro-batch of SFT and of GRPO, and the most slots to decode in, that fit into
+    `room` bytes, of `each` rows a device has of them (1 where none fits); and the bytes needed then."""
     lasting, grpo = sizes.lasting(fsdp, tensor), sizes.config.grpo
     slots = -(-grpo.slots * each[1] // grpo.prompts_per_step) or each[1]
     while slots > 1 and slots % 2 == 0 and lasting + sizes.rollout(slots, tensor) > room:
