@@ -165,8 +165,8 @@ def train(
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
         reference = snapshot(state.params, compute) if config.kl_coef else None
-        build, order = functools.partial(prompts.build, mine=mine), {"groups": prompts.groups}
-        iterator = batches(len(prompts.rows), config.prompts_per_step, build, seed=config.seed, **order)
+        build, count = functools.partial(prompts.build, mine=mine), len(prompts.rows)
+        iterator = batches(count, config.prompts_per_step, build, seed=config.seed, groups=prompts.groups)
         state, done = work.resume("grpo", state, iterator)
         progress, watch = work.progress("grpo", done), Stopwatch()
         for step in range(done + 1, config.steps + 1):
