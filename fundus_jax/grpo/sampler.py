@@ -99,7 +99,7 @@ def sample(
         queue.free = np.array(ended).reshape(queue.free.shape)
         stop.check()
     counts = Counts(int(decoding.steps), int(decoding.busy), slots, queue.fills)
-    return close_slots(done, decoding.groups), counts
+    return close_slots(done, decoding.groups, len(queue.free)), counts
 
 
 def sizes(rows: int, slots: int, refill: int) -> tuple[int, int]:
@@ -235,11 +235,10 @@ def decode_slots(
     return decoding, constrain(~decoding.groups.alive.any(axis=1), None)  # whole: the host reads it
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def close_slots(done: Rollout, groups: Groups) -> Rollout:
-    """The rollouts of all prompts, when every slot has ended."""
-    slots, rows = len(groups.number), len(done.tokens)
-    return _written(done, groups, parts("batch", math.gcd(rows, slots)))
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def close_slots(done: Rollout, groups: Groups, shards: int) -> Rollout:
+    """The rollouts of all prompts, when every slot has ended; `shards` as the queue has them."""
+    return _written(done, groups, shards)
 
 
 def _written(done: Rollout, groups: Groups, shards: int) -> Rollout:

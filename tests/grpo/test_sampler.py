@@ -213,6 +213,7 @@ def test_a_mesh_changes_no_token(batch: Batch) -> None:
         spread = skeleton.merge(jax.device_put(params, skeleton.shardings(mesh)))
         placed = training.place(rows, mesh)
         got, counts = sample(spread, placed, slots=4, refill=4, **settings)
+        one_by_one, _ = sample(spread, placed, slots=4, refill=1, **settings)  # divides no mesh: one queue
         stepper = sampler.make_stepper(nnx.split(spread))
         opened = (nnx.split(spread), stepper, placed, jax.random.key(0), Settings(6, 1.0, 2), 4)
         decoding, _ = sampler.open_slots(*opened)
@@ -220,6 +221,7 @@ def test_a_mesh_changes_no_token(batch: Batch) -> None:
         "each of the four shards has one slot, and two prompts to pass through it"
     )
     assert equal(jax.tree.map(np.asarray, got), alone)
+    assert equal(jax.tree.map(np.asarray, one_by_one), alone)
     for leaf in (*decoding.cache.keys, *decoding.groups.memory.values):
         assert leaf.sharding.spec[:2] == (("data", "fsdp"), "tensor")
     layer = stepper.layers[1]  # split over tensor, whole over fsdp
