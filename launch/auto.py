@@ -16,11 +16,11 @@ from typing import Any
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.params import table
 from fundus_jax.records import ConfigError
-from launch.chips import CHIPS, GIB, kind_of
+from launch.chips import CHIPS, GIB, Chip, kind_of
 from launch.config import RunConfig, model_config
 
 BUDGET = 0.85  # of a device's memory is planned for
-REMATS = ("none", "dots", "block")  # from the fastest to the smallest
+AGAIN = {"none": 0.0, "dots": 0.05, "block": 0.65}  # of a forward pass is computed twice, by the compiler
 CHUNK = 1024  # rows of logits at a time, as in models.logprobs
 TENSOR = (1, 2, 4, 8)  # within a node, and no finer than heads are
 MOST_ROWS = 8  # of a device in a micro-batch: more hide no more traffic
@@ -65,7 +65,11 @@ class Sizes:
         self.config, self.model = config, model
         slots = table(model)
         self.total = sum(math.prod(slot.shape) for slot in slots.values())
-        self.layer = sum(math.prod(slot.shape) for name, slot in slots.items() if ".layers.0." in name)
+        self.layer, self.text, self.vision = (
+            sum(math.prod(slot.shape) for name, slot in slots.items() if part in name)
+            for part in (".layers.0.", ".layers.", "visual.")
+        )
+        self.patches = (config.max_pixels or 1280 * 784) / model.vision.patch_size**2  # of an image
         matrices = [slot.shape for name, slot in slots.items() if len(slot.shape) == 2 and ".layers." in name]
         adapters = config.lora.rank * sum(map(sum, matrices))  # as if every layer had one
         self.trained = adapters or self.total
@@ -84,11 +88,30 @@ class Sizes:
             model.hidden_size, model.intermediate_size / tensor, remat, model.num_hidden_layers
         )
         image = _activations(vision.hidden_size, vision.intermediate_size / tensor, remat, vision.depth)
-        patches = (self.config.max_pixels or 1280 * 784) / vision.patch_size**2
         logits = 3 * 4 * max(CHUNK, rows) * model.vocab_size / tensor
         gathered = 2 * (3 * self.layer + 2 * model.vocab_size * model.hidden_size) / tensor
         gradients = 4 * self.trained / (fsdp * tensor)
-        return rows * (length * text + patches * image) + logits + gathered + gradients
+        return rows * (length * text + self.patches * image) + logits + gathered + gradients
+
+    def seconds(
+        self, cuts: Sequence[tuple[int, int]], remat: str, data: int, fsdp: int, tensor: int, chip: Chip
+    ) -> float:
+        """Of a step of SFT and one of GRPO, products and traffic one after the other, at the public peaks;
+        it serves to compare ways to cut a batch. `cuts`: (rows, micro-batches) of a device in each.
+
+        A pass over a micro-batch gathers all weights forward and again backward, and its gradient is sent
+        once; GRPO has two passes (prompts, responses), and those of the reference.
+        """
+        model, kl = self.model, bool(self.config.grpo.kl_coef)
+        weights, sent = 2 * self.total / tensor * (1 - 1 / fsdp), 0 if self.frozen else 1
+        crossing = 4 * self.trained / (fsdp * tensor) * (1 - 1 / data)
+        text = self.text + model.vocab_size * model.hidden_size
+        seconds = 0.0
+        for (rows, pieces), length, passes in zip(cuts, lengths(self.config), (2, 4 + 2 * kl), strict=True):
+            products = 2 * (3 + AGAIN[remat]) * rows * (length * text + self.patches * self.vision) / tensor
+            seconds += chip.devices * products / chip.flops
+            seconds += pieces * ((passes + sent) * weights / chip.wire + crossing / chip.network)
+        return seconds
 
     def rollout(self, rows: int, tensor: int) -> float:
         """The sampler's weights, and the keys and values of `rows` prompts and their responses."""
@@ -108,7 +131,8 @@ def _activations(width: float, mlp: float, remat: str, layers: int) -> float:
 
 
 def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
-    """The smallest tensor axis that fits, then the least recomputing, then the most rows in a micro-batch.
+    """The smallest tensor axis with which something fits; of the ways to recompute and cut that fit then, the
+    one that should be fastest.
 
     devices: all of one kind; where they are several TPU slices these form the data axis. On CPUs, whose
     memory is not planned, and for the small policy, which fits anywhere, the batch is simply spread. Raises
@@ -118,8 +142,8 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
     if devices[0].platform == "cpu" or not config.model:
         unchanged = (config.remat, config.sft.micro_batches, config.grpo.micro_batch, config.grpo.slots)
         return Choice(f"data:{len(devices)},fsdp:1,tensor:1", *unchanged, None, None, name)
-    kind = kind_of(devices[0].device_kind)
-    memory, sizes = CHIPS[kind].memory / CHIPS[kind].devices, Sizes(config, model_config(config))
+    chip, sizes = CHIPS[kind_of(devices[0].device_kind)], Sizes(config, model_config(config))
+    memory = chip.memory / chip.devices
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     slices = slices if devices[0].platform == "tpu" else 1
     batches, tried = (config.sft.batch, config.grpo.prompts_per_step), []
@@ -129,16 +153,22 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
         if rest or any(rows % parts for rows in batches):
             tried.append(f"tensor:{tensor} does not divide {len(devices)} devices and {batches} rows")
             continue
-        for remat in REMATS:
+        fitting = []
+        for remat in AGAIN:
             each = [rows // parts for rows in batches]
             cut, need = _cut(sizes, each, remat, fsdp, tensor, BUDGET * memory * GIB)
-            slots = cut.pop() * parts
             tried.append(f"tensor:{tensor} remat {remat} needs {need / GIB:.1f} GiB")
-            if need <= BUDGET * memory * GIB:
-                slots = 0 if slots == config.grpo.prompts_per_step else slots
-                pieces = (each[0] // cut[0], cut[1] * parts * config.grpo.group_size, slots)
-                mesh = f"data:{slices},fsdp:{fsdp},tensor:{tensor}"
-                return Choice(mesh, remat, *pieces, need / GIB, memory, name)
+            if need > BUDGET * memory * GIB:
+                continue
+            slots = 0 if cut[2] == each[1] else cut[2] * parts
+            pieces = [rows // size for rows, size in zip(each, cut, strict=False)]
+            made = (pieces[0], cut[1] * parts * config.grpo.group_size, slots)
+            mesh = f"data:{slices},fsdp:{fsdp},tensor:{tensor}"
+            cuts = tuple(zip(each, pieces, strict=True))
+            seconds = sizes.seconds(cuts, remat, slices, fsdp, tensor, chip)
+            fitting.append((seconds, Choice(mesh, remat, *made, need / GIB, memory, name)))
+        if fitting:
+            return min(fitting, key=lambda one: one[0])[1]
     raise ConfigError(
         f"--mesh=auto finds no mesh of {name} ({memory:.1f} GiB, {BUDGET:.0%} of it planned) for "
         f"{config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), shorter lengths, or batches "

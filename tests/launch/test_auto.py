@@ -11,6 +11,7 @@ from fundus_jax import sharding
 from fundus_jax.models.qwen2_5_vl.sizes import published
 from fundus_jax.records import ConfigError
 from launch import auto
+from launch.chips import CHIPS
 from launch.config import RunConfig
 
 
@@ -72,7 +73,31 @@ def test_less_memory_means_more_of_something() -> None:
     large, small = choose(config, "NVIDIA H200", 8), choose(config, "TPU v5 lite", 16)
     assert sizes(large)["tensor"] == 1
     assert sizes(small)["tensor"] > 1 or small.remat == "block"
-    assert auto.REMATS.index(large.remat) <= auto.REMATS.index(small.remat)
+    assert auto.AGAIN[large.remat] <= auto.AGAIN[small.remat]
+
+
+def test_slow_wires_mean_fewer_pieces_and_more_recomputing() -> None:
+    """An H800 is an H100 with less than half of its NVLink."""
+    config = fundus_r1_3b.get_config()
+    fast, slow = choose(config, "NVIDIA H100 80GB HBM3", 8), choose(config, "NVIDIA H800", 8)
+    assert auto.AGAIN[slow.remat] > auto.AGAIN[fast.remat]
+    assert slow.sft_micro_batches < fast.sft_micro_batches
+    assert slow.grpo_micro_batch > fast.grpo_micro_batch
+    alone = choose(config, "NVIDIA H200", 1)
+    assert alone.remat == "none", "nothing moves, so nothing is gained by larger pieces"
+
+
+def test_the_seconds_are_products_and_traffic() -> None:
+    config = fundus_r1_3b.get_config()
+    numbers, chip = auto.Sizes(config, published("3B")), CHIPS["h100"]
+    one = numbers.seconds(((8, 4), (16, 8)), "none", 1, 8, 1, chip)
+    assert one == pytest.approx(2.6, rel=0.2), "docs/scaling of 2026-11-28 had 0.38 + 1.39 and 0.16 + 0.77"
+    more = numbers.seconds(((8, 8), (16, 16)), "none", 1, 8, 1, chip)
+    wire = numbers.seconds(((0, 4), (0, 8)), "none", 1, 8, 1, chip)
+    assert more - one == pytest.approx(wire)
+    again = numbers.seconds(((8, 4), (16, 8)), "block", 1, 8, 1, chip) - wire
+    assert again / (one - wire) == pytest.approx((3 + auto.AGAIN["block"]) / 3)
+    assert numbers.seconds(((8, 4), (16, 8)), "none", 2, 8, 1, chip) > one, "gradients cross the network"
 
 
 def test_adapters_need_less() -> None:
