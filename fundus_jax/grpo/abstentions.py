@@ -15,8 +15,8 @@ from pathlib import Path
 
 from fundus_jax import hosts
 from fundus_jax.grpo.config import GrpoConfig
+from fundus_jax.grpo.judge import JudgeError
 from fundus_jax.grpo.rewards import Score
-from fundus_jax.records import ConfigError
 
 
 class Abstentions:
@@ -38,7 +38,7 @@ class Abstentions:
     def add(self, scores: Sequence[Sequence[Score]]) -> dict[str, float]:
         """Count a step and return what metrics.jsonl records of it, from which a resumed run goes on.
 
-        Raises ConfigError, with the reasons that the judge gave, when more than `max_abstain` of what a whole
+        Raises JudgeError, with the reasons that the judge gave, when more than `max_abstain` of what a whole
         window asks has failed already.
         """
         flat = [score for group in scores for score in group]
@@ -48,7 +48,7 @@ class Abstentions:
         asked, lost = (sum(counts) for counts in zip(*self._steps, strict=True))
         window = asked * self.size / len(self._steps)
         if lost > self.config.max_abstain * window:
-            raise ConfigError(
+            raise JudgeError(
                 f"the judge abstained on {lost} of {asked} requests in {len(self._steps)} steps, more than "
                 f"the share {self.config.max_abstain} of grpo.max_abstain over {self.size} steps "
                 f"({'; '.join(self._why) or 'no reason given'}); check the judge, or use the rules judge"

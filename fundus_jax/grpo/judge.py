@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fundus_jax.findings import FINDINGS, Mentions, contradictions, parse_mentions
-from fundus_jax.records import DataError, Findings, Knowledge, Verdict
+from fundus_jax.records import ConfigError, DataError, Findings, Knowledge, Verdict
 
 # What follows here is the answer, no observation: "the answer is Drusen" must not count as having seen any.
 _CONCLUSION = re.compile(r"\b(?:answer|diagnosis|label) (?:is|must be|should be)\b[^.!?\n]*", re.IGNORECASE)
@@ -24,6 +24,10 @@ _CLEAN = re.compile(
     r"(?:seen|visible|present|found|detected|observed|noted|identified|evident)\b",
     re.IGNORECASE,
 )
+
+
+class JudgeError(ConfigError):
+    """There is no judge any more; the run saves what it has, and goes on once the user has mended that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +58,7 @@ class Judge(Protocol):
 
         Against Findings the rating is plausible, tenuous or flawed; against Knowledge plausible or
         implausible. Where a judge can not decide (no answer in time, a reply that can not be read) it returns
-        "abstain" with the reason and does not raise. It raises ConfigError when it will never be able to.
+        "abstain" with the reason and does not raise. It raises JudgeError when it will never be able to.
         """
         ...
 

@@ -26,7 +26,7 @@ from fundus_jax.files import write_atomic
 from fundus_jax.grpo.abstentions import Abstentions
 from fundus_jax.grpo.advantages import group_advantages, group_stats
 from fundus_jax.grpo.config import GrpoConfig
-from fundus_jax.grpo.judge import Judge
+from fundus_jax.grpo.judge import Judge, JudgeError
 from fundus_jax.grpo.rewards import Score, assess, from_dict, reward_arrays, reward_metrics, score_rollouts
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.sampler import Counts, sample
@@ -111,7 +111,7 @@ def score_together(
     """`score_all`, with the prompts dealt out to the processes: each is judged once, and all get all scores.
 
     rollout: whole on every process. Raises Stopped where the run is to stop (a judge that waits for a server
-    is not waited for), and ConfigError on every process where the judge of one gives up.
+    is not waited for), and JudgeError on every process where the judge of one gives up.
     """
     count = jax.process_count()
     if count == 1:
@@ -122,13 +122,13 @@ def score_together(
     def judged() -> tuple[Any, Any, str]:
         try:
             texts, scores = score_all(prompts, index[mine], part, judge, config)
-        except ConfigError as error:  # told to the others, which wait for this process
+        except JudgeError as error:  # told to the others, which wait for this process
             return [], [], str(error)
         return texts, [[dataclasses.asdict(score) for score in group] for group in scores], ""
 
     texts, told, given_up = zip(*hosts.gather(stop.interruptible(judged)), strict=True)
     if any(given_up):
-        raise ConfigError(next(filter(None, given_up)))
+        raise JudgeError(next(filter(None, given_up)))
     rows = [(row % count, row // count) for row in range(len(index))]
     return (
         [texts[process][row] for process, row in rows],
@@ -150,8 +150,8 @@ def train(
     """Improve what is not frozen of the policy and return all its parameters. Resumes from, and ends with, a
     bundle of stage `grpo`, which holds the trained ones.
 
-    `model` is the policy to start from, and the reference. Raises ConfigError when the judge abstains too
-    often, DataError when gradients stay non-finite.
+    `model` is the policy to start from, and the reference. Raises JudgeError when the judge abstains too
+    often or is lost, after saving what is there; DataError when gradients stay non-finite.
     """
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
@@ -161,9 +161,8 @@ def train(
 
     optimizer = training.make_optimizer(config.optim, config.steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
-    key = jax.random.key(config.seed)
-    mine = training.rows_here(config.prompts_per_step, mesh)
-    with jax.set_mesh(mesh), work.stoppable("grpo") as keep:
+    key, mine = jax.random.key(config.seed), training.rows_here(config.prompts_per_step, mesh)
+    with jax.set_mesh(mesh), work.stoppable("grpo", on=JudgeError) as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
         reference = snapshot(state.params, compute) if config.kl_coef else None
@@ -180,9 +179,8 @@ def train(
             with watch("rollout"):
                 weights = training.join(training.cast(state.params, compute), frozen)
                 policy = skeleton.merge(weights, model.options)
-                rollout, counts = draw(policy, batch, config, jax.random.fold_in(key, step))
+                rollout, said, counts = draw(policy, batch, config, jax.random.fold_in(key, step))
                 del weights, policy  # the update needs their room
-                said = Rollout(*map(hosts.fetch, rollout))  # now: later it would wait for what is dispatched
             with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
                 ref = None if reference is None else score(reference, batch, rollout.tokens, frozen)
                 old = score(state.params, batch, rollout.tokens, frozen) if config.mu > 1 else None
@@ -206,8 +204,9 @@ def train(
     return training.join(state.params, frozen)
 
 
-def draw(policy: Any, batch: Any, config: GrpoConfig, key: jax.Array) -> tuple[Rollout, Counts]:
-    """The rollouts of a step, when they are there."""
+def draw(policy: Any, batch: Any, config: GrpoConfig, key: jax.Array) -> tuple[Rollout, Rollout, Counts]:
+    """The rollouts of a step, when they are there: on the devices, and whole on this host (which later would
+    wait for what the devices have been given by then)."""
     rollout, counts = sample(
         policy,
         batch,
@@ -217,7 +216,8 @@ def draw(policy: Any, batch: Any, config: GrpoConfig, key: jax.Array) -> tuple[R
         slots=config.slots,
         seed=key,
     )
-    return stop.settle(rollout), counts
+    rollout = stop.settle(rollout)
+    return rollout, jax.tree.map(hosts.fetch, rollout), counts
 
 
 def snapshot(params: training.Params, dtype: str) -> training.Params:
