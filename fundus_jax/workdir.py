@@ -108,8 +108,11 @@ class Workdir:
             self.checkpoints.save(number, state, data_state=place, counters=counters, final=final)
 
     @contextmanager
-    def stoppable(self, stage: str) -> Iterator[Callable[[int, Any, Any], None]]:
-        """Around a loop of `stage`: a stop (`fundus_jax.stop`) within saves a bundle of what was kept last.
+    def stoppable(
+        self, stage: str, *, on: type[BaseException] = stop.Stopped
+    ) -> Iterator[Callable[[int, Any, Any], None]]:
+        """Around a loop of `stage`: a stop (`fundus_jax.stop`) within saves a bundle of what was kept last,
+        and so does an error of the kind `on`, which all processes raise together.
 
         Gives `keep(step, state, iterator)`, to be called before each step: with the state after `step` steps,
         and the iterator before it gives the next batch. Where the run is to stop, it stops there.
@@ -123,7 +126,7 @@ class Workdir:
         with stop.deferred():
             try:
                 yield keep
-            except stop.Stopped:
+            except (stop.Stopped, on):
                 for step, state, place in kept:
                     logging.info("%s: stopped after step %d of %d", stage, step, self.stages[stage])
                     self._save(stage, step, state, place)

@@ -13,6 +13,7 @@ from typing import Any
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
 from fundus_jax.grpo.config import GrpoConfig
+from fundus_jax.grpo.judge_server import JudgeConfig
 from fundus_jax.models import read_config
 from fundus_jax.models.layers import REMAT
 from fundus_jax.models.lora import LoraConfig
@@ -100,6 +101,7 @@ class RunConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def validate(self) -> None:
@@ -120,7 +122,7 @@ class RunConfig:
             raise ConfigError(f"data.sft_part is {self.data.sft_part}; it must be above 0 and at most 1")
         rates(self.data.tasks)
         self.policy.validate()
-        for stage in (self.base, self.sft, self.grpo):
+        for stage in (self.base, self.sft, self.grpo, self.judge):
             stage.validate()
         updates = {"base": self.base.steps, "sft": self.sft.steps, "grpo": self.grpo.steps * self.grpo.mu}
         for name, steps in updates.items():  # here, and not after the data stage; 0 steps: the data decide

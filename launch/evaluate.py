@@ -25,7 +25,7 @@ from fundus_jax.evaluation.items import Item, Selection
 from fundus_jax.evaluation.run import Prediction, compare, evaluate, predict, table, write
 from fundus_jax.files import write_atomic
 from fundus_jax.grpo.judge import RulesJudge
-from fundus_jax.grpo.rewards import score_rollout
+from fundus_jax.grpo.rewards import assess, score_rollouts
 from fundus_jax.workdir import Workdir
 from launch.config import RunConfig, names
 from launch.stages import Trainer
@@ -114,23 +114,24 @@ def _answers(
 def _rewards(answers: Sequence[Prediction], pool: Any, config: RunConfig) -> np.ndarray:
     """[answers, 4] reward parts of sampled answers; an abstention counts nowhere (NaN)."""
     examples = {example.id: example for example in pool.examples}
-    judge, rows = RulesJudge(), []
-    for one in answers:
-        score = score_rollout(
+    found = [
+        assess(
             one.response,
             examples[one.item.id],
             pool.findings.get(one.item.id),
             pool.knowledge,
-            judge,
             config.grpo,
             finished=one.finished,
         )
-        rows.append(
-            [
-                np.nan if part is None else part
-                for part in (score.total, score.answer, score.format, score.process)
-            ]
-        )
+        for one in answers
+    ]
+    rows = [
+        [
+            np.nan if part is None else part
+            for part in (score.total, score.answer, score.format, score.process)
+        ]
+        for score in score_rollouts(found, RulesJudge(), config.grpo)
+    ]
     return np.asarray(rows, float)
 
 

@@ -34,6 +34,7 @@ from launch.config import RunConfig, as_json
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 STAGES = ("data", "base", "sft", "grpo", "evaluate", "export")
+NOISY = ("orbax", "httpx")
 
 config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with an argument after a colon.", lock_config=False
@@ -113,9 +114,9 @@ def run(
 
 
 def quiet(record: python_logging.LogRecord) -> bool:
-    """Log filter: Orbax reports every read and write in a dozen lines, which would bury ours; its warnings
-    stay."""
-    return record.levelno > python_logging.INFO or "orbax" not in record.pathname
+    """Log filter: Orbax reports every read and write in a dozen lines, and httpx each request to a server,
+    which would bury ours; their warnings stay."""
+    return record.levelno > python_logging.INFO or not any(name in record.pathname for name in NOISY)
 
 
 def main(argv: Sequence[str]) -> None:

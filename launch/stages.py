@@ -20,7 +20,7 @@ from fundus_jax import hosts, sft, training
 from fundus_jax.base import policy, warmup
 from fundus_jax.data import Pool, open_pool
 from fundus_jax.grpo import train as grpo
-from fundus_jax.grpo.judge import RulesJudge
+from fundus_jax.grpo.judge_server import make_judge
 from fundus_jax.models import load_pretrained, read_config, save_adapter, save_pretrained
 from fundus_jax.models.attention import backend_for
 from fundus_jax.models.freeze import freeze, narrow
@@ -118,7 +118,8 @@ class Trainer:
             prompts = grpo.Prompts(
                 self.grpo_pool(), self.processor, config.prompt, config.max_prompt, **sizes
             )
-            grpo.train(self.work, self.before(stage), prompts, RulesJudge(), config.grpo, self.mesh, **common)
+            judge = make_judge(config.judge)
+            grpo.train(self.work, self.before(stage), prompts, judge, config.grpo, self.mesh, **common)
         self.work.checkpoints.wait()
 
     def grpo_pool(self) -> Pool:

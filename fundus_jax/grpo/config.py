@@ -79,8 +79,9 @@ class GrpoConfig:
     # Against the knowledge of the predicted label, when the answer is wrong:
     knowledge_implausible: float = 0.0
     knowledge_plausible: float = 0.5
-    # The run stops when a larger share of the judged rollouts of a step has no verdict.
-    max_abstain: float = 0.5
+    # The run stops when the judge has no verdict on a larger share of what it is asked in so many steps.
+    max_abstain: float = 0.2
+    abstain_window: int = 50
 
     def validate(self) -> None:
         """Raises ConfigError that names the field, its value, what is allowed and what to do."""
@@ -151,6 +152,7 @@ _AT_LEAST = {
     "buckets": 1,
     "kl_coef": 0,
     "constant_norm": 0,
+    "abstain_window": 1,
     "answer_weight": 0,
     "format_weight": 0,
     "process_weight": 0,

@@ -8,12 +8,12 @@ language model behind a server can take its place.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from fundus_jax.findings import FINDINGS, Mentions, contradictions, parse_mentions
-from fundus_jax.records import DataError, Findings, Knowledge, Verdict
+from fundus_jax.records import ConfigError, DataError, Findings, Knowledge, Verdict
 
 # What follows here is the answer, no observation: "the answer is Drusen" must not count as having seen any.
 _CONCLUSION = re.compile(r"\b(?:answer|diagnosis|label) (?:is|must be|should be)\b[^.!?\n]*", re.IGNORECASE)
@@ -26,27 +26,44 @@ _CLEAN = re.compile(
 )
 
 
-class Judge(Protocol):
-    """Rates traces; calls do not depend on each other, so a caller may make them at the same time."""
+class JudgeError(ConfigError):
+    """There is no judge any more; the run saves what it has, and goes on once the user has mended that."""
 
-    def __call__(
-        self,
-        trace: str,
-        reference: Findings | Knowledge,
-        modality: str,
-        *,
-        about: Collection[str] | None = None,
-    ) -> Verdict:
-        """Returns the verdict on a trace of an image of this modality.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One trace to be rated against one reference.
+
+    `about`: the findings that the question asks about, None when it asks about the whole image (a diagnosis).
+    Silence about the other findings is then no error; a false claim always is one. It matters only against
+    Findings.
+    """
+
+    trace: str
+    reference: Findings | Knowledge
+    modality: str
+    about: tuple[str, ...] | None = None
+
+    @property
+    def kind(self) -> str:
+        """The `reference` that a verdict on this request carries."""
+        return "findings" if isinstance(self.reference, Findings) else "knowledge"
+
+
+class Judge(Protocol):
+    """Rates traces, all of a step at once: they do not depend on each other, and a server takes many."""
+
+    def __call__(self, requests: Sequence[Request]) -> list[Verdict]:
+        """Returns the verdicts on the requests, in their order.
 
         Against Findings the rating is plausible, tenuous or flawed; against Knowledge plausible or
-        implausible. A judge that can not decide (its server is down, its reply can not be read) returns
-        "abstain" with the reason and does not raise.
-
-        `about`: the findings that the question asks about, None when it asks about the whole image (a
-        diagnosis). Silence about the other findings is then no error; a false claim always is one. It matters
-        only against Findings.
+        implausible. Where a judge can not decide (no answer in time, a reply that can not be read) it returns
+        "abstain" with the reason and does not raise. It raises JudgeError when it will never be able to.
         """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the calls since the last one of these took, by name, for metrics.jsonl."""
         ...
 
 
@@ -68,15 +85,18 @@ class RulesJudge:
     is named, implausible.
     """
 
-    def __call__(
-        self,
-        trace: str,
-        reference: Findings | Knowledge,
-        modality: str,
-        *,
-        about: Collection[str] | None = None,
-    ) -> Verdict:
-        trace = _CONCLUSION.sub(" ", trace)
+    def __call__(self, requests: Sequence[Request]) -> list[Verdict]:
+        """Raises DataError when the knowledge of a request is not for its modality."""
+        return [self.rate(request) for request in requests]
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing: it is arithmetic."""
+        return {}
+
+    def rate(self, request: Request) -> Verdict:
+        """The verdict on one request; raises as the call does."""
+        trace, reference = _CONCLUSION.sub(" ", request.trace), request.reference
+        modality, about = request.modality, request.about
         claims, clean = parse_mentions(trace), _CLEAN.search(trace) is not None
         named = clean or bool(claims.present or claims.absent)
         if isinstance(reference, Knowledge):

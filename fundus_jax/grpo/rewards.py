@@ -11,12 +11,13 @@ are kept apart:
   the prompt. The part is 0 for all of them and the group stays; were it an abstention, the whole group would
   be lost with its answer and format rewards.
 
-The loop calls `score_rollout` for each rollout, `check_abstentions` and `reward_metrics` for the step and
-`reward_arrays` for `advantages.group_advantages`.
+The loop calls `assess` for each rollout, which says what a judge has to decide, then `score_rollouts`, which
+asks the judge about all of them at once and puts the parts together; `reward_metrics` for the step, and
+`reward_arrays` for `advantages.group_advantages`. A judge that fails too often is `abstentions.py`'s.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,24 +25,41 @@ import numpy as np
 from fundus_jax import dialog
 from fundus_jax.findings import parse_mentions
 from fundus_jax.grpo.config import GrpoConfig
-from fundus_jax.grpo.judge import Judge
-from fundus_jax.records import RATINGS, ConfigError, DataError, Example, Findings, Knowledge, Verdict
+from fundus_jax.grpo.judge import Judge, Request, RulesJudge
+from fundus_jax.records import RATINGS, DataError, Example, Findings, Knowledge, Verdict
 
 KnowledgeBase = Mapping[tuple[str, str], Knowledge]  # (label, modality) -> what the label looks like there
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assessment:
+    """What is known of a rollout before a judge is asked.
+
+    `due` decides the process part: requests to the judge, and verdicts where none has to be asked; () where
+    the part is not applicable. More than one is summed.
+    """
+
+    answer: float
+    format: float
+    due: tuple[Request | Verdict, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
     """The score of one rollout.
 
-    `process` and `total` are None where the judge abstained; `verdict` is None where none was due.
+    `process` and `total` are None where the judge abstained; `verdicts` is () where none was due. `asked`:
+    how many of the verdicts a judge gave. `agreed`: for each of those, unless it is an abstention, whether
+    the rules say the same; () where the rules themselves are the judge.
     """
 
     answer: float
     format: float
     process: float | None
     total: float | None
-    verdict: Verdict | None
+    verdicts: tuple[Verdict, ...] = ()
+    asked: int = 0
+    agreed: tuple[bool, ...] = ()
 
     @property
     def valid(self) -> bool:
@@ -51,23 +69,20 @@ class Score:
 
 def from_dict(facts: Mapping[str, Any]) -> Score:
     """The score whose `dataclasses.asdict` went through JSON, as from another process."""
-    verdict = facts["verdict"]
-    if verdict is not None:
-        verdict = Verdict(**{**verdict, "reasons": tuple(verdict["reasons"])})
-    return Score(**{**facts, "verdict": verdict})
+    verdicts = tuple(Verdict(**{**one, "reasons": tuple(one["reasons"])}) for one in facts["verdicts"])
+    return Score(**{**facts, "verdicts": verdicts, "agreed": tuple(facts["agreed"])})
 
 
-def score_rollout(
+def assess(
     text: str,
     example: Example,
     findings: Findings | None,
     knowledge: KnowledgeBase,
-    judge: Judge,
     config: GrpoConfig,
     *,
     finished: bool,
-) -> Score:
-    """Returns the score of one rollout.
+) -> Assessment:
+    """Returns answer and format of one rollout, and what is to be judged.
 
     text: the generated reply. findings: those of the example's image, None when there are none. finished:
     whether the rollout ended by itself; one that was cut off at `max_new_tokens` gets format 0 even when what
@@ -78,26 +93,62 @@ def score_rollout(
     there is no trace (flawed or implausible), and when a wrong answer is nothing the knowledge base knows
     (implausible): a non-answer, or an answer that is not a label, such as the wrong eye.
 
-    Raises DataError when the findings are another example's or the judge's rating does not belong to the
-    reference it was given.
+    Raises DataError when the findings are another example's.
     """
     if findings is not None and findings.example != example.id:
         raise DataError(f"findings of {findings.example!r} were passed for {example.id!r}")
     parsed = dialog.parse(text)
     right = parsed.answer is not None and dialog.same_answer(parsed.answer, example.answer)
-    answer, form = float(right), float(parsed.well_formed and finished)
-    verdict = None
+    due: tuple[Request | Verdict, ...] = ()
     if findings is not None and config.process_weight:
         trace = parsed.think or ""
         if right:
-            verdict = _judge_findings(trace, example, findings, judge)
+            due = (_against_findings(trace, example, findings),)
         else:
-            verdict = _judge_knowledge(trace, parsed.answer, example.modality, knowledge, judge)
-    process = 0.0 if verdict is None else process_value(verdict, config)
-    total = None
-    if process is not None:
-        total = config.answer_weight * answer + config.format_weight * form + config.process_weight * process
-    return Score(answer=answer, format=form, process=process, total=total, verdict=verdict)
+            due = (_against_knowledge(trace, parsed.answer, example.modality, knowledge),)
+    return Assessment(answer=float(right), format=float(parsed.well_formed and finished), due=due)
+
+
+def score_rollouts(rollouts: Sequence[Assessment], judge: Judge, config: GrpoConfig) -> list[Score]:
+    """Returns the scores of the rollouts, in their order, after one call of the judge.
+
+    Where it is not the rules judge, that one is asked too, and whether they agree is noted.
+
+    Raises DataError when the judge's rating does not belong to the reference it was given.
+    """
+    requests = [part for rollout in rollouts for part in rollout.due if isinstance(part, Request)]
+    verdicts = judge(requests) if requests else []
+    for request, verdict in zip(requests, verdicts, strict=True):
+        if verdict.reference != request.kind:
+            raise DataError(
+                f"the judge was given {request.kind} and returned a verdict against {verdict.reference}"
+            )
+    rules = verdicts if isinstance(judge, RulesJudge) else RulesJudge()(requests)
+    answers = iter(zip(verdicts, rules, strict=True))
+    scores = []
+    for rollout in rollouts:
+        asked = [next(answers) for part in rollout.due if isinstance(part, Request)]
+        own = iter(verdict for verdict, _ in asked)
+        given = tuple(next(own) if isinstance(part, Request) else part for part in rollout.due)
+        agreed = tuple(one.rating == other.rating for one, other in asked if one.rating != "abstain")
+        score = _compose(rollout, given, config)
+        compared = () if isinstance(judge, RulesJudge) else agreed
+        scores.append(replace(score, asked=len(asked), agreed=compared))
+    return scores
+
+
+def _compose(rollout: Assessment, verdicts: tuple[Verdict, ...], config: GrpoConfig) -> Score:
+    """The weighted sum; without a total where a judge abstained."""
+    worths = [process_value(verdict, config) for verdict in verdicts]
+    known = [worth for worth in worths if worth is not None]
+    process, total = None, None
+    if len(known) == len(worths):
+        process = float(sum(known))
+        total = config.answer_weight * rollout.answer + config.format_weight * rollout.format
+        total += config.process_weight * process
+    return Score(
+        answer=rollout.answer, format=rollout.format, process=process, total=total, verdicts=verdicts
+    )
 
 
 def process_value(verdict: Verdict, config: GrpoConfig) -> float | None:
@@ -134,64 +185,44 @@ def reward_metrics(scores: Sequence[Sequence[Score]]) -> dict[str, float]:
     """Returns what `metrics.jsonl` records of the scores of a step.
 
     Means: `answer` and `format` over all rollouts, `process` over those with a rating, `total` over the valid
-    ones. Shares of all rollouts: `not_applicable`, and `rated_X` for each rating X, abstain among them. Means
-    over nothing are left out.
+    ones. Shares of all rollouts: `not_applicable`, and `rated_X` for each rating X, abstain among them.
+    `agreement`: share of the ratings of another judge that the rules give too. Means over nothing are left
+    out.
     """
     flat = [score for group in scores for score in group]
     columns = {
         "answer": [score.answer for score in flat],
         "format": [score.format for score in flat],
-        "process": [
-            score.process for score in flat if score.verdict is not None and score.process is not None
-        ],
+        "process": [score.process for score in flat if score.verdicts and score.process is not None],
         "total": [score.total for score in flat if score.total is not None],
-        "not_applicable": [score.verdict is None for score in flat],
+        "not_applicable": [not score.verdicts for score in flat],
+        "agreement": [same for score in flat for same in score.agreed],
     }
     for rating in RATINGS:
         columns[f"rated_{rating}"] = [
-            score.verdict is not None and score.verdict.rating == rating for score in flat
+            any(verdict.rating == rating for verdict in score.verdicts) for score in flat
         ]
     return {name: float(np.mean(values)) for name, values in columns.items() if values}
 
 
-def check_abstentions(scores: Sequence[Sequence[Score]], config: GrpoConfig) -> None:
-    """Raises ConfigError when the judge failed on a larger share of what it was asked than `max_abstain`."""
-    verdicts = [score.verdict for group in scores for score in group if score.verdict is not None]
-    failed = [verdict for verdict in verdicts if verdict.rating == "abstain"]
-    if verdicts and len(failed) / len(verdicts) > config.max_abstain:
-        why = "; ".join(sorted({reason for verdict in failed for reason in verdict.reasons})[:3])
-        raise ConfigError(
-            f"the judge abstained on {len(failed)} of {len(verdicts)} rollouts, more than the share "
-            f"{config.max_abstain} of grpo.max_abstain ({why or 'no reason given'}); "
-            "check the judge, or use the rules judge"
-        )
-
-
-def _judge_findings(trace: str, example: Example, findings: Findings, judge: Judge) -> Verdict:
+def _against_findings(trace: str, example: Example, findings: Findings) -> Request | Verdict:
     if not trace.strip():
         return Verdict(rating="flawed", reference="findings", reasons=("there is no trace",))
-    verdict = judge(trace, findings, example.modality, about=_asked(example))
-    return _expect(verdict, "findings")
+    return Request(trace=trace, reference=findings, modality=example.modality, about=_asked(example))
 
 
-def _judge_knowledge(
-    trace: str, predicted: str | None, modality: str, knowledge: KnowledgeBase, judge: Judge
-) -> Verdict:
+def _against_knowledge(
+    trace: str, predicted: str | None, modality: str, knowledge: KnowledgeBase
+) -> Request | Verdict:
     known = _find(knowledge, predicted, modality) if predicted is not None else None
+    if known is not None and trace.strip():
+        return Request(trace=trace, reference=known, modality=modality)
+    reason = "there is no trace"
     if known is None:
         reason = (
             "there is no answer" if predicted is None else f"no knowledge of {predicted[:80]!r} in {modality}"
         )
-        return Verdict(rating="implausible", reference="knowledge", reasons=(reason,))
-    if not trace.strip():
-        return Verdict(rating="implausible", reference="knowledge", reasons=("there is no trace",))
-    return _expect(judge(trace, known, modality), "knowledge")
-
-
-def _expect(verdict: Verdict, reference: str) -> Verdict:
-    if verdict.reference != reference:
-        raise DataError(f"the judge was given {reference} and returned a verdict against {verdict.reference}")
-    return verdict
+    return Verdict(rating="implausible", reference="knowledge", reasons=(reason,))
 
 
 def _find(knowledge: KnowledgeBase, label: str, modality: str) -> Knowledge | None:

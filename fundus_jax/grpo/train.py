@@ -23,17 +23,11 @@ from jax.sharding import Mesh
 from fundus_jax import dialog, hosts, stop, training
 from fundus_jax.data import Pool, batches, ladder, round_up
 from fundus_jax.files import write_atomic
+from fundus_jax.grpo.abstentions import Abstentions
 from fundus_jax.grpo.advantages import group_advantages, group_stats
 from fundus_jax.grpo.config import GrpoConfig
-from fundus_jax.grpo.judge import Judge
-from fundus_jax.grpo.rewards import (
-    Score,
-    check_abstentions,
-    from_dict,
-    reward_arrays,
-    reward_metrics,
-    score_rollout,
-)
+from fundus_jax.grpo.judge import Judge, JudgeError
+from fundus_jax.grpo.rewards import Score, assess, from_dict, reward_arrays, reward_metrics, score_rollouts
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.sampler import Counts, sample
 from fundus_jax.grpo.update import Samples, make_score, make_update
@@ -97,22 +91,18 @@ class Prompts:
 def score_all(
     prompts: Prompts, index: np.ndarray, rollout: Rollout, judge: Judge, config: GrpoConfig
 ) -> tuple[list[list[str]], list[list[Score]]]:
-    """Texts and scores of every rollout, B groups of G."""
+    """Texts and scores of every rollout, B groups of G; the judge gets all it has to rate in one call."""
     tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
-    texts, scores = [], []
+    texts, found = [], []
     for row, i in enumerate(index):
         example = prompts.rows[i][0]
-        findings = prompts.pool.findings.get(example.id)
+        about = (example, prompts.pool.findings.get(example.id), prompts.pool.knowledge, config)
         group = [tokens[row, g][mask[row, g]] for g in range(tokens.shape[1])]
         ended = [len(one) > 0 and int(one[-1]) in prompts.processor.eos_ids for one in group]
         texts.append([prompts.processor.decode(one) for one in group])
-        scores.append(
-            [
-                score_rollout(text, example, findings, prompts.pool.knowledge, judge, config, finished=end)
-                for text, end in zip(texts[-1], ended, strict=True)
-            ]
-        )
-    return texts, scores
+        found += [assess(text, *about, finished=end) for text, end in zip(texts[-1], ended, strict=True)]
+    scores = iter(score_rollouts(found, judge, config))
+    return texts, [[next(scores) for _ in group] for group in texts]
 
 
 def score_together(
@@ -120,18 +110,30 @@ def score_together(
 ) -> tuple[list[list[str]], list[list[Score]]]:
     """`score_all`, with the prompts dealt out to the processes: each is judged once, and all get all scores.
 
-    Raises Stopped where the run is to stop; a judge that waits for a server is not waited for.
+    rollout: whole on every process. Raises Stopped where the run is to stop (a judge that waits for a server
+    is not waited for), and JudgeError on every process where the judge of one gives up.
     """
     count = jax.process_count()
     if count == 1:
         return stop.interruptible(lambda: score_all(prompts, index, rollout, judge, config))
     mine = slice(jax.process_index(), None, count)
-    part = Rollout(*(jax.numpy.asarray(hosts.fetch(array)[mine]) for array in rollout))
-    texts, scores = stop.interruptible(lambda: score_all(prompts, index[mine], part, judge, config))
-    told = [[dataclasses.asdict(score) for score in group] for group in scores]
-    shares = [list(zip(*share, strict=True)) for share in hosts.gather([texts, told])]
-    dealt = [shares[row % count][row // count] for row in range(len(index))]
-    return [group for group, _ in dealt], [[from_dict(score) for score in group] for _, group in dealt]
+    part = Rollout(*(array[mine] for array in rollout))
+
+    def judged() -> tuple[Any, Any, str]:
+        try:
+            texts, scores = score_all(prompts, index[mine], part, judge, config)
+        except JudgeError as error:  # told to the others, which wait for this process
+            return [], [], str(error)
+        return texts, [[dataclasses.asdict(score) for score in group] for group in scores], ""
+
+    texts, told, given_up = zip(*hosts.gather(stop.interruptible(judged)), strict=True)
+    if any(given_up):
+        raise JudgeError(next(filter(None, given_up)))
+    rows = [(row % count, row // count) for row in range(len(index))]
+    return (
+        [texts[process][row] for process, row in rows],
+        [[from_dict(score) for score in told[process][row]] for process, row in rows],
+    )
 
 
 def train(
@@ -148,8 +150,8 @@ def train(
     """Improve what is not frozen of the policy and return all its parameters. Resumes from, and ends with, a
     bundle of stage `grpo`, which holds the trained ones.
 
-    `model` is the policy to start from, and the reference. Raises ConfigError when the judge abstains too
-    often, DataError when gradients stay non-finite.
+    `model` is the policy to start from, and the reference. Raises JudgeError when the judge abstains too
+    often or is lost, after saving what is there; DataError when gradients stay non-finite.
     """
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
@@ -159,9 +161,8 @@ def train(
 
     optimizer = training.make_optimizer(config.optim, config.steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
-    key = jax.random.key(config.seed)
-    mine = training.rows_here(config.prompts_per_step, mesh)
-    with jax.set_mesh(mesh), work.stoppable("grpo") as keep:
+    key, mine = jax.random.key(config.seed), training.rows_here(config.prompts_per_step, mesh)
+    with jax.set_mesh(mesh), work.stoppable("grpo", on=JudgeError) as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
         reference = snapshot(state.params, compute) if config.kl_coef else None
@@ -169,6 +170,7 @@ def train(
         iterator = batches(count, config.prompts_per_step, build, seed=config.seed, groups=prompts.groups)
         state, done = work.resume("grpo", state, iterator)
         progress, watch = work.progress("grpo", done), Stopwatch()
+        abstentions = Abstentions(config, work.metrics.path, done)
         for step in range(done + 1, config.steps + 1):
             keep(step - 1, state, iterator)
             with watch("data"):
@@ -177,14 +179,14 @@ def train(
             with watch("rollout"):
                 weights = training.join(training.cast(state.params, compute), frozen)
                 policy = skeleton.merge(weights, model.options)
-                rollout, counts = draw(policy, batch, config, jax.random.fold_in(key, step))
+                rollout, said, counts = draw(policy, batch, config, jax.random.fold_in(key, step))
                 del weights, policy  # the update needs their room
             with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
                 ref = None if reference is None else score(reference, batch, rollout.tokens, frozen)
                 old = score(state.params, batch, rollout.tokens, frozen) if config.mu > 1 else None
             with watch("judge"):
-                texts, scores = score_together(prompts, index, rollout, judge, config)
-                check_abstentions(scores, config)
+                texts, scores = score_together(prompts, index, said, judge, config)
+                judged = abstentions.add(scores) | judge.metrics()
                 advantages = np.asarray(group_advantages(*totals(scores), scale=config.scale), np.float32)
             with watch("update"):
                 samples = Samples.of(batch, rollout, training.place(advantages[mine], mesh), old, ref)
@@ -192,7 +194,7 @@ def train(
                     state, metrics = update(state, samples, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
-            values |= describe(scores, rollout) | counts.metrics()
+            values |= describe(scores, said) | counts.metrics() | judged
             work.metrics.log("grpo", step, values | watch.lap())
             progress.update(note=f"reward {values['reward/total']:.3f}")
             if step == config.steps or (config.save_every and step % config.save_every == 0):
@@ -202,8 +204,9 @@ def train(
     return training.join(state.params, frozen)
 
 
-def draw(policy: Any, batch: Any, config: GrpoConfig, key: jax.Array) -> tuple[Rollout, Counts]:
-    """The rollouts of a step, when they are there."""
+def draw(policy: Any, batch: Any, config: GrpoConfig, key: jax.Array) -> tuple[Rollout, Rollout, Counts]:
+    """The rollouts of a step, when they are there: on the devices, and whole on this host (which later would
+    wait for what the devices have been given by then)."""
     rollout, counts = sample(
         policy,
         batch,
@@ -213,7 +216,8 @@ def draw(policy: Any, batch: Any, config: GrpoConfig, key: jax.Array) -> tuple[R
         slots=config.slots,
         seed=key,
     )
-    return stop.settle(rollout), counts
+    rollout = stop.settle(rollout)
+    return rollout, jax.tree.map(hosts.fetch, rollout), counts
 
 
 def snapshot(params: training.Params, dtype: str) -> training.Params:
@@ -229,7 +233,7 @@ def totals(scores: Sequence[Sequence[Score]]) -> tuple[np.ndarray, np.ndarray]:
 
 def describe(scores: Sequence[Sequence[Score]], rollout: Rollout) -> dict[str, float]:
     """What metrics.jsonl records of a step: reward parts and ratings, group statistics, response lengths."""
-    lengths = hosts.fetch(rollout.mask).sum(axis=-1)
+    lengths = rollout.mask.sum(axis=-1)
     return {
         **{f"reward/{name}": value for name, value in reward_metrics(scores).items()},
         **{name: float(value) for name, value in group_stats(*totals(scores)).items()},
@@ -261,8 +265,8 @@ def show(
                 "format": score.format,
                 "process": score.process,
                 "total": score.total,
-                "rating": score.verdict.rating if score.verdict else None,
-                "reasons": list(score.verdict.reasons) if score.verdict else [],
+                "rating": " + ".join(verdict.rating for verdict in score.verdicts) or None,
+                "reasons": [reason for verdict in score.verdicts for reason in verdict.reasons],
                 "advantage": float(advantage),
             }
             for text, score, advantage in zip(texts[row], scores[row], advantages[row], strict=True)

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from data_pipeline.knowledge.note import shipped_notes
 from data_pipeline.writer import RuleWriter
 from fundus_jax.findings import FINDINGS, vocabulary
-from fundus_jax.grpo.judge import Judge, RulesJudge
+from fundus_jax.grpo.judge import Request, RulesJudge
 from fundus_jax.records import Box, DataError, Example, Findings, Knowledge
 
-JUDGE: Judge = RulesJudge()
+
+def JUDGE(trace, reference, modality, about=None):  # noqa: N802
+    return RulesJudge()([Request(trace=trace, reference=reference, modality=modality, about=about)])[0]
 
 
 def findings(*present):

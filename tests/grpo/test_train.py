@@ -122,17 +122,6 @@ def test_groups_are_written_for_people(source: Path, tmp_path: Path) -> None:
         assert sum(one["advantage"] for one in group["rollouts"]) == pytest.approx(0, abs=1e-5)
 
 
-class Flip:
-    """A judge of whims: every other trace is good, so that groups have variance."""
-
-    def __init__(self, rating: str = "") -> None:
-        self.rating, self.calls = rating, 0
-
-    def __call__(self, trace: str, reference: Any, modality: str, **more: Any) -> Verdict:
-        self.calls += 1
-        return Verdict(rating=self.rating or "plausible", reference="findings", reasons=("a whim",))
-
-
 def test_two_passes_over_the_same_rollouts(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +137,7 @@ def test_two_passes_over_the_same_rollouts(
 
 def whims(prompts: Any, index: Any, rollout: Any, judge: Any, config: GrpoConfig) -> tuple[list, list]:
     """Scores that reward every other rollout of a group."""
-    good = grpo.Score(answer=1.0, format=0.0, process=0.0, total=1.0, verdict=None)
+    good = grpo.Score(answer=1.0, format=0.0, process=0.0, total=1.0)
     group = [replace(good, answer=float(g % 2), total=float(g % 2)) for g in range(config.group_size)]
     return [["text"] * config.group_size for _ in index], [group for _ in index]
 
@@ -161,10 +150,7 @@ def test_what_is_rewarded_becomes_likelier(
     def likes(prompts: Any, index: Any, rollout: Any, judge: Any, config: GrpoConfig) -> tuple[list, list]:
         said = np.asarray(rollout.tokens)[:, :, 0] % 2 == 0
         scores = [
-            [
-                grpo.Score(answer=float(one), format=0.0, process=0.0, total=float(one), verdict=None)
-                for one in group
-            ]
+            [grpo.Score(answer=float(one), format=0.0, process=0.0, total=float(one)) for one in group]
             for group in said
         ]
         return [["text"] * config.group_size for _ in index], scores
@@ -217,12 +203,12 @@ def test_a_judge_that_fails_stops_the_stage(
     def failing(*args: Any) -> tuple[list, list]:
         texts, scores = whims(*args)
         verdict = Verdict(rating="abstain", reference="findings", reasons=("the server is down",))
-        lost = grpo.Score(answer=0.0, format=0.0, process=None, total=None, verdict=verdict)
+        lost = grpo.Score(answer=0.0, format=0.0, process=None, total=None, verdicts=(verdict,), asked=1)
         return texts, [[lost] * len(group) for group in scores]
 
     monkeypatch.setattr(grpo, "score_all", failing)
-    with pytest.raises(ConfigError, match=r"abstained on 8 of 8 rollouts.*the server is down"):
-        run(tmp_path, source, SMALL)
+    with pytest.raises(ConfigError, match=r"abstained on 8 of 8 requests.*the server is down"):
+        run(tmp_path, source, replace(SMALL, abstain_window=1))
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(

@@ -22,7 +22,7 @@ from fundus_jax.evaluation.run import Prediction, compare, evaluate, write
 from fundus_jax.findings import vocabulary
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge
-from fundus_jax.grpo.rewards import Score, score_rollout
+from fundus_jax.grpo.rewards import Score, assess, score_rollouts
 from fundus_jax.records import Example, Trace
 from fundus_jax.workdir import Workdir
 from launch.config import as_json
@@ -76,15 +76,9 @@ def predict(
 
 def judged(text: str, example: Example, pool: Pool) -> Score:
     """The score that training would give."""
-    return score_rollout(
-        text,
-        example,
-        pool.findings.get(example.id),
-        pool.knowledge,
-        RulesJudge(),
-        GrpoConfig(),
-        finished=True,
-    )
+    config = GrpoConfig()
+    found = assess(text, example, pool.findings.get(example.id), pool.knowledge, config, finished=True)
+    return score_rollouts([found], RulesJudge(), config)[0]
 
 
 def make_evaluation(work: Path, hostile: bool) -> None:
@@ -135,8 +129,8 @@ def make_rollouts(work: Path, step: int, skill: float, hostile: bool) -> None:
         rollouts = [
             {
                 "text": text, "answer": one.answer, "format": one.format, "process": one.process,
-                "total": one.total, "rating": one.verdict.rating if one.verdict else None,
-                "reasons": list(one.verdict.reasons) if one.verdict else [],
+                "total": one.total, "rating": one.verdicts[0].rating if one.verdicts else None,
+                "reasons": list(one.verdicts[0].reasons) if one.verdicts else [],
                 "advantage": float((one.total or 0) - mean),
             }
             for text, one in zip(texts, found, strict=True)
