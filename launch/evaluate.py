@@ -124,6 +124,7 @@ def _rewards(answers: Sequence[Prediction], pool: Any, config: RunConfig) -> np.
             judge,
             config.grpo,
             finished=one.finished,
+            think=config.prompt.think,
         )
         rows.append(
             [

@@ -58,7 +58,7 @@ def likes(prompts: Any, index: Any, rollout: Any, judge: Any, config: Any) -> tu
     first = np.asarray(rollout.tokens)[:, :, 0]
     totals = [[float((t + prompt) % 3) for t in group] for group, prompt in zip(first, index, strict=True)]
     scores = [
-        [Score(answer=0.0, format=0.0, process=0.0, total=total, verdict=None) for total in group]
+        [Score(answer=0.0, format=0.0, process=0.0, total=total, verdicts=()) for total in group]
         for group in totals
     ]
     return [[f"prompt {prompt}"] * config.group_size for prompt in index], scores

@@ -56,7 +56,7 @@ def config(base: Path, **changes: Any) -> RunConfig:
 
 def whims(prompts: Any, index: Any, rollout: Any, judge: Any, config: GrpoConfig) -> tuple[list, list]:
     """Scores that reward every other rollout of a group."""
-    none = grpo.Score(answer=0.0, format=0.0, process=0.0, total=0.0, verdict=None)
+    none = grpo.Score(answer=0.0, format=0.0, process=0.0, total=0.0, verdicts=())
     group = [replace(none, answer=float(g % 2), total=float(g % 2)) for g in range(config.group_size)]
     return [["text"] * config.group_size for _ in index], [group for _ in index]
 

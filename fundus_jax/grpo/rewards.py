@@ -2,14 +2,17 @@
 
 Answer and format are binary. The process part depends on the answer: a trace that led to the right one is
 judged against the findings of the image, a trace that led to a wrong one against the knowledge of the label
-it predicted; one or the other, never a sum (which the paper found to be hacked). Three things look alike and
+it predicted; one or the other, not the sum, which the paper found to be hacked. `config.process` also offers
+what the paper compares this with: always the one, always the other, and the sum. Three things look alike and
 are kept apart:
 
 * a score of 0: the judge looked and found the trace bad.
-* abstention: the judge failed. The rollout has no total and leaves the statistics of its group.
-* not applicable: the image has no findings to compare with, so there is nothing to judge for any rollout of
-  the prompt. The part is 0 for all of them and the group stays; were it an abstention, the whole group would
-  be lost with its answer and format rewards.
+* abstention: the judge failed, of two verdicts on one at least. The rollout has no total and leaves the
+  statistics of its group.
+* not applicable: the image has no findings to compare with (or, where the knowledge is asked in any case, the
+  right answer is no label with knowledge), so there is nothing to judge for any rollout of the prompt. The
+  part is 0 for all of them and the group stays; were it an abstention, the whole group would be lost with its
+  answer and format rewards.
 
 The loop calls `score_rollout` for each rollout, `check_abstentions` and `reward_metrics` for the step and
 `reward_arrays` for `advantages.group_advantages`.
@@ -34,14 +37,15 @@ KnowledgeBase = Mapping[tuple[str, str], Knowledge]  # (label, modality) -> what
 class Score:
     """The score of one rollout.
 
-    `process` and `total` are None where the judge abstained; `verdict` is None where none was due.
+    `verdicts` has none where none was due, and two where both references were (findings, then knowledge).
+    `process` and `total` are None where the judge abstained on one of them.
     """
 
     answer: float
     format: float
     process: float | None
     total: float | None
-    verdict: Verdict | None
+    verdicts: tuple[Verdict, ...]
 
     @property
     def valid(self) -> bool:
@@ -51,10 +55,8 @@ class Score:
 
 def from_dict(facts: Mapping[str, Any]) -> Score:
     """The score whose `dataclasses.asdict` went through JSON, as from another process."""
-    verdict = facts["verdict"]
-    if verdict is not None:
-        verdict = Verdict(**{**verdict, "reasons": tuple(verdict["reasons"])})
-    return Score(**{**facts, "verdict": verdict})
+    verdicts = tuple(Verdict(**{**one, "reasons": tuple(one["reasons"])}) for one in facts["verdicts"])
+    return Score(**{**facts, "verdicts": verdicts})
 
 
 def score_rollout(
@@ -66,38 +68,64 @@ def score_rollout(
     config: GrpoConfig,
     *,
     finished: bool,
+    think: bool = True,
 ) -> Score:
     """Returns the score of one rollout.
 
     text: the generated reply. findings: those of the example's image, None when there are none. finished:
     whether the rollout ended by itself; one that was cut off at `max_new_tokens` gets format 0 even when what
-    is there happens to parse.
+    is there happens to parse. think: whether the prompt asked for a trace; where it did not, the format is
+    the answer block alone.
 
     The answer counts as right when it is the example's answer up to case, white space and a trailing full
-    stop. The judge is not asked when `process_weight` is 0 or there are no findings (not applicable), when
-    there is no trace (flawed or implausible), and when a wrong answer is nothing the knowledge base knows
-    (implausible): a non-answer, or an answer that is not a label, such as the wrong eye.
+    stop. The judge is not asked when nothing is due (`references`), when there is no trace (flawed or
+    implausible), and when the answer is nothing the knowledge base knows (implausible): a non-answer, or an
+    answer that is not a label, such as the wrong eye.
 
     Raises DataError when the findings are another example's or the judge's rating does not belong to the
     reference it was given.
     """
     if findings is not None and findings.example != example.id:
         raise DataError(f"findings of {findings.example!r} were passed for {example.id!r}")
-    parsed = dialog.parse(text)
+    parsed = dialog.parse(text, think=think)
     right = parsed.answer is not None and dialog.same_answer(parsed.answer, example.answer)
     answer, form = float(right), float(parsed.well_formed and finished)
-    verdict = None
-    if findings is not None and config.process_weight:
-        trace = parsed.think or ""
-        if right:
-            verdict = _judge_findings(trace, example, findings, judge)
+    trace, verdicts = parsed.think or "", ()
+    for reference in references(example, right, findings, knowledge, config):
+        if reference == "findings" and findings is not None:
+            verdicts += (_judge_findings(trace, example, findings, judge),)
         else:
-            verdict = _judge_knowledge(trace, parsed.answer, example.modality, knowledge, judge)
-    process = 0.0 if verdict is None else process_value(verdict, config)
+            verdicts += (_judge_knowledge(trace, parsed.answer, example.modality, knowledge, judge),)
+    process = process_sum(verdicts, config)
     total = None
     if process is not None:
         total = config.answer_weight * answer + config.format_weight * form + config.process_weight * process
-    return Score(answer=answer, format=form, process=process, total=total, verdict=verdict)
+    return Score(answer=answer, format=form, process=process, total=total, verdicts=verdicts)
+
+
+def references(
+    example: Example, right: bool, findings: Findings | None, knowledge: KnowledgeBase, config: GrpoConfig
+) -> tuple[str, ...]:
+    """Returns what a rollout is judged against: "findings", "knowledge", both or nothing.
+
+    What is not applicable is so for every rollout of the prompt, whatever it answered: the findings where the
+    image has none, the knowledge, in the modes that ask for it whatever was answered, where the right answer
+    is not a label that the knowledge base knows.
+    """
+    if not config.process_weight:
+        return ()
+    if config.process == "selective":
+        return () if findings is None else ("findings" if right else "knowledge",)
+    known = _find(knowledge, example.answer, example.modality)
+    there = {"findings": findings is not None, "knowledge": known is not None}
+    return tuple(name for name, is_there in there.items() if is_there and config.process in (name, "sum"))
+
+
+def process_sum(verdicts: Sequence[Verdict], config: GrpoConfig) -> float | None:
+    """Returns what the verdicts on a rollout are worth together: 0 without any, None when one abstains."""
+    values = [process_value(verdict, config) for verdict in verdicts]
+    known = [value for value in values if value is not None]
+    return float(sum(known)) if len(known) == len(values) else None
 
 
 def process_value(verdict: Verdict, config: GrpoConfig) -> float | None:
@@ -134,34 +162,33 @@ def reward_metrics(scores: Sequence[Sequence[Score]]) -> dict[str, float]:
     """Returns what `metrics.jsonl` records of the scores of a step.
 
     Means: `answer` and `format` over all rollouts, `process` over those with a rating, `total` over the valid
-    ones. Shares of all rollouts: `not_applicable`, and `rated_X` for each rating X, abstain among them. Means
-    over nothing are left out.
+    ones. Shares of all rollouts: `not_applicable`, and `rated_X` for each rating X, abstain among them (in
+    the mode "sum" a rollout may have two). Means over nothing are left out.
     """
     flat = [score for group in scores for score in group]
     columns = {
         "answer": [score.answer for score in flat],
         "format": [score.format for score in flat],
-        "process": [
-            score.process for score in flat if score.verdict is not None and score.process is not None
-        ],
+        "process": [score.process for score in flat if score.verdicts and score.process is not None],
         "total": [score.total for score in flat if score.total is not None],
-        "not_applicable": [score.verdict is None for score in flat],
+        "not_applicable": [not score.verdicts for score in flat],
     }
     for rating in RATINGS:
         columns[f"rated_{rating}"] = [
-            score.verdict is not None and score.verdict.rating == rating for score in flat
+            any(verdict.rating == rating for verdict in score.verdicts) for score in flat
         ]
     return {name: float(np.mean(values)) for name, values in columns.items() if values}
 
 
 def check_abstentions(scores: Sequence[Sequence[Score]], config: GrpoConfig) -> None:
-    """Raises ConfigError when the judge failed on a larger share of what it was asked than `max_abstain`."""
-    verdicts = [score.verdict for group in scores for score in group if score.verdict is not None]
-    failed = [verdict for verdict in verdicts if verdict.rating == "abstain"]
-    if verdicts and len(failed) / len(verdicts) > config.max_abstain:
-        why = "; ".join(sorted({reason for verdict in failed for reason in verdict.reasons})[:3])
+    """Raises ConfigError when a larger share of the judged rollouts than `max_abstain` has no verdict."""
+    judged = [score for group in scores for score in group if score.verdicts]
+    failed = [score for score in judged if score.process is None]
+    if judged and len(failed) / len(judged) > config.max_abstain:
+        abstained = [one for score in failed for one in score.verdicts if one.rating == "abstain"]
+        why = "; ".join(sorted({reason for verdict in abstained for reason in verdict.reasons})[:3])
         raise ConfigError(
-            f"the judge abstained on {len(failed)} of {len(verdicts)} rollouts, more than the share "
+            f"the judge abstained on {len(failed)} of {len(judged)} rollouts, more than the share "
             f"{config.max_abstain} of grpo.max_abstain ({why or 'no reason given'}); "
             "check the judge, or use the rules judge"
         )

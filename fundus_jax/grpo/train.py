@@ -59,7 +59,7 @@ class Prompts:
         buckets: int = 1,
         batch: int = 1,
     ) -> None:
-        self.pool, self.processor = pool, processor
+        self.pool, self.processor, self.think = pool, processor, prompt.think
         kept, sizes, dropped = [], [], 0
         for example in pool.examples:
             messages = dialog.messages(example, prompt.style, prompt.think, instruct=prompt.instruct)
@@ -102,13 +102,15 @@ def score_all(
     texts, scores = [], []
     for row, i in enumerate(index):
         example = prompts.rows[i][0]
-        findings = prompts.pool.findings.get(example.id)
+        findings, knowledge = prompts.pool.findings.get(example.id), prompts.pool.knowledge
         group = [tokens[row, g][mask[row, g]] for g in range(tokens.shape[1])]
         ended = [len(one) > 0 and int(one[-1]) in prompts.processor.eos_ids for one in group]
         texts.append([prompts.processor.decode(one) for one in group])
         scores.append(
             [
-                score_rollout(text, example, findings, prompts.pool.knowledge, judge, config, finished=end)
+                score_rollout(
+                    text, example, findings, knowledge, judge, config, finished=end, think=prompts.think
+                )
                 for text, end in zip(texts[-1], ended, strict=True)
             ]
         )
@@ -261,8 +263,7 @@ def show(
                 "format": score.format,
                 "process": score.process,
                 "total": score.total,
-                "rating": score.verdict.rating if score.verdict else None,
-                "reasons": list(score.verdict.reasons) if score.verdict else [],
+                "verdicts": [dataclasses.asdict(verdict) for verdict in score.verdicts],
                 "advantage": float(advantage),
             }
             for text, score, advantage in zip(texts[row], scores[row], advantages[row], strict=True)

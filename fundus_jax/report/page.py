@@ -37,7 +37,7 @@ def render(run: Run) -> str:
     }  # fmt: skip
     grpo = run.config.get("grpo", {})
     weights = {name: grpo.get(f"{name}_weight", 1.0) for name in ("answer", "format", "process")}
-    most = sum(weights.values()) or 1.0
+    most = most_reward(grpo, weights)
     context = {
         "run": run,
         "stage_names": figures.STAGE_NAMES,
@@ -61,6 +61,13 @@ def render(run: Run) -> str:
         "commands": commands(run),
     }
     return environment.get_template("report.html.jinja").render(context)
+
+
+def most_reward(grpo: dict[str, Any], weights: dict[str, float]) -> float:
+    """What a perfect rollout gets, by the weights of the parts and by what its trace is judged against."""
+    findings, knowledge = grpo.get("plausible", 1.0), grpo.get("knowledge_plausible", 0.5)
+    most = {"knowledge": knowledge, "sum": findings + knowledge}.get(str(grpo.get("process")), findings)
+    return weights["answer"] + weights["format"] + weights["process"] * most or 1.0
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

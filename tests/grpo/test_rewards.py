@@ -1,6 +1,7 @@
 """The reward of a rollout: its three parts, the reference that the judge gets, and a judge that fails."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fundus_jax.grpo.judge import RulesJudge
 from fundus_jax.grpo.rewards import (
     Score,
     check_abstentions,
+    from_dict,
     process_value,
     reward_arrays,
     reward_metrics,
@@ -121,8 +123,8 @@ def test_a_wrong_answer_that_nothing_is_known_about_is_implausible(answer):
     # Severe NPDR has no entry here, and Drusen is a label of OCT only.
     result = score(render(TRACE, answer), judge=SpyJudge())
     assert parts(result) == (0, 1, 0, 1)
-    assert result.verdict == Verdict(
-        rating="implausible", reference="knowledge", reasons=(f"no knowledge of {answer!r} in CFP",)
+    assert result.verdicts == (
+        Verdict(rating="implausible", reference="knowledge", reasons=(f"no knowledge of {answer!r} in CFP",)),
     )
 
 
@@ -143,8 +145,9 @@ def test_replies_out_of_form(text, expected):
 
 
 def test_a_reply_without_trace_is_not_sent_to_the_judge():
-    assert score("<answer>Moderate NPDR</answer>", judge=SpyJudge()).verdict.rating == "flawed"
-    assert score("<answer>Mild NPDR</answer>", judge=SpyJudge()).verdict.rating == "implausible"
+    for answer, rating in (("Moderate NPDR", "flawed"), ("Mild NPDR", "implausible")):
+        result = score(f"<answer>{answer}</answer>", judge=SpyJudge())
+        assert [verdict.rating for verdict in result.verdicts] == [rating]
 
 
 def test_a_reply_that_was_cut_off_has_no_format():
@@ -177,7 +180,128 @@ def test_weights_and_worths_come_from_the_config():
 def test_without_a_process_weight_no_judge_is_asked():
     result = score(render(TRACE, "Moderate NPDR"), judge=SpyJudge(), config=GrpoConfig(process_weight=0.0))
     assert parts(result) == (1, 1, 0, 2)
-    assert result.verdict is None
+    assert result.verdicts == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("<answer>Moderate NPDR</answer>", 1),
+        (" <answer> Moderate NPDR </answer>\n", 1),
+        (render(TRACE, "Moderate NPDR"), 0),
+        ("So: <answer>Moderate NPDR</answer>", 0),
+        ("<answer>Moderate NPDR</answer> indeed", 0),
+        ("<answer> </answer>", 0),
+        ("<answer>Moderate NPDR</answer><answer>AMD</answer>", 0),
+    ],
+)
+def test_without_a_trace_the_format_is_the_answer_alone(text, form):
+    config = GrpoConfig(process_weight=0.0)
+    result = score_rollout(text, EXAMPLE, FINDINGS, KNOWLEDGE, SpyJudge(), config, finished=True, think=False)
+    assert result.format == form
+    cut = score_rollout(text, EXAMPLE, FINDINGS, KNOWLEDGE, SpyJudge(), config, finished=False, think=False)
+    assert cut.format == 0
+
+
+# ---- what a trace is judged against: the paper's set-ups G (selective), H (findings), I (knowledge), J (sum)
+
+TENUOUS = "The image shows microaneurysms."  # half of what the image shows; all of what mild disease requires
+REFERENCES = {
+    # (trace, answer): process by selective, findings, knowledge, sum
+    (TRACE, "Moderate NPDR"): (1, 1, 0.5, 1.5),
+    (TENUOUS, "Moderate NPDR"): (0.5, 0.5, 0, 0.5),
+    ("The image shows drusen.", "Moderate NPDR"): (0, 0, 0, 0),
+    (TRACE, "Mild NPDR"): (0, 1, 0, 1),  # all that is there, which mild disease excludes
+    (TENUOUS, "Mild NPDR"): (0.5, 0.5, 0.5, 1),
+    ("The image shows drusen.", "AMD"): (0.5, 0, 0.5, 0.5),
+    (TRACE, "Severe NPDR"): (0, 1, 0, 1),  # of which nothing is known
+}
+
+
+@pytest.mark.parametrize(("said", "worth"), REFERENCES.items())
+def test_the_process_reward_of_each_mode(said, worth):
+    trace, answer = said
+    for mode, expected in zip(("selective", "findings", "knowledge", "sum"), worth, strict=True):
+        config = GrpoConfig(process=mode)
+        config.validate()
+        result = score(render(trace, answer), config=config)
+        assert result.process == expected, mode
+        assert result.total == (answer == "Moderate NPDR") + 1 + expected
+        against = [verdict.reference for verdict in result.verdicts]
+        right = "findings" if answer == "Moderate NPDR" else "knowledge"
+        assert against == {"selective": [right], "sum": ["findings", "knowledge"]}.get(mode, [mode])
+
+
+def test_without_an_answer_only_the_findings_can_be_met():
+    text = f"<think>{TRACE}</think>"
+    assert [score(text, config=GrpoConfig(process=mode)).process for mode in ("findings", "sum")] == [1, 1]
+    assert [score(text, config=GrpoConfig(process=mode)).process for mode in ("selective", "knowledge")] == [
+        0,
+        0,
+    ]
+
+
+class HalfJudge(SpyJudge):
+    """Abstains against one reference, and finds everything plausible against the other."""
+
+    def __init__(self, silent):
+        super().__init__("plausible")
+        self.silent = silent
+
+    def __call__(self, trace, reference, modality, *, about=None):
+        verdict = super().__call__(trace, reference, modality, about=about)
+        return dataclasses.replace(verdict, rating="abstain") if verdict.reference == self.silent else verdict
+
+
+@pytest.mark.parametrize("silent", ["findings", "knowledge"])
+@pytest.mark.parametrize("answer", ["Moderate NPDR", "Mild NPDR"])
+def test_in_a_sum_one_abstention_is_enough(silent, answer):
+    config = GrpoConfig(process="sum")
+    judge = HalfJudge(silent)
+    result = score(render(TRACE, answer), judge=judge, config=config)
+    assert len(judge.calls) == 2  # the other verdict is there to be seen
+    ratings = {verdict.reference: verdict.rating for verdict in result.verdicts}
+    assert ratings == {"findings": "plausible", "knowledge": "plausible"} | {silent: "abstain"}
+    assert (result.process, result.total, result.valid) == (None, None, False)
+    metrics = reward_metrics(
+        [[result, score(render(TRACE, answer), judge=SpyJudge("plausible"), config=config)]]
+    )
+    assert (metrics["rated_abstain"], metrics["rated_plausible"], metrics["process"]) == (0.5, 1, 1.5)
+    other = score(render("Drusen.", answer), config=config)
+    with pytest.raises(ConfigError, match="abstained on 1 of 2 rollouts"):
+        check_abstentions([[result, other]], dataclasses.replace(config, max_abstain=0.4))
+    check_abstentions([[result, other]], config)
+
+
+def test_what_is_not_applicable_is_so_for_the_whole_group():
+    """The knowledge item needs a right answer that is a label, the findings item an image with findings."""
+    right, wrong = render(TRACE, "Moderate NPDR"), render("The image shows drusen.", "AMD")
+    for mode, worth in (("findings", (0, 0)), ("knowledge", (0.5, 0.5)), ("sum", (0.5, 0.5))):
+        config = GrpoConfig(process=mode)
+        assert tuple(score(t, findings=None, config=config).process for t in (right, wrong)) == worth
+    severe = make_example(answer="Severe NPDR", labels=("Severe NPDR",))  # nothing is known of it
+    for mode, count in (("findings", 1), ("knowledge", 0), ("sum", 1)):
+        config = GrpoConfig(process=mode)
+        for text in (render(TRACE, "Severe NPDR"), wrong):
+            result = score(text, example=severe, config=config)
+            assert [verdict.reference for verdict in result.verdicts] == ["findings"] * count
+    eye = make_example(
+        task="laterality", question="Which eye is it?", answer="Right eye", options=("Right eye",)
+    )
+    assert (
+        score(render(TRACE, "Right eye"), example=eye, config=GrpoConfig(process="knowledge")).verdicts == ()
+    )
+
+
+def test_a_score_survives_its_way_through_json():
+    result = score(render(TRACE, "Mild NPDR"), config=GrpoConfig(process="sum"))
+    assert len(result.verdicts) == 2
+    assert from_dict(json.loads(json.dumps(dataclasses.asdict(result)))) == result
+
+
+def test_an_unknown_mode_is_named():
+    with pytest.raises(ConfigError, match=r"grpo.process is 'both'; it must be one of selective, findings"):
+        GrpoConfig(process="both").validate()
 
 
 # ---- not applicable, and abstention -----------------------------------------------------------------------
@@ -308,4 +432,4 @@ def test_findings_of_another_image_are_refused():
 
 def test_a_score_can_not_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Score(answer=1.0, format=1.0, process=1.0, total=3.0, verdict=None).total = 4.0
+        Score(answer=1.0, format=1.0, process=1.0, total=3.0, verdicts=()).total = 4.0

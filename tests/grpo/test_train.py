@@ -148,7 +148,7 @@ def test_two_passes_over_the_same_rollouts(
 
 def whims(prompts: Any, index: Any, rollout: Any, judge: Any, config: GrpoConfig) -> tuple[list, list]:
     """Scores that reward every other rollout of a group."""
-    good = grpo.Score(answer=1.0, format=0.0, process=0.0, total=1.0, verdict=None)
+    good = grpo.Score(answer=1.0, format=0.0, process=0.0, total=1.0, verdicts=())
     group = [replace(good, answer=float(g % 2), total=float(g % 2)) for g in range(config.group_size)]
     return [["text"] * config.group_size for _ in index], [group for _ in index]
 
@@ -162,7 +162,7 @@ def test_what_is_rewarded_becomes_likelier(
         said = np.asarray(rollout.tokens)[:, :, 0] % 2 == 0
         scores = [
             [
-                grpo.Score(answer=float(one), format=0.0, process=0.0, total=float(one), verdict=None)
+                grpo.Score(answer=float(one), format=0.0, process=0.0, total=float(one), verdicts=())
                 for one in group
             ]
             for group in said
@@ -217,7 +217,7 @@ def test_a_judge_that_fails_stops_the_stage(
     def failing(*args: Any) -> tuple[list, list]:
         texts, scores = whims(*args)
         verdict = Verdict(rating="abstain", reference="findings", reasons=("the server is down",))
-        lost = grpo.Score(answer=0.0, format=0.0, process=None, total=None, verdict=verdict)
+        lost = grpo.Score(answer=0.0, format=0.0, process=None, total=None, verdicts=(verdict,))
         return texts, [[lost] * len(group) for group in scores]
 
     monkeypatch.setattr(grpo, "score_all", failing)

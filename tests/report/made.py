@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,7 @@ def make_rollouts(work: Path, step: int, skill: float, hostile: bool) -> None:
         rollouts = [
             {
                 "text": text, "answer": one.answer, "format": one.format, "process": one.process,
-                "total": one.total, "rating": one.verdict.rating if one.verdict else None,
-                "reasons": list(one.verdict.reasons) if one.verdict else [],
+                "total": one.total, "verdicts": [dataclasses.asdict(verdict) for verdict in one.verdicts],
                 "advantage": float((one.total or 0) - mean),
             }
             for text, one in zip(texts, found, strict=True)

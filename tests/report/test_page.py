@@ -88,7 +88,7 @@ def test_a_finished_run_has_every_section(finished: Path) -> None:
     assert page.missing == 0
     for text in (
         "phantoms: drawn", "then discarded", "gives no diagnosis", "Moderate NPDR", "microaneurysm",
-        "Judge: plausible", "advantage", "Sampler against trainer", "FunBench", "kl_coef", "4 min 40 s",
+        "Judge, by the findings: plausible", "advantage", "Sampler against trainer", "FunBench", "kl_coef", "4 min 40 s",
     ):  # fmt: skip
         assert text in page.text, text
     config = read_config(finished / "policy")
