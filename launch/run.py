@@ -4,7 +4,8 @@
     python launch/run.py --config=configs/fundus_r1_3b.py --config.model=DIR --mesh=data:1,fsdp:-1,tensor:1
     --stage=grpo
 
-Stages: data, base (only where no model is given), sft, grpo, evaluate, export. Running the same command again
+Stages: data, base (only where no model is given), sft and grpo (unless --config.stages leaves them out),
+evaluate, export. Running the same command again
 goes on where it stopped; another configuration in the same workdir is refused. On several hosts each runs
 this very line (docs/hosts.md). At SIGTERM and Ctrl-C it saves and leaves within --grace seconds.
 """
@@ -28,7 +29,7 @@ from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
 from fundus_jax.workdir import Workdir
 from launch import auto, distributed, evaluate, stages
-from launch.config import RunConfig, as_json
+from launch.config import RunConfig, as_json, names
 
 # Recipes build on each other (`from configs... import`), and configs/ is part of no installed package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -79,6 +80,8 @@ def run(
     Raises ConfigError or DataError with what to change.
     """
     config.validate()
+    if stage in ("sft", "grpo") and stage not in names(config.stages):
+        raise ConfigError(f"--stage={stage}, but --config.stages is {config.stages!r}, which leaves it out")
     resolved = as_json(config)
     if mesh_text == "auto":
         choice = auto.choose(config, jax.devices())

@@ -82,7 +82,7 @@ class Group:
 
 def sample_cases(run: Run, count: int = CASES) -> list[Case]:
     """Up to `count` cases of the test split; those with a prediction where there are any."""
-    asked = set().union(*({*found} for stage, found in run.predictions.items() if stage != "base"))
+    asked = set().union(*(run.predictions.get(stage, {}) for stage in run.shown))
     lines = [
         line
         for _, line in raw(run, "examples")
