@@ -79,7 +79,7 @@ class Trainer:
         work.stages = self.plan
 
     def _steps(self, stage: str) -> int:
-        if stage == "sft":
+        if stage == "sft" and not self.config.sft.steps:  # the data decide
             return self.config.sft.total_steps(len(self.rows.packs))
         return getattr(self.config, stage).steps
 
