@@ -82,6 +82,11 @@ def to_text(
     return text
 
 
+def under(text: str, config_hash: str) -> str:
+    """The content of `to_text` as a run of another config would have written it."""
+    return json.dumps(json.loads(text) | {"config_hash": config_hash}, indent=1, allow_nan=False)
+
+
 def from_text(text: str, where: Path, *, step: int, config_hash: str) -> dict[str, Any]:
     """The content of `to_text`, with `data_state` as it was given.
 

@@ -94,6 +94,23 @@ class Checkpoints:
         self._thread = threading.Thread(target=self._commit, args=(step, final), name=f"save-{step}")
         self._thread.start()
 
+    def adopt(self, step: int, source: Path) -> None:
+        """Take the finished bundle of `step` over from the directory of another run: its arrays as they are,
+        sealed anew under this run's config hash. The caller knows that both configurations lead to it.
+
+        With several processes only one calls this. Raises DataError where the other bundle is not intact.
+        """
+        path, other = self._path(step), source / str(step)
+        facts = files.verify(other)["facts"]
+        if step in self.steps():
+            raise ConfigError(f"{path} is already saved; a bundle is not replaced")
+        if path.exists():
+            files.remove_sealed(path, (CONTENT, STATE))  # an adoption that was interrupted
+        path.mkdir(parents=True)
+        files.copy_tree(other / STATE, path / STATE)
+        files.write_atomic(path / CONTENT, bundle.under((other / CONTENT).read_text(), self.config_hash))
+        files.write_manifest(path, facts)
+
     def wait(self) -> None:
         """Wait for the save under way, and raise SaveError if it failed.
 

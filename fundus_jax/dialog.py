@@ -90,24 +90,24 @@ def render(think: str | None, answer: str) -> str:
     return block if think is None else f"<think>{think}</think> {block}"
 
 
-def parse(text: str) -> Parsed:
+def parse(text: str, *, think: bool = True) -> Parsed:
     """Reads a reply in linear time.
 
     `well_formed` is the format reward's question: the whole text is one think block and then one answer
-    block, both filled, with nothing but white space around and between. A part is also given where the text
+    block, both filled, with nothing but white space around and between; or, where the prompt asked for no
+    trace (`think` is False), one filled answer block alone. A part is also given where the text
     is not well formed, as long as it is unambiguous: one opening and one closing tag, in this order.
     """
     tags = list(_TAG.finditer(text))
-    think, answer = _only_block(text, tags, "think"), _only_block(text, tags, "answer")
+    trace, answer = _only_block(text, tags, "think"), _only_block(text, tags, "answer")
+    outside = [0, *(tag.end() for tag in tags[1::2])], [*(tag.start() for tag in tags[::2]), len(text)]
     well_formed = (
-        [tag.group() for tag in tags] == _ORDER
-        and think is not None
+        [tag.group() for tag in tags] == (_ORDER if think else _ORDER[2:])
+        and (trace is not None or not think)
         and answer is not None
-        and not text[: tags[0].start()].strip()
-        and not text[tags[1].end() : tags[2].start()].strip()
-        and not text[tags[3].end() :].strip()
+        and not any(text[end:start].strip() for end, start in zip(*outside, strict=True))
     )
-    return Parsed(think, answer, well_formed)
+    return Parsed(trace, answer, well_formed)
 
 
 def _only_block(text: str, tags: list[re.Match[str]], name: str) -> str | None:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,36 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)  # the new name has to survive a power cut too
+
+
+def copy_tree(source: Path, target: Path, *, linked: tuple[str, ...] = ("*",)) -> None:
+    """Copy a directory so that the copy appears whole; a copy that is there stays.
+
+    Args:
+        source: what to copy; hidden files (locks, scratch) are left out.
+        target: the copy, in a folder that exists.
+        linked: names like these become hard links where the file system has them. Only for files that are
+            never changed in place.
+    """
+    if target.exists():
+        return
+
+    def copy(old: str, new: str) -> None:
+        if any(fnmatch(Path(old).name, pattern) for pattern in linked):
+            try:
+                os.link(old, new)
+                return
+            except OSError as error:  # another file system, or one without links
+                logging.log_first_n(logging.INFO, "copying, not linking: %s", 1, error)
+        shutil.copy2(old, new)
+
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copytree(source, scratch, ignore=shutil.ignore_patterns(".*"), copy_function=copy)
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _sync(target.parent)
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:

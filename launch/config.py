@@ -24,6 +24,7 @@ from fundus_jax.sft import PromptConfig, SftConfig
 
 COMPUTE = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "splash", "cudnn")
+STAGES = ("sft,grpo", "sft", "grpo", "")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,7 +58,7 @@ class EvaluateConfig:
 
     questions: at most so many greedy questions (0: all). sampled: questions that are also answered `samples`
     times at temperature 1, among `data.grpo_tasks`. batch: prompts decoded together. before: greedy questions
-    for the policy before SFT.
+    for the policy before all training, where it is trained then.
     """
 
     questions: int = 0
@@ -72,7 +73,8 @@ class RunConfig:
     """A run from data to export.
 
     model: Hugging Face directory to start from; "" makes the small policy in a `base` stage that stands in
-    for pre-training.
+    for pre-training. stages: what the policy then goes through, "sft,grpo", or one of them, or "" for
+    neither; the plan, the evaluation, the export and the report follow from it.
     compute: dtype of forward and backward passes; what is trained is a float32 master. remat: what a block
     keeps for its backward pass, a name of `models.layers.REMAT`.
     lora: adapters to train in the place of the weights, in SFT and GRPO. freeze: parts of the model that
@@ -80,12 +82,12 @@ class RunConfig:
     embedding, head.
     unroll: layers laid out per scan step. attention: its back end; "auto" is that of the mesh's devices (TPU:
     splash, NVIDIA: cudnn, others: xla). max_prompt: longer prompts are left out of GRPO. min_pixels,
-    max_pixels: bounds of an image after resizing (0: the checkpoint's). skip_sft: go from the start straight
-    to GRPO (the paper's set-up C).
+    max_pixels: bounds of an image after resizing (0: the checkpoint's).
     """
 
     name: str = "run"
     model: str = ""
+    stages: str = "sft,grpo"
     compute: str = "float32"
     remat: str = "none"
     freeze: str = ""
@@ -108,6 +110,11 @@ class RunConfig:
         """Raises ConfigError for the first thing that does not make sense, in any stage."""
         if self.compute not in COMPUTE:
             raise ConfigError(f"compute is {self.compute!r}; it must be one of {', '.join(COMPUTE)}")
+        if ",".join(names(self.stages)) not in STAGES:
+            raise ConfigError(
+                f"stages is {self.stages!r}; it must be one of {', '.join(map(repr, STAGES))}: "
+                "a stage may be left out, not moved"
+            )
         if self.remat not in REMAT:
             raise ConfigError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT)}")
         self.lora.validate()

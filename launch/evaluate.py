@@ -53,12 +53,12 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
     summary: dict[str, Any] = {"stages": {}, "differences": {}}
     predictions: dict[str, list[Prediction]] = {}
     rewards: dict[str, np.ndarray] = {}
-    for stage in trainer.plan:
-        if not work.finished(stage):
-            logging.info("evaluate: stage %s has not finished, it is left out", stage)
-            continue
-        before_sft = stage == "base"
-        items = greedy.items[: config.evaluate.before] if before_sft else greedy.items
+    reached = trainer.reached
+    for stage in trainer.plan.keys() - set(reached):
+        logging.info("evaluate: stage %s has not finished, it is left out", stage)
+    for stage in reached:
+        untrained = stage == "base" != trainer.last
+        items = greedy.items[: config.evaluate.before] if untrained else greedy.items
         ask = functools.partial(
             _answers,
             functools.cache(functools.partial(trainer.after, stage)),
@@ -71,7 +71,7 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
         predictions[stage], report = ask(items, folder / f"{stage}-greedy")
         asked = [one for one in predictions[stage] if one.item.task in set(names(config.data.grpo_tasks))]
         entry = {"greedy": report} | ({"diagnosis": evaluate(asked)} if asked else {})
-        if not before_sft:
+        if not untrained:
             samples = {"temperature": 1.0, "group_size": config.evaluate.samples, "seed": 1}
             drawn, entry["sampled"] = ask(sampled.items, folder / f"{stage}-sampled", **samples)
             parts = _rewards(drawn, pool, config)
@@ -122,6 +122,7 @@ def _rewards(answers: Sequence[Prediction], pool: Any, config: RunConfig) -> np.
             pool.knowledge,
             config.grpo,
             finished=one.finished,
+            think=config.prompt.think,
         )
         for one in answers
     ]

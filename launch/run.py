@@ -4,9 +4,11 @@
     python launch/run.py --config=configs/fundus_r1_3b.py --config.model=DIR --mesh=data:1,fsdp:-1,tensor:1
     --stage=grpo
 
-Stages: data, base (only where no model is given), sft, grpo, evaluate, export. Running the same command again
-goes on where it stopped; another configuration in the same workdir is refused. On several hosts each runs
-this very line (docs/hosts.md). At SIGTERM and Ctrl-C it saves and leaves within --grace seconds.
+Stages: data, base (only where no model is given), sft and grpo (unless --config.stages leaves them out),
+evaluate, export. Running the same command again goes on where it stopped; another configuration in the same
+workdir is refused. With --parent=DIR the finished stages of another run are taken over as far as both
+configurations give the same (launch/inherit.py). On several hosts each runs this very line (docs/hosts.md).
+At SIGTERM and Ctrl-C it saves and leaves within --grace seconds.
 """
 
 import json
@@ -27,8 +29,8 @@ from fundus_jax import hosts, sharding, stop
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
 from fundus_jax.workdir import Workdir
-from launch import auto, distributed, evaluate, stages
-from launch.config import RunConfig, as_json
+from launch import auto, distributed, evaluate, inherit, stages
+from launch.config import RunConfig, as_json, names
 
 # Recipes build on each other (`from configs... import`), and configs/ is part of no installed package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -44,6 +46,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Run one stage only; those before it must have finished.")
 flags.DEFINE_string("workdir", None, "Directory of the run, seen by all hosts; runs/NAME by default.")
+flags.DEFINE_string(
+    "parent", "", "Workdir of another run whose finished stages are taken over where they agree."
+)
 flags.DEFINE_enum("multihost", "auto", distributed.KINDS, "Who knows the other processes: docs/hosts.md.")
 flags.DEFINE_string("coordinator", "", "explicit: HOST:PORT of process 0; else JAX_COORDINATOR_ADDRESS.")
 flags.DEFINE_integer("processes", 0, "explicit: how many processes; else NNODES.", lower_bound=0)
@@ -71,15 +76,23 @@ def timed(work: Workdir, stage: str, about: dict[str, str]):
 
 
 def run(
-    config: RunConfig, workdir: str | Path, mesh_text: str, stage: str = "all", command: str = ""
+    config: RunConfig,
+    workdir: str | Path,
+    mesh_text: str,
+    stage: str = "all",
+    command: str = "",
+    parent: str | Path = "",
 ) -> Path:
     """Run `stage` (or all) of `config` in `workdir` and return the path of report.html.
 
-    `command` is what the report gives as the way to repeat the run.
+    `command` is what the report gives as the way to repeat the run; `parent` the workdir of another run whose
+    finished stages are taken over where they are the same.
 
     Raises ConfigError or DataError with what to change.
     """
     config.validate()
+    if stage in ("sft", "grpo") and stage not in names(config.stages):
+        raise ConfigError(f"--stage={stage}, but --config.stages is {config.stages!r}, which leaves it out")
     resolved = as_json(config)
     if mesh_text == "auto":
         choice = auto.choose(config, jax.devices())
@@ -92,14 +105,15 @@ def run(
     about |= {"command": command} if command else {}
     logging.info("%s: %s, mesh %s", work.path, device, about["mesh"])
     wanted = STAGES if stage == "all" else (stage,)
+    heir = inherit.Heir(work, resolved, Path(parent)) if parent else None
     try:
         if "data" in wanted:
-            with timed(work, "data", about):
+            with timed(work, "data", about | (heir.take_data() if heir else {})):
                 hosts.on_first(lambda: stages.prepare_data(config, work))
         trainer = stages.Trainer(config, work, mesh)
         for name in ("base", "sft", "grpo"):
             if name in wanted and name in trainer.plan:
-                with timed(work, name, about):
+                with timed(work, name, about | (heir.take(name) if heir else {})):
                     trainer.run(name)
         if "evaluate" in wanted:
             with timed(work, "evaluate", about):
@@ -119,6 +133,19 @@ def quiet(record: python_logging.LogRecord) -> bool:
     return record.levelno > python_logging.INFO or not any(name in record.pathname for name in NOISY)
 
 
+@contextmanager
+def ending():
+    """Around a program: what the user has to change ends it with one line, and a stop at once."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except SystemExit as stopped:  # by fundus_jax.stop, here or on another process
+        distributed.leave()
+        logging.flush()
+        os._exit(int(stopped.code or 0))  # no thread is waited for: the time is short
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(
@@ -131,19 +158,13 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     workdir = args.workdir or f"runs/{config.name}"
     explicit = {name: getattr(args, name) for name in ("coordinator", "processes", "process", "one_host")}
-    try:
+    with ending():
         distributed.initialise(
             distributed.settings(args.multihost, os.environ, **explicit), args.join_timeout
         )
         stop.install(args.grace)
         command = shlex.join(["python", *sys.argv])
-        report = run(config, workdir, args.mesh, args.stage, command)
-    except (ConfigError, DataError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    except SystemExit as stopped:  # by fundus_jax.stop, here or on another process
-        distributed.leave()
-        logging.flush()
-        os._exit(int(stopped.code or 0))  # no thread is waited for: the time is short
+        report = run(config, workdir, args.mesh, args.stage, command, args.parent)
     if hosts.is_first():
         print(f"report: {report.resolve()}")
 

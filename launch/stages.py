@@ -6,6 +6,7 @@ resumed run computes what an uninterrupted one would have.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -62,7 +63,8 @@ def chosen(config: RunConfig, model: Qwen2_5_VL) -> Qwen2_5_VL:
 
 
 class Trainer:
-    """The training stages of a run: the plan (stage -> steps), and the policy after any stage."""
+    """The training stages of a run: the plan (stage -> steps, without those that the run leaves out), and the
+    policy after any of them."""
 
     def __init__(self, config: RunConfig, work: Workdir, mesh: Mesh) -> None:
         self.config, self.work, self.mesh = config, work, mesh
@@ -72,14 +74,30 @@ class Trainer:
         self.hf_dir = Path(config.model) if config.model else self._policy_directory()
         bounds = {"min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
         self.processor = Processor.from_pretrained(self.hf_dir, **bounds)
-        sft_pool = self.pool.choose(part=(0.0, config.data.sft_part))
-        self.rows = sft.make_rows(sft_pool, self.processor, config.prompt, config.sft)
-        self.plan = {
-            **({} if config.model else {"base": config.base.steps}),
-            "sft": config.sft.total_steps(len(self.rows.packs)),
-            "grpo": config.grpo.steps,
-        }
+        wanted = [*([] if config.model else ["base"]), *names(config.stages)]
+        self.plan = {stage: self._steps(stage) for stage in wanted}
         work.stages = self.plan
+
+    def _steps(self, stage: str) -> int:
+        if stage == "sft" and not self.config.sft.steps:  # the data decide
+            return self.config.sft.total_steps(len(self.rows.packs))
+        return getattr(self.config, stage).steps
+
+    @functools.cached_property
+    def rows(self) -> sft.Rows:
+        """What SFT learns from."""
+        pool = self.pool.choose(part=(0.0, self.config.data.sft_part))
+        return sft.make_rows(pool, self.processor, self.config.prompt, self.config.sft)
+
+    @property
+    def reached(self) -> list[str]:
+        """The stages with a policy to measure: the finished ones of the plan; where it is empty, `base`."""
+        return [stage for stage in self.plan if self.work.finished(stage)] if self.plan else ["base"]
+
+    @property
+    def last(self) -> str:
+        """The stage whose policy the run is for."""
+        return list(self.plan)[-1] if self.plan else "base"
 
     def _policy_directory(self) -> Path:
         """workdir/policy: configuration and tokenizer of the small policy, learned from the training
@@ -155,8 +173,10 @@ class Trainer:
 
     def after(self, stage: str) -> Qwen2_5_VL:
         """The policy that `stage` ended with, in float32: what its last bundle holds, and where parts were
-        frozen the rest from the policy before all stages that freeze. Raises ConfigError if it has not
-        finished."""
+        frozen the rest from the policy before all stages that freeze. After `base` it is the given model
+        where there is one. Raises ConfigError if the stage has not finished."""
+        if stage == "base" and stage not in self.plan:
+            return self.start()
         if not self.work.finished(stage):
             raise ConfigError(
                 f"stage {stage} of {self.work.path} has not finished; run it first, or use --stage=all"
@@ -178,8 +198,7 @@ class Trainer:
         trained, frozen = skeleton.divide(wanted)
         trained = self.work.params(stage, trained)
         if frozen:
-            origin = self.after("base") if "base" in self.plan else self.start()
-            frozen = skeleton.divide(training.split(origin)[1])[1]
+            frozen = skeleton.divide(training.split(self.after("base"))[1])[1]
         return self._with_options(skeleton.merge(training.join(trained, frozen)))
 
     def _with_options(self, model: Qwen2_5_VL) -> Qwen2_5_VL:
@@ -192,17 +211,18 @@ class Trainer:
 
 def export(work: Workdir, trainer: Trainer) -> Path:
     """Write the policy after the last stage as a Hugging Face directory, workdir/hf, its adapters merged; and
-    where they are adapters of a model that others have, these alone as PEFT's too, workdir/adapter.
+    where they are adapters of a model that others have, these alone as PEFT's too, workdir/adapter. Without
+    any training it is the policy that was given.
 
     A directory that is there stays as it is.
     """
     target, adapter = work.path / "hf", work.path / "adapter"
-    apart = bool(trainer.config.lora.rank and trainer.config.model)
+    apart = bool(trainer.config.lora.rank and trainer.config.model and trainer.plan)
     missing = [path for path in (target, *([adapter] if apart else [])) if not path.exists()]
     if not hosts.of_first(len(missing)):
         logging.info("%s is there already", target)
         return target
-    model = trainer.after(list(trainer.plan)[-1])
+    model = trainer.after(trainer.last)
     if jax.process_count() > 1:  # the first process writes, and needs what the others hold
         skeleton, params = training.split(model)
         model = skeleton.merge(jax.tree.map(hosts.fetch, params))

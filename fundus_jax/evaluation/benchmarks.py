@@ -71,6 +71,7 @@ def item_of(example: Example, selection: Selection) -> Item:
         modality=example.modality,
         unit=f"{example.dataset}/{example.patient}",
         lettered=selection.style == "options" and bool(example.options),
+        think=selection.think,
         findings=example.findings,
     )
 

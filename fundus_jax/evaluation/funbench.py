@@ -137,6 +137,7 @@ def _item(key: str, question: Any, level: str, task: str, part: str, selection: 
         unit=key,
         lettered=True,
         multiple=multiple,
+        think=selection.think,
     )
 
 

@@ -32,6 +32,7 @@ class Item:
         unit: patient or image; the answers about one unit are not independent.
         lettered: whether the prompt numbers the options with letters.
         multiple: whether all suitable options are asked for.
+        think: whether a trace is asked for before the answer.
         findings: what is in the image by its masks; None where there are none.
     """
 
@@ -47,6 +48,7 @@ class Item:
     unit: str
     lettered: bool
     multiple: bool = False
+    think: bool = True
     findings: tuple[str, ...] | None = None
 
     @property

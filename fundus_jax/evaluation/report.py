@@ -51,8 +51,10 @@ class Outcome:
     Attributes:
         extracted: the option texts that it chooses; None where it names none.
         correct: whether they are the right ones, all and only.
-        well_formed: whether it is one think block and one answer block.
-        claimed: the findings that its trace says are there; None where they are not asked for or not known.
+        well_formed: whether it is one think block and one answer block; or one answer block, where no trace
+            was asked for.
+        claimed: the findings that its trace says are there; None where no trace or not these are asked for,
+            or where they are not known.
     """
 
     extracted: tuple[str, ...] | None
@@ -63,7 +65,7 @@ class Outcome:
 
 def outcome_of(prediction: Prediction, mode: Mode = "tail") -> Outcome:
     """Extracts the answer of one response and compares it with the right one."""
-    item, parsed = prediction.item, dialog.parse(prediction.response)
+    item, parsed = prediction.item, dialog.parse(prediction.response, think=prediction.item.think)
     options = item.options or item.answers
     if item.multiple:
         extracted = match_answers(prediction.response, options)
@@ -71,7 +73,7 @@ def outcome_of(prediction: Prediction, mode: Mode = "tail") -> Outcome:
         option = match_answer(prediction.response, options, lettered=item.lettered, mode=mode)
         extracted = None if option is None else (option,)
     claimed = None
-    if item.findings is not None and item.level == FINDING_LEVEL:
+    if item.findings is not None and item.think and item.level == FINDING_LEVEL:
         claimed = tuple(sorted(parse_mentions(parsed.think or "").present))
     correct = extracted is not None and set(extracted) == set(item.answers)
     return Outcome(extracted=extracted, correct=correct, well_formed=parsed.well_formed, claimed=claimed)

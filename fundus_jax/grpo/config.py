@@ -21,6 +21,7 @@ CHOICES = {
     "aggregate": ("token-mean", "sequence-mean", "constant"),
     "scale": ("std", "none"),
     "flat_groups": ("keep", "drop"),
+    "process": ("selective", "findings", "knowledge", "sum"),
 }
 
 
@@ -68,15 +69,20 @@ class GrpoConfig:
     # and counts their tokens, "drop" leaves them out of the update (as DAPO does) and saves their computing.
     flat_groups: str = "keep"
 
-    # The reward: weights of its parts (1 each in the paper), then what each rating is worth. The worths are
-    # ours. Against the image's findings, when the answer is right:
+    # The reward: weights of its parts (1 each in the paper).
     answer_weight: float = 1.0
     format_weight: float = 1.0
     process_weight: float = 1.0  # 0 asks no judge at all (the paper's set-up F)
+    # What a trace is judged against: "selective" is the paper's equation 4 (set-up G), the image's findings
+    # where the answer is right and the knowledge of the given answer where it is wrong; "findings" (H) and
+    # "knowledge" (I) always that one, right or wrong; "sum" (J) both, and their values are added. The paper
+    # says no more of H to J; that the worths below hold for them too is ours.
+    process: str = "selective"
+    # What each rating is worth (ours). Against the image's findings:
     flawed: float = 0.0
     tenuous: float = 0.5
     plausible: float = 1.0
-    # Against the knowledge of the predicted label, when the answer is wrong:
+    # Against the knowledge of the predicted label:
     knowledge_implausible: float = 0.0
     knowledge_plausible: float = 0.5
     # The run stops when the judge has no verdict on a larger share of what it is asked in so many steps.

@@ -2,14 +2,17 @@
 
 Answer and format are binary. The process part depends on the answer: a trace that led to the right one is
 judged against the findings of the image, a trace that led to a wrong one against the knowledge of the label
-it predicted; one or the other, never a sum (which the paper found to be hacked). Three things look alike and
+it predicted; one or the other, not the sum, which the paper found to be hacked. `config.process` also offers
+what the paper compares this with: always the one, always the other, and the sum. Three things look alike and
 are kept apart:
 
 * a score of 0: the judge looked and found the trace bad.
-* abstention: the judge failed. The rollout has no total and leaves the statistics of its group.
-* not applicable: the image has no findings to compare with, so there is nothing to judge for any rollout of
-  the prompt. The part is 0 for all of them and the group stays; were it an abstention, the whole group would
-  be lost with its answer and format rewards.
+* abstention: the judge failed, of two verdicts on one at least. The rollout has no total and leaves the
+  statistics of its group.
+* not applicable: the image has no findings to compare with (or, where the knowledge is asked in any case, the
+  right answer is no label with knowledge), so there is nothing to judge for any rollout of the prompt. The
+  part is 0 for all of them and the group stays; were it an abstention, the whole group would be lost with its
+  answer and format rewards.
 
 The loop calls `assess` for each rollout, which says what a judge has to decide, then `score_rollouts`, which
 asks the judge about all of them at once and puts the parts together; `reward_metrics` for the step, and
@@ -48,9 +51,10 @@ class Assessment:
 class Score:
     """The score of one rollout.
 
-    `process` and `total` are None where the judge abstained; `verdicts` is () where none was due. `asked`:
-    how many of the verdicts a judge gave. `agreed`: for each of those, unless it is an abstention, whether
-    the rules say the same; () where the rules themselves are the judge.
+    `verdicts` has none where none was due, and two where both references were (findings, then knowledge).
+    `process` and `total` are None where the judge abstained on one of them. `asked`: how many of the verdicts
+    a judge gave. `agreed`: for each of those, unless it is an abstention, whether the rules say the same; ()
+    where the rules themselves are the judge.
     """
 
     answer: float
@@ -81,32 +85,51 @@ def assess(
     config: GrpoConfig,
     *,
     finished: bool,
+    think: bool = True,
 ) -> Assessment:
     """Returns answer and format of one rollout, and what is to be judged.
 
     text: the generated reply. findings: those of the example's image, None when there are none. finished:
     whether the rollout ended by itself; one that was cut off at `max_new_tokens` gets format 0 even when what
-    is there happens to parse.
+    is there happens to parse. think: whether the prompt asked for a trace; where it did not, the format is
+    the answer block alone.
 
     The answer counts as right when it is the example's answer up to case, white space and a trailing full
-    stop. The judge is not asked when `process_weight` is 0 or there are no findings (not applicable), when
-    there is no trace (flawed or implausible), and when a wrong answer is nothing the knowledge base knows
-    (implausible): a non-answer, or an answer that is not a label, such as the wrong eye.
+    stop. The judge is not asked when nothing is due (`references`), when there is no trace (flawed or
+    implausible), and when the answer is nothing the knowledge base knows (implausible): a non-answer, or an
+    answer that is not a label, such as the wrong eye.
 
     Raises DataError when the findings are another example's.
     """
     if findings is not None and findings.example != example.id:
         raise DataError(f"findings of {findings.example!r} were passed for {example.id!r}")
-    parsed = dialog.parse(text)
+    parsed = dialog.parse(text, think=think)
     right = parsed.answer is not None and dialog.same_answer(parsed.answer, example.answer)
-    due: tuple[Request | Verdict, ...] = ()
-    if findings is not None and config.process_weight:
-        trace = parsed.think or ""
-        if right:
-            due = (_against_findings(trace, example, findings),)
+    trace, due = parsed.think or "", ()
+    for reference in references(example, right, findings, knowledge, config):
+        if reference == "findings" and findings is not None:
+            due += (_against_findings(trace, example, findings),)
         else:
-            due = (_against_knowledge(trace, parsed.answer, example.modality, knowledge),)
+            due += (_against_knowledge(trace, parsed.answer, example.modality, knowledge),)
     return Assessment(answer=float(right), format=float(parsed.well_formed and finished), due=due)
+
+
+def references(
+    example: Example, right: bool, findings: Findings | None, knowledge: KnowledgeBase, config: GrpoConfig
+) -> tuple[str, ...]:
+    """Returns what a rollout is judged against: "findings", "knowledge", both or nothing.
+
+    What is not applicable is so for every rollout of the prompt, whatever it answered: the findings where the
+    image has none, the knowledge, in the modes that ask for it whatever was answered, where the right answer
+    is not a label that the knowledge base knows.
+    """
+    if not config.process_weight:
+        return ()
+    if config.process == "selective":
+        return () if findings is None else ("findings" if right else "knowledge",)
+    known = _find(knowledge, example.answer, example.modality)
+    there = {"findings": findings is not None, "knowledge": known is not None}
+    return tuple(name for name, is_there in there.items() if is_there and config.process in (name, "sum"))
 
 
 def score_rollouts(rollouts: Sequence[Assessment], judge: Judge, config: GrpoConfig) -> list[Score]:
@@ -139,16 +162,20 @@ def score_rollouts(rollouts: Sequence[Assessment], judge: Judge, config: GrpoCon
 
 def _compose(rollout: Assessment, verdicts: tuple[Verdict, ...], config: GrpoConfig) -> Score:
     """The weighted sum; without a total where a judge abstained."""
-    worths = [process_value(verdict, config) for verdict in verdicts]
-    known = [worth for worth in worths if worth is not None]
-    process, total = None, None
-    if len(known) == len(worths):
-        process = float(sum(known))
+    process, total = process_sum(verdicts, config), None
+    if process is not None:
         total = config.answer_weight * rollout.answer + config.format_weight * rollout.format
         total += config.process_weight * process
     return Score(
         answer=rollout.answer, format=rollout.format, process=process, total=total, verdicts=verdicts
     )
+
+
+def process_sum(verdicts: Sequence[Verdict], config: GrpoConfig) -> float | None:
+    """Returns what the verdicts on a rollout are worth together: 0 without any, None when one abstains."""
+    values = [process_value(verdict, config) for verdict in verdicts]
+    known = [value for value in values if value is not None]
+    return float(sum(known)) if len(known) == len(values) else None
 
 
 def process_value(verdict: Verdict, config: GrpoConfig) -> float | None:
@@ -185,9 +212,9 @@ def reward_metrics(scores: Sequence[Sequence[Score]]) -> dict[str, float]:
     """Returns what `metrics.jsonl` records of the scores of a step.
 
     Means: `answer` and `format` over all rollouts, `process` over those with a rating, `total` over the valid
-    ones. Shares of all rollouts: `not_applicable`, and `rated_X` for each rating X, abstain among them.
-    `agreement`: share of the ratings of another judge that the rules give too. Means over nothing are left
-    out.
+    ones. Shares of all rollouts: `not_applicable`, and `rated_X` for each rating X, abstain among them (in
+    the mode "sum" a rollout may have two). `agreement`: share of the ratings of another judge that the rules
+    give too. Means over nothing are left out.
     """
     flat = [score for group in scores for score in group]
     columns = {

@@ -53,7 +53,7 @@ class Prompts:
         buckets: int = 1,
         batch: int = 1,
     ) -> None:
-        self.pool, self.processor = pool, processor
+        self.pool, self.processor, self.think = pool, processor, prompt.think
         kept, sizes, dropped = [], [], 0
         for example in pool.examples:
             messages = dialog.messages(example, prompt.style, prompt.think, instruct=prompt.instruct)
@@ -100,7 +100,10 @@ def score_all(
         group = [tokens[row, g][mask[row, g]] for g in range(tokens.shape[1])]
         ended = [len(one) > 0 and int(one[-1]) in prompts.processor.eos_ids for one in group]
         texts.append([prompts.processor.decode(one) for one in group])
-        found += [assess(text, *about, finished=end) for text, end in zip(texts[-1], ended, strict=True)]
+        found += [
+            assess(text, *about, finished=end, think=prompts.think)
+            for text, end in zip(texts[-1], ended, strict=True)
+        ]
     scores = iter(score_rollouts(found, judge, config))
     return texts, [[next(scores) for _ in group] for group in texts]
 
@@ -265,8 +268,7 @@ def show(
                 "format": score.format,
                 "process": score.process,
                 "total": score.total,
-                "rating": " + ".join(verdict.rating for verdict in score.verdicts) or None,
-                "reasons": [reason for verdict in score.verdicts for reason in verdict.reasons],
+                "verdicts": [dataclasses.asdict(verdict) for verdict in score.verdicts],
                 "advantage": float(advantage),
             }
             for text, score, advantage in zip(texts[row], scores[row], advantages[row], strict=True)

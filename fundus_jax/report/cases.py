@@ -82,7 +82,7 @@ class Group:
 
 def sample_cases(run: Run, count: int = CASES) -> list[Case]:
     """Up to `count` cases of the test split; those with a prediction where there are any."""
-    asked = set().union(*({*found} for stage, found in run.predictions.items() if stage != "base"))
+    asked = set().union(*(run.predictions.get(stage, {}) for stage in run.shown))
     lines = [
         line
         for _, line in raw(run, "examples")
@@ -104,7 +104,10 @@ def rollout_groups(run: Run) -> list[Group]:
         for group in groups:
             name = str(group.get("example"))
             example, scores = examples.get(name), group.get("rollouts", [])
-            replies = [(one, read_reply(str(one.get("text", "")), example)) for one in scores]
+            replies = [
+                (one, read_reply(str(one.get("text", "")), example, think=asks_for_trace(run)))
+                for one in scores
+            ]
             widest = max([1e-6, *(abs(one.get("advantage") or 0.0) for one in scores)])
             shot = (
                 _shot(run, example) if example else Shot(uri="", problem="no such example in data/examples")
@@ -115,9 +118,17 @@ def rollout_groups(run: Run) -> list[Group]:
     return found
 
 
-def read_reply(text: str, example: Example | None, scored: Mapping[str, Any] | None = None) -> Reply:
-    """A response in parts. `scored`: its line of predictions.jsonl, which says what is right and claimed."""
-    scored, parsed = scored or {}, dialog.parse(text)
+def asks_for_trace(run: Run) -> bool:
+    """Whether the prompts of a run ask for a trace before the answer."""
+    return bool(run.config.get("prompt", {}).get("think", True))
+
+
+def read_reply(
+    text: str, example: Example | None, scored: Mapping[str, Any] | None = None, *, think: bool = True
+) -> Reply:
+    """A response in parts. `scored`: its line of predictions.jsonl, which says what is right and claimed.
+    think: whether a trace was asked for; where it was not, none is missing."""
+    scored, parsed = scored or {}, dialog.parse(text, think=think)
     mentions = parse_mentions(parsed.think or "")
     claimed = mentions.present if scored.get("claimed") is None else frozenset(scored["claimed"])
     answer, right = parsed.answer, scored.get("correct")
@@ -125,14 +136,14 @@ def read_reply(text: str, example: Example | None, scored: Mapping[str, Any] | N
         answer = ", ".join(scored["extracted"])
     if right is None and example is not None:
         right = answer is not None and dialog.same_answer(answer, example.answer)
-    whole = parsed.think is None or parsed.answer is None
+    whole = (parsed.think is None and think) or parsed.answer is None
     return Reply(
         think=clean(text if whole else parsed.think or ""),
         answer=None if answer is None else clean(answer),
         right=right,
         well_formed=parsed.well_formed,
         finished=bool(scored.get("finished", True)),
-        marks=tuple(_marks(claimed, mentions.absent, example)),
+        marks=tuple(_marks(claimed, mentions.absent, example)) if think else (),
     )
 
 
@@ -190,7 +201,8 @@ def _case(run: Run, example: Example, trace: Trace | None) -> Case:
     for stage, found in run.predictions.items():
         line = found.get(example.id)
         if line is not None:
-            replies[stage] = read_reply(str(line.get("response", "")), example, line)
+            text = str(line.get("response", ""))
+            replies[stage] = read_reply(text, example, line, think=asks_for_trace(run))
     return Case(
         example=example,
         shot=_shot(run, example),

@@ -75,6 +75,17 @@ class Run:
         """Stage -> what the evaluation says of the policy after it."""
         return self.summary.get("stages", {})
 
+    @property
+    def planned(self) -> list[str]:
+        """The training stages that the configuration has."""
+        named = str(self.config.get("stages", "sft,grpo")).split(",")
+        return [*([] if self.config.get("model") else ["base"]), *(name.strip() for name in named if name)]
+
+    @property
+    def shown(self) -> list[str]:
+        """The measured stages that are shown side by side: `base` only where nothing else was measured."""
+        return [stage for stage in self.stages if stage != "base"] or list(self.stages)
+
 
 def collect(workdir: Path) -> Run:
     """The `Run` of a workdir. Does not raise for what is missing or damaged; see `Run.problems`."""

@@ -47,7 +47,7 @@ PANELS: dict[str, tuple[Spec, ...]] = {
         Spec(("reward/answer",), "Answer reward", "mean", "1 where the answer is right.", "free"),
         Spec(("reward/format",), "Format reward", "mean", "1 where the reply keeps the format.", "free"),
         Spec(("reward/process",), "Process reward", "mean", "What the judge gives the trace.", "free"),
-        Spec(("kl",), "KL to the SFT policy", "nats a token", "How far the policy has moved."),
+        Spec(("kl",), "KL to the reference", "nats a token", "How far the policy has moved."),
         Spec(("entropy",), "Entropy", "nats a token", "Falls as the policy commits itself."),
         Spec(("clip_low", "clip_high"), "Clipped", "share of tokens", "Ratios outside the trust region."),
         Spec(("length",), "Response length", "tokens", "Mean of the rollouts of a step.", "free"),
@@ -90,29 +90,33 @@ def panels(metrics: Mapping[str, Lines]) -> dict[str, list[Panel]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """What a stage took, all of its runs together; `share` of the longest stage."""
+    """What a stage took, all of its runs together; `share` of the longest stage. origin: the workdir that it
+    was taken over from, if it was."""
 
     stage: str
     seconds: float
     share: float
     runs: int
     started: str
+    origin: str = ""
 
 
 def timeline(lines: Lines) -> list[Span]:
     """The stages in their order; a stage that was run again has one line with the sum."""
     seconds: dict[str, list[float]] = {}
     started: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     for line in lines:
         stage = str(line.get("stage"))
         seconds.setdefault(stage, []).append(float(line.get("seconds") or 0))
         started.setdefault(stage, line.get("started"))
+        origins[stage] = str(line.get("from") or origins.get(stage, ""))
     longest = max((sum(one) for one in seconds.values()), default=0) or 1.0
     order = sorted(seconds, key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES))
     return [
         Span(
             stage=stage, seconds=sum(seconds[stage]), share=sum(seconds[stage]) / longest,
-            runs=len(seconds[stage]), started=moment(started[stage]),
+            runs=len(seconds[stage]), started=moment(started[stage]), origin=origins[stage],
         )
         for stage in order
     ]  # fmt: skip

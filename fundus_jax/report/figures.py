@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from fundus_jax.report.charts import Interval, nice_ticks, strip
 
-STAGE_NAMES = {"base": "before SFT", "sft": "after SFT", "grpo": "after GRPO"}
+STAGE_NAMES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
 LEVEL_NAMES = {"L1": "L1 · modality", "L2": "L2 · anatomy", "L3": "L3 · lesions", "L4": "L4 · disease"}
 
 
@@ -93,8 +93,9 @@ class Card:
     ends: tuple[str, str]
 
 
-def cards(summary: dict[str, Any], most_reward: float) -> list[Card]:
-    """The headline cards that have a figure; `most_reward` is what a perfect rollout gets."""
+def cards(summary: dict[str, Any], shown: Iterable[str], most_reward: float) -> list[Card]:
+    """The headline cards that have a figure, for the stages `shown`; `most_reward` is what a perfect rollout
+    gets."""
     rows = (
         (
             "Greedy accuracy",
@@ -126,7 +127,7 @@ def cards(summary: dict[str, Any], most_reward: float) -> list[Card]:
         reward = path[0] == "reward"
         look: dict[str, Any] = {"scale": 1.0, "digits": 3} if reward else {}
         stages = summary.get("stages", {})
-        figures = [(name, figure(stages[name], *path, **look)) for name in ("sft", "grpo") if name in stages]
+        figures = [(name, figure(stages[name], *path, **look)) for name in shown]
         known = [(name, one) for name, one in figures if one is not None]
         if known:
             gain = figure(summary, "differences", difference, **look)
@@ -206,7 +207,7 @@ def tables(summary: dict[str, Any], mode: str) -> list[Table]:
 def _overall(reports: dict[str, Any], rewards: dict[str, Any]) -> Table:
     lines: list[tuple[str, str, tuple[str, ...]]] = [
         ("Accuracy", "", ("accuracy",)),
-        ("Well-formed", "one think block, then one answer block", ("well_formed",)),
+        ("Well-formed", "in the format that was asked for", ("well_formed",)),
         ("Finished", "ended by itself within the token budget", ("finished",)),
         ("Unreadable", "names none of the options; counts as wrong", ("unparsed", "share")),
         ("FunBench score", "mean of the levels", ("funbench", "overall")),

@@ -20,6 +20,13 @@ from fundus_jax.report.collect import Run
 
 TEMPLATES = resources.files("fundus_jax.report") / "templates"
 DATASETS = {"phantom": "phantoms (drawn)", "idrid": "IDRiD"}
+PROCESS = {  # what grpo.process says
+    "selective": "by findings or knowledge, as the answer is right or wrong",
+    "findings": "by findings alone",
+    "knowledge": "by knowledge alone",
+    "sum": "by findings and knowledge, added",
+}
+OPENING = {"base": "The base policy", "sft": "After SFT the policy", "grpo": "After GRPO the policy"}
 
 
 def render(run: Run) -> str:
@@ -37,14 +44,14 @@ def render(run: Run) -> str:
     }  # fmt: skip
     grpo = run.config.get("grpo", {})
     weights = {name: grpo.get(f"{name}_weight", 1.0) for name in ("answer", "format", "process")}
-    most = sum(weights.values()) or 1.0
+    most = most_reward(grpo, weights)
     context = {
         "run": run,
         "stage_names": figures.STAGE_NAMES,
         "facts": facts(run),
         "statements": statements(run),
         "verdict": verdict(run),
-        "cards": figures.cards(run.summary, most),
+        "cards": figures.cards(run.summary, run.shown, most),
         "cases": cases.sample_cases(run),
         "rollouts": [
             (step, list(groups))
@@ -63,6 +70,13 @@ def render(run: Run) -> str:
     return environment.get_template("report.html.jinja").render(context)
 
 
+def most_reward(grpo: dict[str, Any], weights: dict[str, float]) -> float:
+    """What a perfect rollout gets, by the weights of the parts and by what its trace is judged against."""
+    findings, knowledge = grpo.get("plausible", 1.0), grpo.get("knowledge_plausible", 0.5)
+    most = {"knowledge": knowledge, "sum": findings + knowledge}.get(str(grpo.get("process")), findings)
+    return weights["answer"] + weights["format"] + weights["process"] * most or 1.0
+
+
 def facts(run: Run) -> list[tuple[str, str]]:
     """(name, value) of what ran, as far as it is known."""
     config, data = run.config, run.config.get("data", {})
@@ -78,6 +92,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         f"{stage} {_last_step(run, stage):,}" for stage in ("base", "sft", "grpo") if run.metrics.get(stage)
     ]
     found.append(("Steps", ", ".join(steps) or "none yet"))
+    if config:
+        found.append(("Training", training(run)))
     found.append(("Arithmetic", str(config.get("compute", "unknown"))))
     for key, name in (("device", "Device"), ("mesh", "Mesh")):  # where the entry writes them beside its times
         known = dict.fromkeys(str(line[key]) for line in run.timeline if line.get(key))
@@ -91,6 +107,19 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if run.config_hash:
         found.append(("Configuration", run.config_hash[:12]))
     return found
+
+
+def training(run: Run) -> str:
+    """What the configuration trains after the base: stages, traces or none, the process reward."""
+    grpo, stages = run.config.get("grpo", {}), [name for name in run.planned if name != "base"]
+    if not stages:
+        return "none"
+    parts = [" + ".join(name.upper() for name in stages)]
+    parts.append("with traces" if cases.asks_for_trace(run) else "without traces")
+    if "grpo" in stages:
+        judged = PROCESS.get(str(grpo.get("process", "selective")), str(grpo.get("process")))
+        parts.append(f"process reward {judged if grpo.get('process_weight', 1.0) else 'off'}")
+    return ", ".join(parts)
 
 
 def statements(run: Run) -> list[str]:
@@ -116,8 +145,10 @@ def statements(run: Run) -> list[str]:
     writer, judge = str(run.traces.get("writer", "rules")), str(run.config.get("judge") or "rules")
     passages = [passage for record in run.knowledge.values() for passage in record.passages]
     own = all(passage.source.startswith("notes") for passage in passages)
+    judged = "grpo" in run.planned and run.config.get("grpo", {}).get("process_weight", 1.0)
     text = (
-        f"Traces were written by “{writer}”, the judge of the process reward is “{judge}”, the knowledge is "
+        f"Traces were written by “{writer}”, "
+        f"{f'the judge of the process reward is “{judge}”, ' if judged else ''}the knowledge is "
         f"{'“notes” of this project’s own wording' if own else 'quoted from public sources'}."
     )
     found.append(text + (" No language model wrote or judged them." if writer == judge == "rules" else ""))
@@ -127,13 +158,16 @@ def statements(run: Run) -> list[str]:
 
 def verdict(run: Run) -> str:
     """One sentence: where the policy stands, and whether GRPO changed it."""
-    before = figures.figure(run.stages, "sft", "greedy", "accuracy")
-    after = figures.figure(run.stages, "grpo", "greedy", "accuracy")
-    if before is None:
+    found = {stage: figures.figure(run.stages, stage, "greedy", "accuracy") for stage in run.shown}
+    known = [(stage, one) for stage, one in found.items() if one is not None]
+    if not known:
         return "The policy has not been measured yet."
-    text = f"After SFT the policy answers {before.text} % of {before.n:,} held-out questions correctly."
-    if after is None:
+    stage, before = known[0]
+    opening = OPENING.get(stage, f"After {stage} the policy")
+    text = f"{opening} answers {before.text} % of {before.n:,} held-out questions correctly."
+    if len(known) == 1:
         return text
+    after = known[-1][1]
     gains: dict[str, list[str]] = {"up": [], "down": [], "noise": []}
     for key, name, unit, look in (
         ("greedy_accuracy", "greedy accuracy", " points", {}),

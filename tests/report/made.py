@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,7 @@ def make_rollouts(work: Path, step: int, skill: float, hostile: bool) -> None:
         rollouts = [
             {
                 "text": text, "answer": one.answer, "format": one.format, "process": one.process,
-                "total": one.total, "rating": one.verdicts[0].rating if one.verdicts else None,
-                "reasons": list(one.verdicts[0].reasons) if one.verdicts else [],
+                "total": one.total, "verdicts": [dataclasses.asdict(verdict) for verdict in one.verdicts],
                 "advantage": float((one.total or 0) - mean),
             }
             for text, one in zip(texts, found, strict=True)

@@ -88,7 +88,8 @@ def test_a_finished_run_has_every_section(finished: Path) -> None:
     assert page.missing == 0
     for text in (
         "phantoms: drawn", "then discarded", "gives no diagnosis", "Moderate NPDR", "microaneurysm",
-        "Judge: plausible", "advantage", "Sampler against trainer", "FunBench", "kl_coef", "4 min 40 s",
+        "Judge, by the findings: plausible", "advantage", "Sampler against trainer", "FunBench", "kl_coef",
+        "4 min 40 s", "SFT + GRPO, with traces, process reward by findings or knowledge",
     ):  # fmt: skip
         assert text in page.text, text
     config = read_config(finished / "policy")
@@ -175,7 +176,7 @@ def test_only_data(copied: Path) -> None:
     assert len(page.named("img")) == cases.CASES
     assert "Questions by task" in page.text
     for text in (
-        "run the stages sft, grpo",
+        "run the stages base, sft, grpo",
         "No answers to show",
         "run the stage grpo",
         "No stage has finished",

@@ -1,0 +1,20 @@
+"""Set-up H of the paper's Table 5: the process reward by the image's visual findings only, whether the
+answer is right or wrong.
+
+    python launch/run.py --config=configs/setups/h_findings_only.py:3b --config.model=DIR \
+        --config.data.dataset=idrid --config.data.source=DIR
+
+`:7b`, `:phantom` and `:quick` as in configs/setups/g_fundus_r1.py. That the ratings are worth what they are
+worth in G is our reading.
+"""
+
+from configs.setups.g_fundus_r1 import get_config as neighbour
+from launch.config import RunConfig
+
+
+def get_config(arg: str = "3b") -> RunConfig:
+    """G with another reference for the judge."""
+    config = neighbour(arg)
+    config.name = f"setup_h_{arg}"
+    config.grpo.process = "findings"
+    return config
