@@ -153,8 +153,8 @@ def test_without_a_judge_the_run_stops() -> None:
         with pytest.raises(JudgeError, match=r"answers 401 .*check address, model and key; then the same"):
             judge(server.address)([request(GOOD)] * 3)
         server.reply = stand_in.reply
-        one = judge(server.address, max_requests=2, concurrency=1)
-        with pytest.raises(JudgeError, match=r"2 of judge\.server\.max_requests = 2 are used"):
+        one = judge(server.address, budget_requests=2, concurrency=1)
+        with pytest.raises(JudgeError, match=r"2 of judge\.server\.budget_requests = 2 are used"):
             one([request(GOOD)] * 3)
     with pytest.raises(JudgeError, match=r"judge\.server at http.* has been lost for .*goes on from here"):
         judge(server.address, patience=0.3)([request(GOOD)] * 3)
