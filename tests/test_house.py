@@ -235,5 +235,13 @@ def test_constraints_name_every_dependency_and_no_address(name: str) -> None:
     assert not missing, f"{name} does not pin {sorted(missing)}: CONTRIBUTING.md says how to renew it"
 
 
+def test_the_pins_of_vllm_are_sorted_and_name_no_address() -> None:
+    lines = (ROOT / "constraints" / "vllm.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    wrong = [line for line in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*(\+cpu)?", line)]
+    assert not wrong, f"vllm.txt: not NAME==VERSION: {wrong}"
+    assert pins == sorted(pins, key=str.lower)
+
+
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()

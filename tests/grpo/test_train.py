@@ -50,6 +50,8 @@ METRICS = {
     "reward/format",
     "reward/total",
     "reward/not_applicable",
+    "judge/asked",
+    "judge/abstained",
     "time/data",
     "time/rollout",
     "time/score",
