@@ -49,12 +49,15 @@ def test_a_given_model_is_measured_and_exported_as_it_is(source: Path, tmp_path:
     maker = small.open_run(tmp_path / "maker", source, small.config())
     model = save_pretrained(small.stir(maker.start()), maker.processor, tmp_path / "model")
     maker.work.close()
-    config = small.config(model=str(model), stages="", evaluate=FEW)
+    data = dataclasses.replace(small.config().data, probe_tasks="disease", grpo_tasks="disease")
+    config = small.config(model=str(model), stages="", evaluate=FEW, data=data)
     trainer = small.open_run(tmp_path / "run", source, config)
     found = evaluate.measure(config, trainer.work, trainer)
     assert list(found["stages"]) == ["base"]
-    assert found["stages"]["base"]["greedy"]["items"] == 6  # all that are asked, as it is what the run is for
-    assert found["stages"]["base"]["sampled"]["n"] == 4
+    assert (
+        found["stages"]["base"]["greedy"]["items"] == FEW.questions
+    )  # all that are asked, as it is what the run is for
+    assert found["stages"]["base"]["sampled"]["n"] == FEW.sampled * FEW.samples
     exported = load_pretrained(stages.export(trainer.work, trainer))[0]
     a, b = (training.split(one)[1] for one in (exported, load_pretrained(model)[0]))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
