@@ -86,9 +86,9 @@ COMPARED = (
     ("sampled answers", "sampled", ""),
 )
 NOTES = """
-Per cent with 95 % bootstrap intervals; n is the number of answers. FunBench's columns are its score, the
-mean over labels of the harmonic mean of sensitivity and specificity; the others are accuracy. Everything is
-greedy, but "sampled" (temperature 1).
+Per cent with 95 % bootstrap intervals; n is the number of answers, of findings for their F1, and of
+questions in the differences. FunBench's columns are its score, the mean over labels of the harmonic mean of
+sensitivity and specificity; the others are accuracy. Everything is greedy, but "sampled" (temperature 1).
 
 * The intervals resample patients. They do not say what another seed of the training would have given: each
   row is one run, and the budgets are a few minutes of a CPU.
@@ -203,16 +203,21 @@ def render(rows: dict[str, dict[str, Any] | None], differences: list[dict[str, A
 
 def _table(rows: dict[str, dict[str, Any] | None], part: str, heads: list[str]) -> list[str]:
     lines = [f"| # | Training set-up | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
-    counts: list[str] = ["–"] * len(heads)
+    known = [list(row[part].values()) for row in rows.values() if row]
+    counts = [sorted({str(one["n"]) for one in column if one}) for column in zip(*known, strict=True)]
     for letter, row in rows.items():
         setup = SETUPS[letter]
         if setup.heading:
             lines.append(f"| | *{setup.heading}* |{' |' * len(heads)}")
-        figures = list(row[part].values()) if row else [None] * len(heads)
-        cells = [_cell(figure) for figure in figures] if row else ["not run", *[""] * (len(heads) - 1)]
+        cells = ["not run", *[""] * (len(heads) - 1)]
+        if row:
+            cells = [
+                _cell(figure) + (f" (n {figure['n']})" if figure and len(ns) > 1 else "")
+                for figure, ns in zip(row[part].values(), counts, strict=True)
+            ]
         lines.append(f"| {letter} | {setup.title} | {' | '.join(cells)} |")
-        counts = [str(one["n"]) if one else n for one, n in zip(figures, counts, strict=True)]
-    return [*lines, f"| | n | {' | '.join(counts)} |"]
+    told = [ns[0] if len(ns) == 1 else "as given" if ns else "–" for ns in counts] or ["–"] * len(heads)
+    return [*lines, f"| | n | {' | '.join(told)} |"]
 
 
 def _cell(figure: dict[str, Any] | None, sign: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -10,10 +11,24 @@ from pathlib import Path
 import pytest
 
 from fundus_jax.records import ConfigError
-from launch.config import RunConfig, rates
+from fundus_jax.workdir import differences
+from launch.config import RunConfig, as_json, rates
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py"))
+RECIPES = sorted((ROOT / "configs").rglob("*.py"))
+# Set-up -> the one that it builds on, and the fields besides `name` in which it differs.
+NEIGHBOURS = {
+    "a_base": ("b_sft", {"stages"}),
+    "b_sft": ("d_sft_grpo", {"stages"}),
+    "c_grpo": ("d_sft_grpo", {"stages"}),
+    "d_sft_grpo": ("f_sft_grpo_traces", {"prompt.think"}),
+    "e_sft_traces": ("f_sft_grpo_traces", {"stages"}),
+    "f_sft_grpo_traces": ("g_fundus_r1", {"grpo.process_weight"}),
+    "h_findings_only": ("g_fundus_r1", {"grpo.process"}),
+    "i_knowledge_only": ("g_fundus_r1", {"grpo.process"}),
+    "j_sum": ("g_fundus_r1", {"grpo.process"}),
+}
+SIZES = ("3b", "7b", "phantom", "quick")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -23,10 +38,56 @@ def test_a_recipe_is_valid_and_gives_its_command(path: Path) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config("")
+    config = module.get_config()
     assert isinstance(config, RunConfig)
     config.validate()
-    assert f"--config=configs/{path.name}" in (module.__doc__ or "")
+    assert f"--config={path.relative_to(ROOT)}" in (module.__doc__ or "")
+
+
+def setup(name: str, size: str) -> RunConfig:
+    """A set-up of configs/setups."""
+    return importlib.import_module(f"configs.setups.{name}").get_config(size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_setup_differs_from_its_neighbour_by_what_it_is_for(size: str) -> None:
+    configs = {name: setup(name, size) for name in ("g_fundus_r1", *NEIGHBOURS)}
+    for name, (neighbour, fields) in NEIGHBOURS.items():
+        configs[name].validate()
+        lines = differences(as_json(configs[neighbour]), as_json(configs[name]))
+        assert {line.partition(":")[0] for line in lines} == fields | {"name"}, name
+    assert len({config.name for config in configs.values()}) == 10
+    stages = {name[0]: (config.stages, config.prompt.think) for name, config in configs.items()}
+    both = "sft,grpo"
+    assert stages == {"a": ("", False), "b": ("sft", False), "c": ("grpo", False), "d": (both, False)} | {
+        "e": ("sft", True), **dict.fromkeys("fghij", (both, True)),
+    }  # fmt: skip
+    judged = {name[0]: (config.grpo.process_weight, config.grpo.process) for name, config in configs.items()}
+    assert judged["f"][0] == 0
+    assert {letter: judged[letter] for letter in "ghij"} == {
+        "g": (1, "selective"), "h": (1, "findings"), "i": (1, "knowledge"), "j": (1, "sum"),
+    }  # fmt: skip
+
+
+def test_g_is_the_recipe_of_its_size() -> None:
+    for size, recipe in (("3b", "fundus_r1_3b"), ("7b", "fundus_r1_7b"), ("phantom", "demo")):
+        theirs = importlib.import_module(f"configs.{recipe}").get_config()
+        lines = differences(as_json(theirs), as_json(setup("g_fundus_r1", size)))
+        assert [line.partition(":")[0] for line in lines] == ["name"]
+    with pytest.raises(ConfigError, match="3b, 7b, phantom, quick, not '30b'"):
+        setup("h_findings_only", "30b")
+
+
+@pytest.mark.parametrize("stages", ["grpo,sft", "sft,sft", "evaluate", "base,sft"])
+def test_stages_are_left_out_not_moved(stages: str) -> None:
+    config = setup("g_fundus_r1", "phantom")
+    config.stages = stages
+    with pytest.raises(
+        ConfigError, match=f"stages is '{stages}'; it must be one of 'sft,grpo', 'sft', 'grpo', ''"
+    ):
+        config.validate()
+    config.stages = " sft , grpo "
+    config.validate()
 
 
 def test_rates_are_parsed_or_refused() -> None:

@@ -63,6 +63,28 @@ def test_a_malformed_reply_gives_only_what_is_unambiguous(text: str, think: str,
     assert dialog.parse(text) == dialog.Parsed(think, answer, False)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "well_formed"),
+    [
+        (" <answer>b</answer>\n", "b", True),
+        ("<think>a</think> <answer>b</answer>", "b", False),
+        ("b <answer>b</answer>", "b", False),
+        ("<answer>b</answer> b", "b", False),
+        ("<answer>b", None, False),
+        ("<answer> </answer>", None, False),
+        ("<answer>b</answer> <answer>b</answer>", None, False),
+        ("b", None, False),
+    ],
+)
+def test_without_a_trace_the_answer_block_stands_alone(
+    text: str, answer: str | None, well_formed: bool
+) -> None:
+    parsed = dialog.parse(text, think=False)
+    assert (parsed.answer, parsed.well_formed) == (answer, well_formed)
+    if well_formed:
+        assert not dialog.parse(text).well_formed
+
+
 @pytest.mark.parametrize("part", ["", "  ", "a</think>", "<answer>"])
 def test_render_refuses_what_could_not_be_read_back(part: str) -> None:
     with pytest.raises(DataError):

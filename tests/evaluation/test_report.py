@@ -36,6 +36,16 @@ def test_right_without_the_format() -> None:
     assert outcome_of(answered(item(), "PDR")).well_formed
 
 
+def test_where_no_trace_is_asked_for_none_is_missed() -> None:
+    bare = Prediction(item=item(think=False, findings=("drusen",)), response="<answer>PDR</answer>")
+    outcome = outcome_of(bare)
+    assert (outcome.correct, outcome.well_formed, outcome.claimed) == (True, True, None)
+    assert evaluate([bare])["findings"] is None
+    assert not outcome_of(answered(bare.item, "PDR")).well_formed
+    asked = Prediction(item=item(findings=("drusen",)), response="<answer>PDR</answer>")
+    assert (outcome_of(asked).well_formed, outcome_of(asked).claimed) == (False, ())
+
+
 def test_several_answers_have_to_be_all_and_only() -> None:
     one = item(answers=("PDR", "AMD"), multiple=True)
     assert outcome_of(answered(one, "G, E")).correct

@@ -197,6 +197,46 @@ def test_no_grpo_yet(copied: Path) -> None:
     assert "GRPO raised" not in page.text
 
 
+@pytest.mark.parametrize(
+    ("stages", "think", "kept", "verdict", "training"),
+    [
+        ("", False, ["base"], "The base policy answers", "none"),
+        ("sft", False, ["base", "sft"], "After SFT the policy answers", "SFT, without traces"),
+        (
+            "grpo",
+            True,
+            ["base", "grpo"],
+            "After GRPO the policy answers",
+            "GRPO, with traces, process reward off",
+        ),
+    ],
+)
+def test_a_run_that_leaves_stages_out(
+    copied: Path, stages: str, think: bool, kept: list[str], verdict: str, training: str
+) -> None:
+    stored = json.loads((copied / "config.json").read_text())
+    stored["config"]["stages"], stored["config"]["prompt"]["think"] = stages, think
+    stored["config"]["grpo"]["process_weight"] = 0.0
+    (copied / "config.json").write_text(json.dumps(stored))
+    path = copied / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary = {"stages": {name: summary["stages"][name] for name in kept}, "differences": {}}
+    path.write_text(json.dumps(summary))
+    lines = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(line) + "\n" for line in lines if line["stage"] in kept)
+    (copied / "metrics.jsonl").write_text(text)
+    if "grpo" not in kept:
+        drop(copied, "rollouts")
+    page = page_of(copied)
+    assert verdict in page.text
+    assert training in page.text
+    assert page.missing == 0
+    assert "GRPO has not been measured" not in page.text
+    assert ("This run has no GRPO" in page.text) == ("grpo" not in kept)
+    assert "judge of the process reward" not in page.text
+    assert len(page.named("img")) >= cases.CASES
+
+
 def test_damage_is_reported_and_nothing_else_is_lost(copied: Path) -> None:
     (copied / "evaluation" / "summary.json").write_text("{")
     with (copied / "metrics.jsonl").open("a") as file:
