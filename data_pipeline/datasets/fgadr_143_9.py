@@ -3,9 +3,10 @@
 A re-annotation by Kheradfallah et al. 2022 (SPIE 12033); its archive has no published layout that we know of.
 So the user says what is where, in a table fgadr_143_9.csv with the columns image, lesion, mask: one row for
 each image and each lesion that was looked for, paths below the table's folder, an empty mask where the lesion
-is absent. A lesion may go by any name that `fundus_jax.findings` knows. Images lie where FGADR (Zhou et al.
-2021) has them, "Seg-set/Original_Images"; where its table of grades is there too, the grade is taken. Nothing
-is said of patients: images are split by a hash of their name; the paper trains on all 143.
+is absent. A lesion may go by any name that `fundus_jax.findings` knows, but by no abbreviation: HE are
+haemorrhages to some, hard exudates to others. Images lie where FGADR (Zhou et al. 2021) has them,
+"Seg-set/Original_Images"; where its table of grades is there too, the grade is taken. Nothing is said of
+patients: images are split by a hash of their name; the paper trains on all 143.
 """
 
 from pathlib import Path, PurePosixPath
@@ -61,8 +62,8 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
 
 def _row(row: tables.Row, folder: Path) -> tuple[Path, str, tuple[Path, ...]]:
     lesion = findings.canonical(row["lesion"])
-    if lesion not in findings.vocabulary("CFP", extended=True):
-        raise DataError("a lesion that fundus_jax/findings.py does not know")
+    if lesion not in findings.vocabulary("CFP", extended=True) or row["lesion"].isupper():
+        raise DataError("a lesion that fundus_jax/findings.py does not know, or an abbreviation")
     return _inside(folder, row["image"]), lesion, (_inside(folder, row["mask"]),) if row["mask"] else ()
 
 

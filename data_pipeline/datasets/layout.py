@@ -17,9 +17,7 @@ from fundus_jax.records import DataError
 
 T = TypeVar("T")
 PICTURES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
-TRAIN_SHARE = (
-    0.8  # of the patients, where the publisher gives no split; FunBench took about a fifth for itself
-)
+TRAIN_SHARE = 0.8  # of the patients, where no split is published; FunBench took about a fifth for itself
 MOST_FILES = 1_000_000
 
 
@@ -36,9 +34,13 @@ def root(source: Path, *names: str) -> Path:
             here = {path.name.lower() for path in folder.iterdir()}
             if all(name.lower() in here for name in names):
                 return folder
-        level = sorted(path for folder in level for path in folder.iterdir() if not path.name.startswith("."))
+        level = sorted(path for folder in level for path in folder.iterdir() if _visible(path.name))
     wanted = " and ".join(map(repr, names))
     raise DataError(f"{source}: no folder here has {wanted}; check --source against the publisher's layout")
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith((".", "__MACOSX"))  # archives made on a Mac hold a shadow of every file
 
 
 def entry(folder: Path, name: str) -> Path:
@@ -59,7 +61,7 @@ def by_class(
     here = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     known = {name.lower(): meaning for name, meaning in classes.items()}
     missing = [name for name in classes if name.lower() not in here]
-    strange = [path.name for name, path in here.items() if name not in known and not name.startswith(".")]
+    strange = [path.name for name, path in here.items() if name not in known and _visible(path.name)]
     if missing or strange:
         raise DataError(f"{folder}: folders missing: {missing}; folders that are no class: {strange}")
     return [(known[name], path) for name in known for path in files.listing(here[name], suffixes)]
@@ -71,7 +73,7 @@ def tree(folder: Path, suffixes: Sequence[str] = PICTURES) -> list[Path]:
         raise DataError(f"{folder}: no such folder; check --source against the publisher's layout")
     wanted, found = {suffix.lower() for suffix in suffixes}, []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if _visible(name)]
         if any(Path(name).suffix.lower() in wanted for name in names):
             found += files.listing(Path(parent), suffixes)
         if len(found) > MOST_FILES:

@@ -91,24 +91,23 @@ def _parts(name: str) -> tuple[str, str, str, str | None]:
 
 
 def _listed(table: Path, letter: str) -> list[str]:
-    """The names in an image set, checked against themselves and against the annotations beside it."""
-    codes = {}
+    """The names in an image set, checked against themselves and against the annotations line by line."""
+    names, bad = _lines(table), []
     notes = table.parent.parent / "annotations" / table.name
-    if notes.is_file():
-        codes = dict(line.rsplit(maxsplit=1) for line in _lines(notes) if " " in line)
-    names, bad = [], []
-    for number, name in enumerate(_lines(table), 1):
+    codes = [line.split()[-1] for line in _lines(notes)] if notes.is_file() else [""] * len(names)
+    if len(codes) != len(names):
+        raise DataError(f"{notes}: {len(codes)} lines, but {table} has {len(names)}")
+    for number, (name, noted) in enumerate(zip(names, codes, strict=True), 1):
         try:
             kind, code, _, _ = _parts(name)
         except DataError as error:
             bad.append(f"line {number} ({name}: {error})")
             continue
-        noted = codes.get(name, str(DISEASES.index(CLASSES[code])))
-        if kind != letter or name in names or noted != str(DISEASES.index(CLASSES[code])):
+        said = str(DISEASES.index(CLASSES[code]))
+        if kind != letter or noted not in ("", said) or names.index(name) < number - 1:
             bad.append(
-                f"line {number} ({name}: other modality, named twice, or class {noted} in annotations)"
+                f"line {number} ({name}: other modality, there twice, or class {noted} in annotations)"
             )
-        names.append(name)
     if bad:
         raise DataError(f"{table}: {len(bad)} bad rows: {', '.join(bad)}")
     return names

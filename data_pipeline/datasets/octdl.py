@@ -44,36 +44,34 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
     columns = ("file_name", "disease", "subcategory", "patient_id", "eye")
     rows = tables.keyed(table, tables.read(table, columns), "file_name", _row)
     folder = layout.root(table.parent, "AMD")
-    placed = layout.by_class(folder, {name: name for name in CLASSES})
+    placed = layout.by_class(folder, CLASSES)
     files = stems((path for _, path in placed), folder)
     found = layout.joined(rows, files, table=table, folder=folder, partial=partial)
     layout.require_counts(source, {"all": len(found)}, {"all": COUNT}, partial=partial)
-    if bad := [path.name for _, row, path in found if path.parent.name.upper() != row["class"]]:
+    homes = {path: disease for disease, path in placed}
+    if bad := [path.name for _, (_, _, stated), path in found if homes[path] != stated["disease"]]:
         raise DataError(f"{table}: {len(bad)} images lie in the folder of another class: {', '.join(bad)}")
     return [
         Sample(
             key=name,
             image=path,
-            split=layout.hashed_split("octdl", row["patient"]),
-            patient=row["patient"],
-            eye=row["eye"],
+            split=layout.hashed_split("octdl", patient),
+            patient=patient,
+            eye=eye,
             modality="OCT",
-            labels={
-                "disease": CLASSES[row["class"]],
-                **({"amd_stage": row["stage"]} if row["stage"] else {}),
-            },
+            labels=stated,
         )
-        for name, row, path in found
+        for name, (patient, eye, stated), path in found
     ]
 
 
-def _row(row: tables.Row) -> dict[str, str]:
-    disease = tables.code(row, "disease", {name: name for name in CLASSES})
+def _row(row: tables.Row) -> tuple[str, str, dict[str, str]]:
     if not row["patient_id"]:
         raise DataError("no patient_id")
-    stage = tables.code(row, "subcategory", STAGES) if disease == "AMD" else ""
-    eye = tables.code(row, "eye", EYES)
-    return {"class": disease, "stage": stage, "eye": eye, "patient": row["patient_id"]}
+    stated = {"disease": tables.code(row, "disease", CLASSES)}
+    if row["disease"] == "AMD":
+        stated["amd_stage"] = tables.code(row, "subcategory", STAGES)
+    return row["patient_id"], tables.code(row, "eye", EYES), stated
 
 
 class Octdl(SampleBuilder):

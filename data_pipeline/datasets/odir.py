@@ -90,11 +90,10 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
 def _parts(source: Path) -> list[tuple[str, Path, Path]]:
     """(split, table, folder of images) of the publisher's layout, or of Kaggle's."""
     try:
-        root = layout.root(source, *SETS.values())
+        kaggle = layout.root(source, "Training Images", "data.xlsx")
+        return [("train", layout.entry(kaggle, "data.xlsx"), layout.entry(kaggle, "Training Images"))]
     except DataError:
-        root = layout.root(source, "Training Images")
-        table = layout.root(source, "data.xlsx")
-        return [("train", layout.entry(table, "data.xlsx"), layout.entry(root, "Training Images"))]
+        root = layout.root(source, *SETS.values())
     parts = []
     for split, name in SETS.items():
         home = layout.entry(root, name)

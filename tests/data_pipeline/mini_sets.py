@@ -13,22 +13,22 @@ from tests.data_pipeline.mini_files import book, photo, spot, text, volume
 
 def write_fgadr_143_9(root: Path) -> None:
     """Two images, nine lesions; the second shows none of them."""
+    four = ("microaneurysm", "hemorrhages", "hard exudate", "soft exudate")
     lesions = (
-        "MA",
-        "haemorrhage",
-        "HE",
-        "CWS",
+        *four,
         "irma",
-        "NV",
+        "new vessels",
         "venous beading",
         "preretinal haemorrhage",
-        "VH",
+        "vitreous haemorrhage",
     )
     lines = ["image,lesion,mask"]
     for number, name in enumerate(("0001_1.png", "0002_1.png")):
         photo(root / "Seg-set" / "Original_Images" / name)
         for lesion in lesions:
-            mask = f"nine/{lesion}/{name}" if number == 0 and lesion in ("MA", "HE") else ""
+            mask = (
+                f"nine/{lesion}/{name}" if number == 0 and lesion in ("microaneurysm", "hard exudate") else ""
+            )
             if mask:
                 spot(root / mask, 130)  # soft edges: 128 and above is the lesion
             lines.append(f"Seg-set/Original_Images/{name},{lesion},{mask}")

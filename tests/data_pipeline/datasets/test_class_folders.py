@@ -41,10 +41,12 @@ def test_ucsd_splits_and_patients(tmp_path):
 
 
 def test_ucsd_as_kaggle_has_it(tmp_path):
+    photo(tmp_path / "__MACOSX" / "test" / "CNV" / "._CNV-5-1.jpeg")
+    (tmp_path / "__MACOSX" / "train").mkdir()
     for split, patients in (("train", range(4)), ("val", range(4, 5)), ("test", range(5, 7))):
         for name in ucsd.CLASSES:
             for patient in patients:
-                photo(tmp_path / "OCT2017" / split / name / f"{name}-{patient}-1.jpeg")
+                photo(tmp_path / "oct2017 " / split / name / f"{name}-{patient}-1.jpeg")
     found = listed(ucsd, tmp_path)
     assert Counter(one.split for one in found.values()) == {"train": 16, "val": 4, "test": 8}
     with pytest.raises(DataError, match="train has 16 images, published are 83484; val has 4 .*; test has 8"):

@@ -105,7 +105,7 @@ def test_retinal_lesions_broken(tmp_path):
 def test_fgadr_143_9(tmp_path):
     found = keyed(fgadr_143_9, mini_sets.write("fgadr_143_9", tmp_path))
     one = base.annotated(found["0001_1"])
-    assert one.findings == ("hard exudate", "microaneurysm"), "HE are hard exudates here, as in findings.py"
+    assert one.findings == ("hard exudate", "microaneurysm")
     assert len(one.searched) == 9
     assert one.labels["dr_grade"] == "Severe NPDR"
     assert base.annotated(found["0002_1"]).findings == ()
@@ -115,11 +115,13 @@ def test_fgadr_143_9(tmp_path):
 
 def test_fgadr_143_9_broken(tmp_path):
     table = mini_sets.write("fgadr_143_9", tmp_path) / "fgadr_143_9.csv"
-    edit(table, "0001_1.png,NV,", "0001_1.png,optic disc,")
-    edit(table, "nine/MA/0001_1.png", "../../etc/passwd")
-    edit(table, "nine/HE/0001_1.png", "nine/HE/gone.png")
+    edit(table, "0001_1.png,new vessels,", "0001_1.png,optic disc,")
+    edit(table, "0001_1.png,hemorrhages,", "0001_1.png,HE,")
+    edit(table, "nine/microaneurysm/0001_1.png", "../../etc/passwd")
+    edit(table, "nine/hard exudate/0001_1.png", "nine/hard exudate/gone.png")
     with pytest.raises(
-        DataError, match=r"3 bad rows: .*MA: no file \.\./.*HE: no file nine/HE/gone.*optic disc: a lesion"
+        DataError,
+        match=r"4 bad rows: .*: no file \.\./.*HE: a lesion .*: no file nine/hard exudate/gone.*disc: a",
     ):
         keyed(fgadr_143_9, tmp_path)
 
@@ -140,6 +142,9 @@ def test_mmc_amd(tmp_path):
 
 def test_mmc_amd_broken(tmp_path):
     home = mini_sets.write("mmc_amd", tmp_path) / "mmc-amd-splitAP-train"
+    edit(home / "annotations" / "oct.txt", "o-d-ICG-5579-r_1 1\n", "")
+    with pytest.raises(DataError, match="annotations/oct.txt: 1 lines, but .* has 2"):
+        keyed(mmc_amd, tmp_path)
     edit(home / "annotations" / "cfp.txt", "f-w-77-l 3", "f-w-77-l 2")
     edit(home / "ImageSets" / "cfp.txt", "f-h-2051-l", "fundus2051")
     with pytest.raises(
