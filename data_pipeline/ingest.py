@@ -18,8 +18,8 @@ from absl import app, flags, logging
 from array_record.python.array_record_module import ArrayRecordWriter  # pyright: ignore
 
 from data_pipeline import files, images, jobs, questions
-from data_pipeline.datasets import registry
-from data_pipeline.datasets.base import Sample, annotated, fingerprint
+from data_pipeline.datasets import heldout, registry
+from data_pipeline.datasets.base import Sample, annotated, fingerprint, picture
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from data_pipeline.datasets.phantom_source import shards as phantom_shards
 from fundus_jax.records import ConfigError, DataError, Example
@@ -49,6 +49,7 @@ def run(
     quality: int = 95,
     limit: int = 0,
     partial_copy: bool = False,
+    benchmarks: Sequence[Path] = (),
     phantom: PhantomConfig | None = None,
     shard_size: int = SHARD_SIZE,
     quarantine: float = 0.02,
@@ -65,6 +66,7 @@ def run(
       kind, quality: "JPEG" or "PNG", for images that have to be encoded again.
       limit: take only this many images of each split; 0 takes all.
       partial_copy: accept another number of images than the publisher's.
+      benchmarks: folders of FunBench and OmniMedVQA; their images, and all of their patients, go to "test".
       phantom: what to draw, if `dataset` is "phantom".
       shard_size: images a shard.
       quarantine: share of bad images beyond which the job stops.
@@ -89,6 +91,8 @@ def run(
         raise ConfigError(f"data set {dataset!r} needs a source: the folder of {row.title}, from {row.where}")
     else:
         found = registry.lister(dataset)(source, partial=partial_copy)
+        if benchmarks:
+            found = heldout.moved(dataset, found, heldout.names(benchmarks))
         shards = _shards(found, limit=limit, shard_size=shard_size)
     options = {"max_side": max_side, "kind": kind, "quality": quality}
     config = {
@@ -100,7 +104,8 @@ def run(
         "shard_size": shard_size,
         "phantom": asdict(phantom) if phantom else None,
     }
-    process = partial(_process, dataset=dataset, tasks=rates, diseases=row.diseases, options=options)
+    diseases = registry.diseases(dataset)
+    process = partial(_process, dataset=dataset, tasks=rates, diseases=diseases, options=options)
     job = jobs.Job("ingest", config)
     return jobs.run(job, shards, process, out, limit=quarantine, workers=workers, shard=shard)
 
@@ -140,7 +145,7 @@ def _process(
             sample = item if isinstance(item, Sample) else item()
             try:
                 sample = annotated(sample)
-                data = _encoded(sample.image, options)
+                data = _encoded(picture(sample), options)
             except DataError as error:
                 yield jobs.Quarantine(f"{dataset}/{sample.split}/{sample.key}", str(error))
                 continue
@@ -173,7 +178,7 @@ def _examples(
             eye=sample.eye,
             modality=sample.modality,
             image=image,
-            labels=(sample.labels["disease"],) if "disease" in sample.labels else (),
+            labels=sample.diseases or tuple(filter(None, [sample.labels.get("disease")])),
             task=one.task,
             question=one.question,
             options=one.options,
@@ -194,6 +199,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("quality", 95, "Quality of these JPEGs.", 1, 100)
     flags.DEFINE_integer("limit", 0, "Images of each split; 0 takes all.", 0)
     flags.DEFINE_bool("partial", False, "Accept another number of images than published.")
+    flags.DEFINE_list(
+        "benchmarks", [], "Folders of FunBench and OmniMedVQA, whose images go to the test split."
+    )
     flags.DEFINE_list("phantoms", ["15000", "500", "500"], "Phantoms to draw: train, val, test.")
     flags.DEFINE_integer("phantom_seed", 0, "Series of the phantoms.", 0)
     flags.DEFINE_integer("phantom_size", 112, "Side of the phantoms in pixels.", 56)
@@ -242,6 +250,7 @@ def main(argv: Sequence[str]) -> None:
             quality=values.quality,
             limit=values.limit,
             partial_copy=values.partial,
+            benchmarks=[Path(folder) for folder in values.benchmarks],
             phantom=_phantom(values) if values.dataset == "phantom" else None,
             shard_size=values.shard_size,
             quarantine=values.quarantine,

@@ -27,6 +27,7 @@ MODALITIES = {
 }
 EYES = {"OD": "Right eye", "OS": "Left eye"}
 PRESENCE = ("Yes", "No")
+MOST_OPTIONS, DRAWN = 8, 5  # among more diseases than the first, a question offers the second
 QUADRANTS = ("Upper left", "Upper right", "Lower left", "Lower right")  # of the image, not of the retina
 DOMINANT = 0.75  # share of the boxes' area that has to lie in one quadrant
 
@@ -117,7 +118,16 @@ def _disease(sample: Sample, diseases: tuple[str, ...]) -> list[Question]:
     if "disease" not in sample.labels:
         return []
     options = diseases or DISEASES[sample.modality]
-    return [_question(sample, "disease", options, sample.labels["disease"])]
+    return [_question(sample, "disease", _drawn(sample, options), sample.labels["disease"])]
+
+
+def _drawn(sample: Sample, options: tuple[str, ...]) -> tuple[str, ...]:
+    """The options if they are few; else `DRAWN` of them, the answer among them, in their order."""
+    answer = sample.labels["disease"]
+    if len(options) <= MOST_OPTIONS or answer not in options:
+        return options
+    others = sorted((o for o in options if o != answer), key=lambda o: _chance(sample, "option", o))
+    return tuple(o for o in options if o == answer or o in others[: DRAWN - 1])
 
 
 def _grade(sample: Sample, _: tuple[str, ...]) -> list[Question]:

@@ -5,12 +5,13 @@ Masks are read where the images are, in the worker that writes their shard, by `
 and `builder`, which shows the same samples as a TFDS data set.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_pipeline import files
 from data_pipeline.datasets import masks
+from data_pipeline.datasets.cut import Cut
 from fundus_jax.records import Box, DataError
 
 
@@ -20,43 +21,54 @@ class Sample:
 
     Attributes:
       key: unique in its split and stable, e.g. "B/IDRiD_001".
-      image: the image file; or encoded bytes, for images that this program draws.
+      image: the image file, or a part of one; or encoded bytes, for images that this program draws.
       split: "train", "val" or "test", as published.
       patient: the same for all images of one patient (or of one eye, where no more is known), whatever their
         split; no two patients share it.
       eye: "OD", "OS", or "" where it is not known.
       modality: "CFP", "OCT" or "UWF".
       labels: task -> answer, e.g. {"disease": "Moderate NPDR", "dr_grade": "Moderate NPDR"}.
+      diseases: all that the publisher states of this image, where several can be; `labels` has `disease` only
+        if it is one.
       searched: the findings that the publisher looked for in this image, present or not.
-      masks: finding -> its mask files (none: the publisher says it is absent); None where there are no masks.
+      masks: finding -> its mask files, or parts of files (none: the publisher says it is absent); None where
+        there are no masks.
       findings: names of the pixel findings, sorted; None without masks, or before `annotated` read them.
       boxes: where they are, the largest of each finding first.
     """
 
     key: str
-    image: Path | bytes
+    image: Path | bytes | Cut
     split: str
     patient: str
     modality: str
     eye: str = ""
     labels: dict[str, str] = field(default_factory=dict)
+    diseases: tuple[str, ...] = ()
     searched: tuple[str, ...] = ()
-    masks: dict[str, tuple[Path, ...]] | None = None
+    masks: Mapping[str, tuple[Path | Cut, ...]] | None = None
     findings: tuple[str, ...] | None = None
     boxes: tuple[Box, ...] = ()
 
 
-def annotated(sample: Sample) -> Sample:
-    """The sample with findings and boxes read from its mask files.
+def picture(sample: Sample) -> Path | bytes:
+    """The image of a sample as a file or as encoded bytes: a part of a file is cut out and encoded."""
+    return sample.image.encoded() if isinstance(sample.image, Cut) else sample.image
 
-    Raises DataError if a mask can not be read or is of another size than the image.
+
+def annotated(sample: Sample) -> Sample:
+    """The sample with its image cut out (if it is a part of a file), findings and boxes read from its masks.
+
+    Raises DataError if image or mask can not be read, or a mask is of another size than the image.
     """
+    image = picture(sample)
+    sample = replace(sample, image=image)
     if sample.masks is None or sample.findings is not None:
         return sample
     boxes: list[Box] = []
     for name, paths in sorted(sample.masks.items()):
         if paths:
-            boxes += masks.boxes(name, masks.union(paths, sample.image))
+            boxes += masks.boxes(name, masks.union(paths, image))
     found = {box.finding for box in boxes}
     return replace(sample, findings=tuple(sorted(found)), boxes=tuple(boxes))
 
@@ -67,30 +79,29 @@ def fingerprint(samples: Iterable[Sample]) -> str:
     File contents are not read: a file replaced by another of the same size goes unnoticed.
     """
 
-    def of(image: Path | bytes) -> list[object]:
+    def of(image: Path | bytes | Cut) -> list[object]:
+        if isinstance(image, Cut):
+            return [*of(image.file), image.draw.__qualname__, *image.part]
         return [image.name, image.stat().st_size] if isinstance(image, Path) else [image.hex()]
 
     return files.digest(
         [
-            [s.key, s.split, s.patient, s.modality, s.eye, s.labels, of(s.image)]
+            [s.key, s.split, s.patient, s.modality, s.eye, s.labels, *s.diseases, of(s.image)]
             + [[name, [of(path) for path in paths]] for name, paths in sorted((s.masks or {}).items())]
             for s in samples
         ]
     )
 
 
-def require_files(found: dict[str, Path], wanted: Sequence[str], folder: Path) -> None:
-    """Raise DataError that lists all of `wanted` (file stems, any case) that `found` lacks."""
-    if missing := [name for name in wanted if name.lower() not in found]:
-        raise DataError(
-            f"{folder}: {len(missing)} files are missing: {', '.join(missing)}; get the archive again"
-        )
-
-
 def by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     """The files of a folder by lower-case name without suffix. Raises DataError if two share one."""
+    return stems(files.listing(folder, suffixes), folder)
+
+
+def stems(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
+    """Files by lower-case name without suffix. Raises DataError naming two of `folder` that share one."""
     found: dict[str, Path] = {}
-    for path in files.listing(folder, suffixes):
+    for path in paths:
         other = found.setdefault(path.stem.lower(), path)
         if other != path:
             raise DataError(f"{folder}: {other.name} and {path.name} have the same name; remove one of them")

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipeline import images
-from data_pipeline.datasets.base import Sample, annotated
+from data_pipeline.datasets.base import Sample, annotated, picture
 
 
 class SampleBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -56,7 +56,7 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 sample.key,
                 {
                     "key": sample.key,
-                    "image": io.BytesIO(images.prepare(sample.image)),
+                    "image": io.BytesIO(images.prepare(picture(sample))),
                     "patient": sample.patient,
                     "eye": sample.eye,
                     "modality": sample.modality,

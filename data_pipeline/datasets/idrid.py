@@ -9,8 +9,6 @@ The parts share photographs and persons, and so do the halves; no table of the p
 ("010119991" is the first of 1 January 1999); files of one number show the right and left eye of one person.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +18,17 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from data_pipeline import images
-from data_pipeline.datasets import twins
-from data_pipeline.datasets.base import Sample, by_stem, require_files, subfolder
+from data_pipeline.datasets import labels, layout, tables, twins
+from data_pipeline.datasets.base import Sample, by_stem, subfolder
 from data_pipeline.datasets.builder import SampleBuilder
 from fundus_jax.records import DataError
 
-GRADES = ("No DR", "Mild NPDR", "Moderate NPDR", "Severe NPDR", "PDR")  # ICDR 0 to 4
-DISEASES = ("Normal", *GRADES[1:])
-DME_RISKS = ("none", "exudates away from the fovea", "exudates within one disc diameter")  # codes 0 to 2
+DISEASES = labels.DR_DISEASES
+DME_RISKS = {
+    "0": "none",
+    "1": "exudates away from the fovea",
+    "2": "exudates within one disc diameter",
+}
 LESIONS = {  # code at the end of a mask's name -> start of its folder, canonical finding
     "MA": ("1.", "microaneurysm"),
     "HE": ("2.", "haemorrhage"),
@@ -99,18 +100,15 @@ def _segmentation(root: Path, split: str, half: str) -> list[Sample]:
 def _grading(root: Path, split: str, half: str) -> list[Sample]:
     folder = subfolder(subfolder(root, "1."), half)
     pictures = by_stem(folder, IMAGES)
-    tables = [
+    found = [
         p for p in subfolder(root, "2.").iterdir() if p.suffix.lower() == ".csv" and p.name.startswith(half)
     ]
-    if len(tables) != 1:
-        raise DataError(
-            f"{root}: {len(tables)} label tables whose name begins with '{half}'; one is expected"
-        )
-    rows = _table(tables[0])
-    require_files(pictures, list(rows), folder)
-    if unlabelled := sorted(set(pictures) - {name.lower() for name in rows}):
-        raise DataError(f"{tables[0]}: {len(unlabelled)} images have no row: {', '.join(unlabelled)}")
-    return [_sample("B", pictures[name.lower()], split, labels=labels) for name, labels in rows.items()]
+    if len(found) != 1:
+        raise DataError(f"{root}: {len(found)} label tables whose name begins with '{half}'; one is expected")
+    columns = ("Image name", "Retinopathy grade", "Risk of macular edema")
+    rows = tables.keyed(found[0], tables.read(found[0], columns), "Image name", _row)
+    named = layout.joined(rows, pictures, table=found[0], folder=folder, partial=False)
+    return [_sample("B", path, split, labels=graded) for _, graded, path in named]
 
 
 def _sample(part: str, path: Path, split: str, **more) -> Sample:
@@ -118,28 +116,9 @@ def _sample(part: str, path: Path, split: str, **more) -> Sample:
     return Sample(key=f"{part}/{path.stem}", image=path, split=split, patient=patient, modality="CFP", **more)
 
 
-def _table(path: Path) -> dict[str, dict[str, str]]:
-    """Image name -> labels. The header has a trailing space, and nine columns without a name in one file."""
-    lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
-    header = [name.strip() for name in next(lines, [])]
-    wanted = ("Image name", "Retinopathy grade", "Risk of macular edema")
-    if lost := [name for name in wanted if name not in header]:
-        raise DataError(f"{path}: columns {lost} are missing; the header is {header}")
-    places = [header.index(name) for name in wanted]
-    rows: dict[str, dict[str, str]] = {}
-    bad: list[str] = []
-    for number, line in enumerate(lines, 2):
-        if not any(cell.strip() for cell in line):
-            continue
-        name, grade, risk = (line[at].strip() if at < len(line) else "" for at in places)
-        if grade not in ("0", "1", "2", "3", "4") or risk not in ("0", "1", "2") or not name or name in rows:
-            bad.append(f"line {number} ({name or 'no name'}, grade {grade!r}, risk {risk!r})")
-            continue
-        g, r = int(grade), int(risk)
-        rows[name] = {"disease": DISEASES[g], "dr_grade": GRADES[g], "dme_risk": DME_RISKS[r]}
-    if bad:
-        raise DataError(f"{path}: grades are 0-4, risks 0-2, names occur once; not so in {', '.join(bad)}")
-    return rows
+def _row(row: tables.Row) -> dict[str, str]:
+    grade = tables.code(row, "Retinopathy grade", labels.ICDR)
+    return {**labels.dr(grade), "dme_risk": tables.code(row, "Risk of macular edema", DME_RISKS)}
 
 
 def _paired(found: Sequence[Sample]) -> list[Sample]:
@@ -154,11 +133,10 @@ def _paired(found: Sequence[Sample]) -> list[Sample]:
             grades.setdefault(picture, set()).add(sample.labels["dr_grade"])
     paired = []
     for sample, person, picture in zip(found, people, pictures, strict=True):
-        labels = sample.labels
-        if not labels and len(grades.get(picture, ())) == 1:
-            grade = GRADES.index(next(iter(grades[picture])))
-            labels = {"disease": DISEASES[grade], "dr_grade": GRADES[grade]}
-        paired.append(replace(sample, patient=found[person].patient, labels=labels))
+        stated = sample.labels
+        if not stated and len(grades.get(picture, ())) == 1:
+            stated = labels.dr(labels.GRADES.index(next(iter(grades[picture]))))
+        paired.append(replace(sample, patient=found[person].patient, labels=stated))
     _report(paired, [len(names) for names in grades.values()])
     return paired
 

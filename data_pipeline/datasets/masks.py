@@ -13,6 +13,7 @@ from skimage.measure import label, regionprops
 from skimage.morphology import dilation, footprint_rectangle
 
 from data_pipeline import images
+from data_pipeline.datasets.cut import Cut
 from fundus_jax.records import GRID, Box, DataError
 
 MOST = 6  # boxes of one finding
@@ -39,12 +40,12 @@ def read(path: Path) -> NDArray[np.bool_]:
     return values > 0 if values.max() <= 1 else values >= 128
 
 
-def union(paths: Sequence[Path], image: Path | bytes) -> NDArray[np.bool_]:
-    """All mask files of one finding laid over each other, [H, W]; DataError if not of the image's size."""
+def union(paths: Sequence[Path | Cut], image: Path | bytes) -> NDArray[np.bool_]:
+    """All masks of one finding laid over each other, [H, W]; DataError if not of the image's size."""
     size = images.size(image)
     whole = np.zeros(size[::-1], bool)
     for path in paths:
-        mask = read(path)
+        mask = path.pixels() if isinstance(path, Cut) else read(path)
         if mask.shape != whole.shape:
             raise DataError(
                 f"{path.name}: {mask.shape[1]} x {mask.shape[0]} pixels, but its image has "

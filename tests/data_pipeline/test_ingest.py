@@ -158,7 +158,7 @@ def test_phantoms_in_two_processes_are_those_of_one(tmp_path):
 
 
 def test_settings_that_cannot_work(tmp_path):
-    with pytest.raises(ConfigError, match="known are idrid, phantom"):
+    with pytest.raises(ConfigError, match="known are ddr, deepdrid, .* top, ucsd"):
         ingest.run("eyes", tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match="needs a source"):
         ingest.run("idrid", None, tmp_path / "out")

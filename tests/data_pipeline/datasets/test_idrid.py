@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_pipeline.datasets import base, idrid
+from data_pipeline.datasets import base, idrid, labels
 from fundus_jax.records import DataError
 from tests.data_pipeline import mini_idrid
 from tests.data_pipeline.mini_idrid import HALVES
@@ -95,7 +95,7 @@ def test_bad_rows_are_all_named(mini):
         "Image name,Retinopathy grade,Risk of macular edema \nIDRiD_001,5,0\nIDRiD_002,1,3\n,1\n"
     )
     with pytest.raises(
-        DataError, match=r"line 2 \(IDRiD_001, grade '5'.*line 3 .*risk '3'\), line 4 \(no name"
+        DataError, match=r"line 2 \(IDRiD_001: Retinopathy grade '5'.*line 3 .*'3'.*\), line 4 \(no name"
     ):
         listed(mini)
     table.write_text("Image name,Grade\n")
@@ -168,13 +168,13 @@ def test_real_counts_and_grades(real):
     grades = {
         split: [
             sum(o.split == split and o.key[0] == "B" and o.labels["dr_grade"] == grade for o in real)
-            for grade in idrid.GRADES
+            for grade in labels.GRADES
         ]
         for split in ("train", "test")
     }
     assert grades == {"train": [134, 20, 136, 74, 49], "test": [34, 5, 32, 19, 13]}
     risks = Counter((o.split, o.labels["dme_risk"]) for o in real if o.key[0] == "B")
-    none, far, near = idrid.DME_RISKS
+    none, far, near = idrid.DME_RISKS.values()
     assert [risks["train", r] for r in (none, far, near)] == [177, 41, 195]
     assert [risks["test", r] for r in (none, far, near)] == [45, 10, 48]
 

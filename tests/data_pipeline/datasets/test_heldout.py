@@ -1,0 +1,100 @@
+"""Images that benchmarks use leave the training split, with all others of their patients."""
+
+import json
+
+import pytest
+
+from data_pipeline import ingest, jobs
+from data_pipeline.datasets import heldout, registry
+from fundus_jax.records import DataError, Example
+from tests.data_pipeline import mini_sets
+
+
+def funbench(root, *paths):
+    root.mkdir(parents=True, exist_ok=True)
+    task = {"info": {"data source": ["x"]}, "data": {path: {"gt": "A"} for path in paths}}
+    (root / "L4b.json").write_text(json.dumps(task))
+    return root
+
+
+def test_names_of_both_benchmarks(tmp_path):
+    fun = funbench(
+        tmp_path / "FunBench" / "L4",
+        "TOP/TOP/001805_00.jpg",
+        "JSIEC/0.0.Normal/1ff-45cb817f5b..JPG",
+        "RFMiD/1. Original Images/c. Testing Set/344.png",
+        "NEH/NEH_UT_2021RetinalOCTDataset/CNV/1/OS/2.jpg",
+    )
+    omni = tmp_path / "omni"
+    omni.mkdir()
+    questions = [
+        {"image_path": "Images/Diabetic Retinopathy/3/10_left.jpeg"},
+        {"image_path": "Images/PALM2019/T1.jpg"},
+    ]
+    (omni / "DR.json").write_text(json.dumps(questions))
+    assert heldout.names([fun.parent, omni]) == {
+        "top": {"001805_00"},
+        "jsiec": {"1ff-45cb817f5b."},
+        "neh": {"1/os/2"},
+        "retinal_lesions": {"10_left"},
+    }, "RFMiD's test part is published, and its numbers restart"
+    with pytest.raises(DataError, match="no file of FunBench or OmniMedVQA here"):
+        heldout.names([mini_sets.write("octid", tmp_path / "octid")])
+    (omni / "DR.json").write_text("{")
+    with pytest.raises(DataError, match="DR.json: not JSON"):
+        heldout.names([omni])
+
+
+CASES = {  # data set -> a path in a benchmark, the keys of its patient
+    "top": ("TOP/TOP/000000_01.jpg", {"000000_00", "000000_01"}),
+    "jsiec": (
+        "JSIEC/8.MH/1ff0000e-8d87-11e8-9daf-6045cb817f5b..JPG",
+        {"8.MH/1ff0000e-8d87-11e8-9daf-6045cb817f5b."},
+    ),
+    "retinal_lesions": ("Retinal-Lesions/images_896x896/10_left.jpg", {"10_left", "10_right"}),
+    "octid": ("OCTID/AMRD/AMRD2.jpeg", {"AMRD/AMRD2"}),
+    "octdl": ("OCTDL/OCTDL/AMD/amd_101_2.jpg", {"amd_101_1", "amd_101_2"}),
+    "neh": ("NEH/NEH_UT_2021RetinalOCTDataset/CNV/1/OS/2.jpg", {f"CNV/1/OS/{n}" for n in (1, 2, 3)}),
+    "ucsd": (
+        "OCT & X-Ray 2017/train/CNV/CNV-1000-1.jpeg",
+        {f"{name}-1000-1" for name in ("CNV", "DME", "DRUSEN", "NORMAL")},
+    ),
+    "retouch": (
+        "RETOUCH/pre_processed/oct_imgs/RETOUCH-TrainingSet-Cirrus_TRAIN001_002.png",
+        {f"RETOUCH-TrainingSet-Cirrus_TRAIN001_{n:03d}" for n in range(3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whole_patients_move(name, tmp_path):
+    path, wanted = CASES[name]
+    found = registry.lister(name)(mini_sets.write(name, tmp_path / name), partial=True)
+    held = heldout.names([funbench(tmp_path / "benchmark", path)])
+    assert set(held) == {name}
+    moved = heldout.moved(name, found, held)
+    changed = {one.key for one, other in zip(moved, found, strict=True) if one.split != other.split}
+    assert changed == {one.key for one in found if one.key in wanted and one.split != "test"}
+    assert {one.key for one in moved if one.split == "test"} >= wanted
+    assert wanted <= {one.key for one in found}
+
+
+def test_ingest_takes_folders_of_benchmarks(tmp_path):
+    source = mini_sets.write("octdl", tmp_path / "octdl")
+    folder = funbench(tmp_path / "benchmark", "OCTDL/OCTDL/AMD/amd_101_2.jpg")
+    ingest.run("octdl", source, tmp_path / "out", partial_copy=True, benchmarks=[folder])
+    splits = {one.id.split("/")[2]: one.split for one in jobs.read(tmp_path / "out", Example)}
+    assert splits["amd_101_1"] == splits["amd_101_2"] == "test"
+    assert splits["amd_102_1"] == "train"
+
+
+def test_real_files_of_the_benchmarks(shared_data):
+    folders = [shared_data / name for name in ("funbench_samples", "omnimedvqa")]
+    if not all(folder.is_dir() for folder in folders):
+        pytest.skip(f"no files of FunBench and OmniMedVQA in {shared_data}")
+    found = heldout.names(folders)
+    assert {"1043_left", "9712_left", "34175_left"} <= found["retinal_lesions"]
+    assert "cnv-3030629-1" in found["ucsd"]
+    assert "retouch-trainingset-cirrus_train002_118" in found["retouch"]
+    assert found["octdl"] == {"amd_2135874_1", "amd_5022300_2"}
+    assert len(found["jsiec"]) > 100
