@@ -170,7 +170,7 @@ def _compare(shard: jobs.ShardInput, folder: Path, *, made: Path, table: Path) -
         match = near.compare(at(a), at(b))
         if kind := near.kind(match):
             distance = round(1000 * (1 - match.correlation))
-            yield Pair(a=names[a], b=names[b], kind=kind, distance=distance)
+            yield Pair(a=names[a], b=names[b], relation=kind, distance=distance)
 
 
 def _clean(
@@ -223,12 +223,12 @@ def _report(
     removed: Mapping[str, int],
 ) -> None:
     """Write the tables and the summary, and say how much was found."""
-    rows = [(pair.a, pair.b, pair.kind, leaks.distance(pair)) for pair in pairs]
+    rows = [(pair.a, pair.b, pair.relation, leaks.distance(pair)) for pair in pairs]
     _table(out / PAIRS, ("a", "b", "kind", "distance"), rows)
     _table(out / CONFLICTS, ("task", "a", "answer_a", "b", "answer_b"), conflicts)
     counts = {
         "pictures": len(prints),
-        "pairs": dict(sorted(collections.Counter(pair.kind for pair in pairs).items())),
+        "pairs": dict(sorted(collections.Counter(pair.relation for pair in pairs).items())),
         "conflicts": len(conflicts),
         "removed": dict(sorted(removed.items())),
     }

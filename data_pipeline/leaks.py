@@ -30,7 +30,7 @@ class Pair:
 
     a: str
     b: str
-    kind: str
+    relation: str
     distance: int
 
 
@@ -52,7 +52,7 @@ def exact(prints: Iterable[Print]) -> list[Pair]:
         same = files.setdefault(one.sha256, one.name), pixels.setdefault(one.pixels, one.name)
         kind, first = (BYTES, same[0]) if same[0] != one.name else (PIXELS, same[1])
         if first != one.name:
-            pairs.append(Pair(a=first, b=one.name, kind=kind, distance=0))
+            pairs.append(Pair(a=first, b=one.name, relation=kind, distance=0))
     return pairs
 
 
@@ -82,7 +82,7 @@ def removals(said: Mapping[str, Said], pairs: Sequence[Pair]) -> dict[str, tuple
         highest[groups[name]] = max(highest.get(groups[name], 0), rank[name])
         patients[one.patient] = max(patients.get(one.patient, 0), rank[name])
     direct: dict[str, Pair] = {}
-    for pair in sorted(pairs, key=lambda pair: (pair.kind == EYE, pair.distance)):
+    for pair in sorted(pairs, key=lambda pair: (pair.relation == EYE, pair.distance)):
         for name, other in ((pair.a, pair.b), (pair.b, pair.a)):
             if rank[other] > rank[name]:
                 direct.setdefault(name, pair)
@@ -93,8 +93,8 @@ def removals(said: Mapping[str, Said], pairs: Sequence[Pair]) -> dict[str, tuple
         if name in direct:
             pair = direct[name]
             other = pair.b if pair.a == name else pair.a
-            kind = "eye" if pair.kind == EYE else "picture"
-            found[name] = kind, f"{pair.kind} as {other} ({said[other].split}), distance {distance(pair)}"
+            kind = "eye" if pair.relation == EYE else "picture"
+            found[name] = kind, f"{pair.relation} as {other} ({said[other].split}), distance {distance(pair)}"
         elif one.patient and patients[one.patient] > rank[name]:
             found[name] = "patient", f"patient {one.patient} has pictures that are held out"
         else:
@@ -106,7 +106,7 @@ def conflicts(said: Mapping[str, Said], pairs: Iterable[Pair]) -> list[tuple[str
     """Copies with different labels: (task, a, answer of a, b, answer of b)."""
     found = []
     for pair in pairs:
-        if pair.kind not in COPIES:
+        if pair.relation not in COPIES:
             continue
         a, b = said[pair.a].answers, said[pair.b].answers
         found += [

@@ -11,7 +11,7 @@ def said(split: str, patient: str = "", **answers: str) -> Said:
 
 
 def pair(a: str, b: str, kind: str = PICTURE) -> Pair:
-    return Pair(a=a, b=b, kind=kind, distance=12)
+    return Pair(a=a, b=b, relation=kind, distance=12)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_removals(pictures: dict[str, Said], pairs: list[Pair], kinds: dict[str,
 
 def test_the_reason_names_the_closest_picture() -> None:
     pictures = {"a": said("train", "p"), "b": said("test"), "c": said("test", "p")}
-    pairs = [pair("a", "c", EYE), Pair(a="a", b="b", kind=PICTURE, distance=30)]
+    pairs = [pair("a", "c", EYE), Pair(a="a", b="b", relation=PICTURE, distance=30)]
     assert leaks.removals(pictures, pairs)["a"] == ("picture", "same picture as b (test), distance 0.030")
 
 
@@ -64,10 +64,10 @@ def test_contradictions_are_of_copies_and_of_one_task() -> None:
 def test_exact_copies_hang_on_the_first() -> None:
     rows = [("a", "1", "x"), ("b", "2", "y"), ("c", "1", "x"), ("d", "3", "x"), ("e", "1", "x")]
     prints = [Print(name=name, split="train", sha256=sha, pixels=pixels) for name, sha, pixels in rows]
-    found = [(one.a, one.b, one.kind) for one in leaks.exact(prints)]
+    found = [(one.a, one.b, one.relation) for one in leaks.exact(prints)]
     assert found == [("a", "c", BYTES), ("a", "d", PIXELS), ("a", "e", BYTES)]
 
 
 def test_an_exact_pair_counts_before_one_that_is_alike() -> None:
     found = leaks.union([pair("a", "b", BYTES)], [pair("a", "b"), pair("a", "c"), pair("a", "c")])
-    assert [(one.b, one.kind) for one in found] == [("b", BYTES), ("c", PICTURE)]
+    assert [(one.b, one.relation) for one in found] == [("b", BYTES), ("c", PICTURE)]
