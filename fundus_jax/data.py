@@ -132,11 +132,13 @@ class Pool:
 
 
 def open_pool(directory: str | Path, split: str) -> Pool:
-    """Read `directory`/{examples,findings,traces,knowledge}; only `split` of the examples."""
+    """Read `directory`/{examples,findings,traces,knowledge}; only `split` of the examples, and where they were
+    decontaminated (`directory`/clean) only what was left of them."""
     directory = Path(directory)
-    examples = tuple(e for e in read_stage(directory / "examples", Example) if e.split == split)
+    source = directory / ("clean" if (directory / "clean").is_dir() else "examples")
+    examples = tuple(e for e in read_stage(source, Example) if e.split == split)
     if not examples:
-        raise DataError(f"{directory / 'examples'} has no example of split {split!r}")
+        raise DataError(f"{source} has no example of split {split!r}")
     return Pool(
         directory=directory,
         examples=examples,

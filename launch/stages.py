@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from data_pipeline import findings as findings_job
-from data_pipeline import ingest, knowledge_base, traces
+from data_pipeline import decontaminate, ingest, knowledge_base, traces
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax import hosts, sft, training
 from fundus_jax.base import policy, warmup
@@ -34,7 +34,7 @@ from launch.config import RunConfig, names, rates
 
 
 def prepare_data(config: RunConfig, work: Workdir) -> None:
-    """Ingest -> knowledge -> findings -> traces with the quality check, into workdir/data."""
+    """Ingest -> knowledge -> findings -> traces with the quality check -> decontaminate, into workdir/data."""
     data, folder = config.data, work.path / "data"
     examples, knowledge, found = (folder / name for name in ("examples", "knowledge", "findings"))
     phantom = PhantomConfig(seed=data.seed, size=data.size, train=data.train, val=0, test=data.test)
@@ -50,6 +50,13 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
     knowledge_base.run(knowledge, examples=examples)
     findings_job.run(examples, found)
     traces.run(examples, found, knowledge, folder / "traces")
+    decontaminate.run(
+        examples,
+        folder / "clean",
+        against=[Path(one) for one in names(data.against)],
+        alike=data.dataset != "phantom" or bool(data.against),  # phantoms are drawn one by one
+        workers=data.workers,
+    )
 
 
 def chosen(config: RunConfig, model: Qwen2_5_VL) -> Qwen2_5_VL:
@@ -68,7 +75,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, work: Workdir, mesh: Mesh) -> None:
         self.config, self.work, self.mesh = config, work, mesh
-        if not (work.path / "data" / "traces").is_dir():
+        if not (work.path / "data" / "clean").is_dir():
             raise ConfigError(f"{work.path} has no data yet; run --stage=data first, or --stage=all")
         self.judge = make_judge(config.judge)  # here, and not after hours of SFT: its key may be missing
         self.pool = open_pool(work.path / "data", "train")
