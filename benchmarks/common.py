@@ -24,7 +24,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs m
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from PIL import Image
 
@@ -258,6 +258,7 @@ def command(define_flags: Callable[[], None], run: Callable[[Any], dict[str, Any
     def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"arguments without a name: {' '.join(argv[1:])}")
+        logging.set_verbosity(logging.WARNING)
         finish(run(flags.FLAGS), flags.FLAGS.out)
 
     define_flags()
