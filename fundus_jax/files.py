@@ -38,15 +38,17 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     _sync(path.parent)  # the new name has to survive a power cut too
 
 
-def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
+def write_manifest(directory: Path, facts: dict[str, Any], threads: int = 1) -> None:
     """Seal `directory`: sync and hash every file in it, then write the manifest, which also carries `facts`.
 
-    One thread reads the files in turn, because this runs beside training.
+    One thread reads the files in turn where this runs beside training.
     """
-    files = {}
-    for name in _names(directory):
-        digest, size = _digest(directory / name, sync=True)
-        files[name] = {"sha256": digest, "size": size}
+    names = _names(directory)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda name: _digest(directory / name, sync=True), names))
+    files = {
+        name: {"sha256": digest, "size": size} for name, (digest, size) in zip(names, found, strict=True)
+    }
     for folder in {(directory / name).parent for name in files}:
         _sync(folder)
     write_atomic(directory / MANIFEST, _text({"format": FORMAT, "facts": facts, "files": files}))
