@@ -16,16 +16,18 @@ its name. Neighbours: `models` (names, shapes, safetensors), `bundle` and `files
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags
@@ -33,6 +35,7 @@ from flax import nnx
 
 from fundus_jax import bundle, files
 from fundus_jax.checkpoints import CONTENT, HEADROOM, STATE
+from fundus_jax.later import Later, save_later
 from fundus_jax.metrics import Progress
 from fundus_jax.models import read_config, weights
 from fundus_jax.models.qwen2_5_vl import params
@@ -42,6 +45,7 @@ from fundus_jax.records import ConfigError, DataError
 SIDE = "hf"
 TENSORS = "tensors"  # the counter of a converted bundle: tensor -> [dtype, sha256]
 SUFFIXES = (".json", ".jinja", ".txt", ".md", ".model")  # of side files; never of weights
+THREADS = min(8, os.cpu_count() or 1)  # that hash
 Digests = dict[str, str]
 
 
@@ -76,37 +80,50 @@ def convert(source: str | Path, target: str | Path, like: str | Path | None = No
 
 
 def _to_bundle(source: Path, target: Path) -> int:
-    """All parameters are in memory at once, in their stored dtype: Orbax writes a state as a whole."""
+    """One parameter, in its stored dtype, is in memory at a time."""
     config = read_config(source)
     tensors = weights.TensorFiles(source)
     shapes, arrays, facts = _shapes(config), {}, {}
     for path, names in params.sources(config, tensors).items():
-        parts = [tensors.read(name) for name in names]
-        for name, part in zip(names, parts, strict=True):
-            facts[params.hub_name(name)] = [part.dtype.name, _sha256(part)]
-        kinds = {part.dtype for part in parts}
+        kinds = {np.dtype(tensors.entries[name].dtype) for name in names}
         dtype = min(kinds) if len(kinds) == 1 else np.dtype(np.float32)  # holds both 16-bit formats exactly
-        whole = parts[0] if len(parts) == 1 else np.stack(parts)
-        arrays[_name(path)] = jnp.asarray(whole.astype(dtype, copy=False).reshape(shapes[_name(path)]))
+        make = functools.partial(_stack, tensors, names, shapes[_name(path)], dtype, facts)
+        arrays[_name(path)] = Later(shapes[_name(path)], dtype, make)
     with weights.new_directory(target) as scratch:
         _require_space(scratch, sum(array.nbytes for array in arrays.values()))
+        save_later(scratch / STATE, arrays)
         config_hash = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
-        text = bundle.to_text(0, config_hash, bundle.named_leaves(arrays), {}, {TENSORS: facts})
+        text = bundle.to_text(0, config_hash, arrays, {}, {TENSORS: facts})
         files.write_atomic(scratch / CONTENT, text)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-            orbax.save(scratch / STATE, args=ocp.args.PyTreeSave(arrays))
-        arrays.clear()
         _copy_side_files(source, scratch / SIDE)
-        files.write_manifest(scratch, {"step": 0, "final": True})
-        files.verify(scratch)
+        files.write_manifest(scratch, {"step": 0, "final": True}, threads=THREADS)
         fetch = _fetcher(scratch, config, {name: dtype for name, (dtype, _) in facts.items()})
-        digests = {name: digest for name, (_, digest) in facts.items()}
-        _compare(scratch, digests, fetch)
+        _compare(scratch, {name: digest for name, (_, digest) in facts.items()}, fetch)
     return len(facts)
 
 
+def _stack(
+    tensors: weights.TensorFiles,
+    names: list[str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    facts: dict[str, list[str]],
+) -> np.ndarray:
+    """The parameter of `shape` that is stored as `names`, one a layer; what is read is noted in `facts`."""
+    whole = np.empty((len(names), math.prod(shape) // len(names)), dtype)
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = []
+        for row, name in zip(whole, names, strict=True):
+            part = tensors.read(name)
+            digests.append(pool.submit(_sha256, part))
+            row[...] = part.reshape(-1)
+        for name, digest in zip(names, digests, strict=True):
+            facts[params.hub_name(name)] = [tensors.entries[name].dtype, digest.result()]
+    return whole.reshape(shape)
+
+
 def _to_hf(source: Path, target: Path, side: Path) -> int:
-    """One parameter, and one file of tensors, is in memory at a time."""
+    """One parameter is in memory at a time."""
     files.verify(source)
     config = read_config(side)
     content = _content(source)
@@ -124,17 +141,16 @@ def _to_hf(source: Path, target: Path, side: Path) -> int:
         return tensor
 
     # parameter by parameter, not layer by layer, so that each is read once
-    sizes = [
-        (name, int(np.prod(slot.shape)) * np.dtype(dtypes[name]).itemsize) for name, slot in slots.items()
-    ]
+    tensors = {name: (dtypes[name], slot.shape) for name, slot in slots.items()}
     with weights.new_directory(target) as scratch:
-        _require_space(scratch, sum(size for _, size in sizes))
+        sizes = (math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in tensors.values())
+        _require_space(scratch, sum(sizes))
         _copy_side_files(side, scratch)
-        weights.write_tensors(scratch, sizes, fetch_and_note)
+        weights.write_tensors(scratch, tensors, fetch_and_note)
         written = weights.TensorFiles(scratch)
         params.match(config, written)
         _compare(scratch, digests, written.read)
-    return len(sizes)
+    return len(tensors)
 
 
 def _side_files(source: Path, like: str | Path | None) -> Path:
@@ -212,7 +228,7 @@ def _fetcher(source: Path, config: Qwen2_5_VLConfig, dtypes: dict[str, str]) -> 
             last.clear()
             last[parameter] = _restore(source, parameter, *arrays[parameter])
         value = last[parameter] if slot.layer is None else last[parameter][slot.layer]
-        return value.astype(dtypes[name]).reshape(slot.shape)
+        return value.astype(dtypes[name], copy=False).reshape(slot.shape)
 
     return fetch
 
@@ -221,10 +237,12 @@ def _restore(source: Path, name: str, dtype: str, shape: list[int]) -> np.ndarra
     """One array of a bundle."""
     leaf = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
     arguments = ocp.args.PyTreeRestore(
-        item={name: leaf}, restore_args={name: bundle.restore_args(leaf)}, partial_restore=True
+        item={name: leaf},
+        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)},
+        partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        return np.asarray(orbax.restore(source / STATE, args=arguments)[name])
+        return orbax.restore(source / STATE, args=arguments)[name]
 
 
 def _compare(written: Path, digests: Digests, read: Callable[[str], np.ndarray]) -> None:

@@ -69,15 +69,17 @@ def copy_tree(source: Path, target: Path, *, linked: tuple[str, ...] = ("*",)) -
     _sync(target.parent)
 
 
-def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
+def write_manifest(directory: Path, facts: dict[str, Any], threads: int = 1) -> None:
     """Seal `directory`: sync and hash every file in it, then write the manifest, which also carries `facts`.
 
-    One thread reads the files in turn, because this runs beside training.
+    One thread reads the files in turn where this runs beside training.
     """
-    files = {}
-    for name in _names(directory):
-        digest, size = _digest(directory / name, sync=True)
-        files[name] = {"sha256": digest, "size": size}
+    names = _names(directory)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda name: _digest(directory / name, sync=True), names))
+    files = {
+        name: {"sha256": digest, "size": size} for name, (digest, size) in zip(names, found, strict=True)
+    }
     for folder in {(directory / name).parent for name in files}:
         _sync(folder)
     write_atomic(directory / MANIFEST, _text({"format": FORMAT, "facts": facts, "files": files}))

@@ -218,13 +218,12 @@ def test_what_was_written_wrongly_is_not_kept(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert.convert(source, tmp_path / "made")
-    save = weights.save_file
+    write = weights.write_file
 
-    def save_wrongly(content: dict[str, np.ndarray], *rest: Any, **more: Any) -> None:
-        content["model.norm.weight"] = content["model.norm.weight"] * 2
-        save(content, *rest, **more)
+    def write_wrongly(path: Path, tensors: Any, fetch: Any) -> None:
+        write(path, tensors, lambda name: fetch(name) * (2 if name == "model.norm.weight" else 1))
 
-    monkeypatch.setattr(weights, "save_file", save_wrongly)
+    monkeypatch.setattr(weights, "write_file", write_wrongly)
     with pytest.raises(DataError, match=r"1 tensors were not written as they were read.*model\.norm\.weight"):
         convert.convert(tmp_path / "made", tmp_path / "back")
     monkeypatch.undo()

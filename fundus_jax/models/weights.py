@@ -2,23 +2,24 @@
 name; `params` tables say what they mean.
 
 Only safetensors and JSON are opened: a pickle in the directory is never touched.
-Reading takes slices, so that a sharded model reads only what each device holds.
+Reading takes slices, so that a sharded model reads only what each device holds. Of what is read or written
+one tensor is in memory at a time, mapped pages of the files included.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from fundus_jax.records import ConfigError, DataError
 
@@ -29,9 +30,10 @@ MAX_SHARD = 5 * 10**9  # bytes, as on the hub
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies, and its shape and dtype as stored."""
+    """Where a tensor lies, from byte `start` of its file, and its shape and dtype as stored."""
 
     file: str
+    start: int
     shape: tuple[int, ...]
     dtype: str
 
@@ -53,20 +55,18 @@ class TensorFiles:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._open: dict[str, Any] = {}
         listed = self._listed()
         self.entries: dict[str, Entry] = {}
         self.faults: list[str] = []
         for file in sorted(set(listed.values())) or [SINGLE]:
-            handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                view = handle.get_slice(name)
-                dtype = str(view.get_dtype())
-                if dtype not in DTYPES:
-                    self.faults.append(f"unreadable: {name} is {dtype}; weights must be bf16, f16 or f32")
+            for name, entry in _entries(self.directory / file).items():
+                if entry.dtype not in DTYPES.values():
+                    self.faults.append(
+                        f"unreadable: {name} is {entry.dtype}; weights must be bf16, f16 or f32"
+                    )
                 if name in self.entries:
                     self.faults.append(f"stored twice: {name} in {self.entries[name].file} and {file}")
-                self.entries[name] = Entry(file, tuple(view.get_shape()), DTYPES.get(dtype, dtype))
+                self.entries[name] = entry
         for name, file in listed.items():
             if name in self.entries and self.entries[name].file != file:
                 self.faults.append(f"misplaced: {name} is not in {file}, where {INDEX} says it is")
@@ -105,19 +105,32 @@ class TensorFiles:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor `name`, or the slice `index` of it, in its stored dtype."""
-        handle = self._handle(self.entries[name].file)
-        return handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        file, start, shape, stored = self.entries[name]
+        path, dtype = self.directory / file, np.dtype(stored)
+        if index:  # the mapping goes with the view, and its pages with it
+            return np.array(np.memmap(path, dtype, "r", start, shape)[index])
+        size = math.prod(shape) * dtype.itemsize
+        return np.fromfile(path, np.uint8, size, offset=start).view(dtype).reshape(shape)
 
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.directory / file, framework="np").__enter__()
-            except SafetensorError as error:
-                path = self.directory / file
-                raise DataError(
-                    f"{path} is not a readable safetensors file ({error}); download it again"
-                ) from error
-        return self._open[file]
+
+def _entries(path: Path) -> dict[str, Entry]:
+    """Every tensor of a safetensors file by name, in the order of their bytes."""
+    try:
+        with safe_open(path, framework="np"):  # checks the header's size, its offsets and the file's length
+            pass
+    except SafetensorError as error:
+        raise DataError(f"{path} is not a readable safetensors file ({error}); download it again") from error
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    first = 8 + length
+    return {
+        name: Entry(
+            path.name, first + facts["data_offsets"][0], tuple(facts["shape"]), DTYPES.get(facts["dtype"], facts["dtype"])
+        )
+        for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -170,17 +183,20 @@ def _sync(path: Path) -> None:
 
 def write_tensors(
     directory: Path,
-    sizes: Sequence[tuple[str, int]],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     fetch: Callable[[str], np.ndarray],
     max_shard: int = MAX_SHARD,
 ) -> None:
-    """Write tensors (name, bytes) into one file or into shards of at most `max_shard` bytes with an index.
+    """Write tensors, name -> (dtype, shape), into one file or into shards of at most `max_shard` bytes with an
+    index.
 
-    `fetch(name)` is called shard by shard, so that at most one shard is in memory.
+    `fetch(name)` is called when its tensor is written, in their order (wider dtypes first within a shard), so
+    that one is in memory at a time.
     """
+    sizes = {name: _size(*tensor) for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     room = max_shard
-    for name, size in sizes:
+    for name, size in sizes.items():
         if shards[-1] and size > room:
             shards.append([])
             room = max_shard
@@ -192,14 +208,40 @@ def write_tensors(
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
     for file, names in zip(files, shards, strict=True):
-        save_file(
-            {name: np.ascontiguousarray(fetch(name)) for name in names},
-            directory / file,
-            metadata={"format": "pt"},
-        )
+        write_file(directory / file, {name: tensors[name] for name in names}, fetch)
     if len(files) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(
             directory / INDEX,
-            {"metadata": {"total_size": sum(size for _, size in sizes)}, "weight_map": weight_map},
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
         )
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], fetch: Callable[[str], np.ndarray]
+) -> None:
+    """Write one safetensors file, tensor by tensor; the library's own writer wants all of them at once.
+
+    The format: the header's length in 8 bytes, the header as JSON, padded to whole 8 bytes, then the tensors
+    without a gap. Wider ones come first, so that each lies at a multiple of its item's size.
+    """
+    order = sorted(tensors, key=lambda name: -np.dtype(tensors[name][0]).itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    codes, end = {name: code for code, name in DTYPES.items()}, 0
+    for name in order:
+        dtype, shape = tensors[name]
+        start, end = end, end + _size(dtype, shape)
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            value = np.ascontiguousarray(fetch(name))
+            if (value.dtype.name, value.shape) != tensors[name]:
+                raise ValueError(f"{name} is {value.dtype} {value.shape}, announced as {tensors[name]}")
+            file.write(value.reshape(-1).view(np.uint8).data)
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize

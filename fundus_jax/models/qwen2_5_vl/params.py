@@ -240,8 +240,8 @@ def save(directory: Path, model: Qwen2_5_VL, max_shard: int = weights.MAX_SHARD)
             value = lora.merged(value, linear, slot.layer)
         return np.asarray(value).astype(dtype).reshape(slot.shape)
 
-    sizes = [(name, int(np.prod(slots[name].shape)) * dtype.itemsize) for name in _hub_order(slots)]
-    weights.write_tensors(directory, sizes, fetch, max_shard)
+    tensors = {name: (dtype.name, slots[name].shape) for name in _hub_order(slots)}
+    weights.write_tensors(directory, tensors, fetch, max_shard)
 
 
 def _hub_order(names: Mapping[str, Slot]) -> list[str]:

@@ -128,7 +128,7 @@ def test_an_export_that_fails_leaves_nothing(
         raise OSError("No space left on device")
 
     owner, name = {
-        "weights": (weights, "save_file"),
+        "weights": (weights, "write_file"),
         "config.json": (weights, "write_json"),
         "tokenizer": (type(processor), "save_pretrained"),
     }[when]
