@@ -24,12 +24,13 @@ from fundus_jax.workdir import Workdir, differences
 # Stage -> what its result does not depend on: names, and what comes later. A field that does not stand here
 # has to agree, so that a new one is on the safe side until somebody has thought about it.
 _ASKS = ("data.grpo_tasks", "data.probe_tasks")
-_SFT = ("name", "stages", "evaluate", "grpo", "max_prompt", "data.workers", *_ASKS)
+_SFT = ("name", "stages", "evaluate", "grpo", "judge", "max_prompt", "data.workers", *_ASKS)
 _BASE = (*_SFT, "sft", "prompt", "lora", "freeze", "compute", "remat", "data.sft_part")
 _DATA = (*_BASE, "base", "policy", "model", "unroll", "attention", "min_pixels", "max_pixels")
 INDEPENDENT = {"data": _DATA, "base": _BASE, "sft": _SFT}
 # What the answers after a stage depend on besides.
 ASKED = ("evaluate", "prompt", "grpo.max_new_tokens", *_ASKS)
+JOBS = ("examples", "knowledge", "findings", "traces", "clean")  # of the data, in their order
 RECORDS = ("*.array_record",)  # of the data only these are links: the pipeline's manifests are appended to
 
 
@@ -47,7 +48,7 @@ class Heir:
     def take_data(self) -> dict[str, str]:
         """Take data/ where it is the same. Returns what the timeline says of it."""
         there, here = self.parent / "data", self.work.path / "data"
-        if self._agree("data") and (there / "traces" / "summary.json").is_file():
+        if self._agree("data") and (there / JOBS[-1] / "summary.json").is_file():
             hosts.on_first(lambda: copy_tree(there, here, linked=RECORDS))
             return self._told("data")
         return {}
@@ -96,7 +97,7 @@ class Heir:
 
     def _same_data(self) -> bool:
         """Whether both runs read the same records and images: the shards' sha256 stand in the manifests."""
-        names = [f"data/{job}/manifest.jsonl" for job in ("examples", "knowledge", "findings", "traces")]
+        names = [f"data/{job}/manifest.jsonl" for job in JOBS]
         ours, theirs = (
             [sorted((path / name).read_text(encoding="utf-8").splitlines()) for name in names]
             for path in (self.work.path, self.parent)

@@ -14,8 +14,8 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from data_pipeline import findings as findings_job
 from data_pipeline import decontaminate, ingest, knowledge_base, traces
+from data_pipeline import findings as findings_job
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax import hosts, sft, training
 from fundus_jax.base import policy, warmup

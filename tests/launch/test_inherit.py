@@ -15,7 +15,7 @@ from fundus_jax.files import copy_tree
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.workdir import Workdir
 from launch.config import RunConfig, as_json
-from launch.inherit import Heir
+from launch.inherit import JOBS, Heir
 from tests import small
 
 PLAN = {"base": 3, "sft": 3, "grpo": 2}
@@ -36,7 +36,7 @@ def open_work(path: Path, config: RunConfig) -> Workdir:
     """A workdir with the plan, and data of which only the manifests are there."""
     work = Workdir(path, as_json(config))
     work.stages = dict(PLAN)
-    for job in ("examples", "knowledge", "findings", "traces"):
+    for job in JOBS:
         (path / "data" / job).mkdir(parents=True, exist_ok=True)
         (path / "data" / job / "manifest.jsonl").write_text(f'{{"name": "{job}"}}\n')
     return work
