@@ -181,7 +181,7 @@ def test_data_are_linked_where_nothing_is_ever_appended(parent: Path) -> None:
     work = Workdir(parent.parent / "child", as_json(config))
     child = Heir(work, as_json(config), parent)
     assert child.take_data() == {}  # the other run's data are not finished
-    (there / "traces" / "summary.json").write_text("{}")
+    (there / JOBS[-1] / "summary.json").write_text("{}")
     assert child.take_data() == {"from": str(parent)}
     ours = work.path / "data" / "examples"
     assert (ours / "train.array_record").samefile(there / "examples" / "train.array_record")
