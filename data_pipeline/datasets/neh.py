@@ -41,9 +41,7 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
     columns = ("Patient ID", "Class", "Eye", "Label", "Directory")
     lines = tables.distinct(tables.read(table, columns), [name for name in columns if name != "Eye"])
     rows = tables.keyed(table, lines, _place, _row)
-    files = {
-        path.relative_to(folder).with_suffix("").as_posix().lower(): path for path in layout.tree(folder)
-    }
+    files = {path.relative_to(folder).as_posix().lower(): path for path in layout.tree(folder)}
     found = layout.joined(rows, files, table=table, folder=folder, partial=partial)
     layout.require_counts(source, {"all": len(found)}, {"all": COUNTS}, partial=partial)
     people = _people([(patient, path) for _, (patient, _, _), path in found])
@@ -62,8 +60,8 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
 
 
 def _place(row: tables.Row) -> str:
-    """The path in column Directory from the class folder on, without suffix: "cnv/12/od/3"."""
-    parts = PurePosixPath(row["Directory"].replace("\\", "/").lower()).with_suffix("").parts
+    """The path in column Directory from the class folder on: "cnv/12/od/3_cnv.jpg"."""
+    parts = PurePosixPath(row["Directory"].replace("\\", "/").lower()).parts
     starts = [at for at, part in enumerate(parts) if part in CLASSES]
     return "/".join(parts[starts[0] :]) if starts else ""
 

@@ -180,10 +180,10 @@ def test_neh_broken(tmp_path):
     edit(table, "1,CNV,OS,2,drusen", "1,CNV,OS,2,druzen")
     edit(table, "2,drusen,x.TIFF,DRUSEN/7/OD/x.TIFF", "2,normal,x.TIFF,DRUSEN/7/OD/x.TIFF")
     edit(table, "y.jpg,DRUSEN/9/OS/y.jpg", "y.jpg,elsewhere/y.jpg")
-    with pytest.raises(
-        DataError,
-        match=r"line 4 \(cnv/1/os/2: Label 'druzen' .*, line 7 \(drusen/7/od/x again\), line 8 \(no name\)",
-    ):
+    said = (
+        r"line 4 \(cnv/1/os/2.jpg: Label 'druzen' .* line 7 \(drusen/7/od/x.tiff again\), line 8 \(no name\)"
+    )
+    with pytest.raises(DataError, match=said):
         keyed(neh, tmp_path)
 
 
