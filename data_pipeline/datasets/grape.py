@@ -1,9 +1,9 @@
 """GRAPE: 631 colour fundus photographs of 263 glaucomatous eyes, followed up, with visual fields.
 
 Layout and columns after Huang et al. 2023 (figshare) and loaders of others, not checked against the archive.
-The workbook has two header rows; sheet "Follow-up" names the photograph of each visit ("/" where there is
-none), the first one included, and "Baseline" says of each eye whether it progressed, by three criteria. No
-split is published: patients are split by a hash; the paper trains on all 631 images.
+The workbook has two header rows; both its sheets name the photographs of visits ("/" where there is none),
+and "Baseline" says of each eye whether it progressed, by three criteria. No split is published: patients are
+split by a hash; the paper trains on all 631 images.
 """
 
 import re
@@ -45,7 +45,9 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
     lines = tables.read(table, (*columns, *status), sheet="Baseline", headers=2)
     courses = tables.keyed(table, lines, _eye, _course)
     visits = tables.read(table, (*columns, "Corresponding CFP"), sheet="Follow-up", headers=2)
+    visits += [(number, row) for number, row in lines if "Corresponding CFP" in row]
     seen = [(number, row) for number, row in visits if row["Corresponding CFP"] not in ("", "/")]
+    seen = tables.distinct(seen, (*columns, "Corresponding CFP"))
     rows = tables.keyed(table, seen, lambda row: Path(row["Corresponding CFP"]).stem, _visit)
     if lost := sorted({eye for _, _, eye in rows.values()} - courses.keys()):
         raise DataError(f"{table}: {len(lost)} eyes are not in Baseline: {', '.join(lost)}")

@@ -51,7 +51,7 @@ CLASSES = {
     "24.Chorioretinal atrophy-coloboma": "Chorioretinal atrophy or coloboma",
     "25.Preretinal hemorrhage": "Preretinal haemorrhage",
     "26.Fibrosis": "Fibrosis",
-    "27.Laser Spots": "Laser spots",
+    "27.Laser Spots": labels.LASER_SCARS,
     "28.Silicon oil in eye": "Silicone oil in the eye",
     "29.0.Blur fundus without PDR": "Blurred fundus without PDR",
     "29.1.Blur fundus with suspected PDR": "Blurred fundus with suspected PDR",

@@ -24,7 +24,7 @@ CODES = {
     "BRVO": labels.BRVO,
     "TSLN": labels.TESSELLATED,
     "ERM": labels.ERM,
-    "LS": "Laser scars",
+    "LS": labels.LASER_SCARS,
     "MS": "Macular scar",
     "CSR": labels.CSC,
     "ODC": "Optic disc cupping",

@@ -41,6 +41,14 @@ def read(path: Path, columns: Sequence[str], *, sheet: str = "", headers: int = 
     return found
 
 
+def distinct(rows: Sequence[tuple[int, Row]], columns: Sequence[str]) -> list[tuple[int, Row]]:
+    """The rows without those that repeat an earlier one in all of `columns`, as some tables do."""
+    first: dict[tuple[str, ...], tuple[int, Row]] = {}
+    for number, row in rows:
+        first.setdefault(tuple(row[column] for column in columns), (number, row))
+    return list(first.values())
+
+
 def headless(path: Path, columns: Sequence[str], *, delimiter: str | None = None) -> list[tuple[int, Row]]:
     """The rows of a text file without a header, as `read`; by default blanks part the columns.
 

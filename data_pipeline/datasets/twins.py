@@ -6,6 +6,7 @@ get one `patient`. This is for copies inside one data set (exact, resampled, rec
 hunts across data sets.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline import images
+from data_pipeline import files, images
 from fundus_jax.records import DataError
 
 _SIZE = (64, 42)
@@ -26,6 +27,17 @@ def similarity(paths: Sequence[Path]) -> NDArray[np.float64]:
     norms = np.linalg.norm(thumbs, axis=1, keepdims=True)
     thumbs /= np.where(norms > 0, norms, 1)
     return thumbs @ thumbs.T
+
+
+def identical(paths: Sequence[Path]) -> list[int]:
+    """For each of N files the place of the first one with the same bytes; only equal sizes are read."""
+    sizes = [path.stat().st_size for path in paths]
+    many = {size for size, count in Counter(sizes).items() if count > 1}
+    first: dict[int | str, int] = {}
+    return [
+        first.setdefault(files.sha256(path) if size in many else place, place)
+        for place, (path, size) in enumerate(zip(paths, sizes, strict=True))
+    ]
 
 
 def groups(alike: NDArray[np.bool_]) -> list[int]:

@@ -40,11 +40,11 @@ def write_grape(root: Path) -> None:
     """Two patients, three eyes, five visits, one of them without a photograph."""
     head = ["Subject Number", "Laterality", "Age"], ["", "", ""]
     baseline = [
-        [*head[0], "Progression Status", "", "", "VF", ""],
-        [*head[1], "PLR2", "PLR3", "MD", "0", "1"],
-        [1, "OD", 40, 0, 0, 0, 28, 30],
-        [1, "OS", 40, 1, 0, 1, 28, 30],
-        [2, "OD", 61, 0, 1, 0, 28, 30],
+        [*head[0], "Corresponding CFP", "Progression Status", "", "", "VF", ""],
+        [*head[1], "", "PLR2", "PLR3", "MD", "0", "1"],
+        [1, "OD", 40, "1_OD_1.jpg", 0, 0, 0, 28, 30],
+        [1, "OS", 40, "1_OS_1.jpg", 1, 0, 1, 28, 30],
+        [2, "OD", 61, "2_OD_1.jpg", 0, 1, 0, 28, 30],
     ]
     visits = [
         ["Subject Number", "Laterality", "Visit Number", "Interval Years", "Corresponding CFP"],
@@ -215,20 +215,23 @@ def write_retouch(root: Path) -> None:
 
 
 def write_neh(root: Path) -> None:
-    """Patient 1 of two classes; a volume whose B-scans are normal, with drusen and with CNV."""
+    """Patient 1 of two classes; a volume of three labels; a file named twice; an eye under two numbers."""
     rows = [
         ("1", "NORMAL", "OD", "1", "normal", "a.jpg"),
         ("1", "CNV", "OS", "1", "normal", "1.jpg"),
         ("1", "CNV", "OS", "2", "drusen", "2.jpg"),
         ("1", "CNV", "OS", "3", "CNV", "3.jpg"),
         ("7", "DRUSEN", "OD", "1", "drusen", "x.TIFF"),
+        ("7", "DRUSEN", "OD", "2", "drusen", "x.TIFF"),
+        ("9", "DRUSEN", "OS", "1", "drusen", "y.jpg"),
     ]
     home = root / "NEH_UT_2021RetinalOCTDataset"
     lines = ["Patient ID,Class,Eye,B-scan,Label,Image Name,Directory"]
     for patient, home_class, eye, scan, label, name in rows:
         place = f"{home_class}/{patient}/{eye}/{name}"
         photo(home / place, grey=True)
-        lines.append(f"{patient},{home_class},{eye},{scan},{label},{name},/{place}")
+        lines.append(f"{patient},{home_class},{eye},{scan},{label},{name},{place}")
+    (home / "DRUSEN" / "9" / "OS" / "y.jpg").write_bytes((home / "CNV" / "1" / "OS" / "3.jpg").read_bytes())
     text(home / "data_information.csv", *lines)
 
 

@@ -54,7 +54,10 @@ CASES = {  # data set -> a path in a benchmark, the keys of its patient
     "retinal_lesions": ("Retinal-Lesions/images_896x896/10_left.jpg", {"10_left", "10_right"}),
     "octid": ("OCTID/AMRD/AMRD2.jpeg", {"AMRD/AMRD2"}),
     "octdl": ("OCTDL/OCTDL/AMD/amd_101_2.jpg", {"amd_101_1", "amd_101_2"}),
-    "neh": ("NEH/NEH_UT_2021RetinalOCTDataset/CNV/1/OS/2.jpg", {f"CNV/1/OS/{n}" for n in (1, 2, 3)}),
+    "neh": (
+        "NEH/NEH_UT_2021RetinalOCTDataset/CNV/1/OS/2.jpg",
+        {f"CNV/1/OS/{n}" for n in (1, 2, 3)} | {"DRUSEN/9/OS/y"},
+    ),
     "ucsd": (
         "OCT & X-Ray 2017/train/CNV/CNV-1000-1.jpeg",
         {f"{name}-1000-1" for name in ("CNV", "DME", "DRUSEN", "NORMAL")},

@@ -166,6 +166,11 @@ def test_neh(tmp_path):
     volume = [found[f"CNV/1/OS/{scan}"] for scan in (1, 2, 3)]
     assert [one.labels["disease"] for one in volume] == ["Normal", "Drusen", "CNV"], "the folder is no label"
     assert {one.patient for one in volume} == {"cnv/1"}
+    assert len(found) == 6, "a file that the table names twice is one"
+    assert found["DRUSEN/9/OS/y"].patient == "cnv/1", "the same bytes under another number"
+    assert found["DRUSEN/9/OS/y"].labels == {"disease": "Drusen"}, (
+        "labels stay; decontaminate reports conflicts"
+    )
     assert found["NORMAL/1/OD/a"].patient == "normal/1", "numbers restart in each folder"
     assert (volume[0].eye, found["NORMAL/1/OD/a"].eye) == ("OS", "OD")
 
@@ -173,8 +178,12 @@ def test_neh(tmp_path):
 def test_neh_broken(tmp_path):
     table = next(mini_sets.write("neh", tmp_path).rglob("data_information.csv"))
     edit(table, "1,CNV,OS,2,drusen", "1,CNV,OS,2,druzen")
-    edit(table, "/DRUSEN/7/OD/x.TIFF", "/elsewhere/x.TIFF")
-    with pytest.raises(DataError, match=r"line 4 \(cnv/1/os/2: Label 'druzen' .*, line 6 \(no name\)"):
+    edit(table, "2,drusen,x.TIFF,DRUSEN/7/OD/x.TIFF", "2,normal,x.TIFF,DRUSEN/7/OD/x.TIFF")
+    edit(table, "y.jpg,DRUSEN/9/OS/y.jpg", "y.jpg,elsewhere/y.jpg")
+    said = (
+        r"line 4 \(cnv/1/os/2.jpg: Label 'druzen' .* line 7 \(drusen/7/od/x.tiff again\), line 8 \(no name\)"
+    )
+    with pytest.raises(DataError, match=said):
         keyed(neh, tmp_path)
 
 
