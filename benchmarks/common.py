@@ -37,7 +37,14 @@ from fundus_jax.models.qwen2_5_vl.images import ImageConfig, image_patches
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.models.qwen2_5_vl.rows import collate, expand
 
-IMAGE, VIDEO, START, END, PAD, FIRST = 0, 1, 2, 3, 4, 6  # ids: of the vision tokens, of padding, of other text
+IMAGE, VIDEO, START, END, PAD, FIRST = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    6,
+)  # ids: of vision, padding, other text
 PAUSE = 0.1  # seconds between turns, in which the threads of the other side cease to spin
 MODEL = ("width", "layers", "heads", "kv_heads", "mlp", "vocab")
 VISION = ("vision_width", "vision_layers", "vision_heads", "vision_mlp")
@@ -214,7 +221,8 @@ def agree(what: str, ours: Any, theirs: Any, bound: float) -> float:
     difference = float(np.abs(ours - theirs).max() / scale) if ours.shape == theirs.shape else float("inf")
     if not difference <= bound:
         raise RuntimeError(
-            f"{what} differ by {difference:.2g} of the largest ({ours.shape}, {theirs.shape}), more than {bound:.2g}"
+            f"{what} differ by {difference:.2g} of the largest, more than {bound:.2g}; "
+            f"shapes are {ours.shape} and {theirs.shape}"
         )
     return difference
 

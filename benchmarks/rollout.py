@@ -206,7 +206,9 @@ def define_flags() -> None:
     """Declares the command's flags."""
     common.define_model_flags()
     flags.DEFINE_integer("prompts", 2, "Prompts of a batch.", lower_bound=1)
-    flags.DEFINE_integer("image_side", 32, "Patches along a side of the image; even, 0: no image.", lower_bound=0)
+    flags.DEFINE_integer(
+        "image_side", 32, "Patches along a side of the image; even, 0: no image.", lower_bound=0
+    )
     flags.DEFINE_integer("text_tokens", 64, "Tokens after the image.", lower_bound=1)
     flags.DEFINE_integer("new_tokens", 48, "Tokens of a rollout.", lower_bound=2)
     flags.DEFINE_list("groups", ["1", "4", "16"], "Rollouts of each prompt.")
