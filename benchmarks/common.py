@@ -178,19 +178,29 @@ def make_inputs(args: Any, rows: int, text: int, image: int, answer: int = 0) ->
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
     """Seconds of each call: the median, the least and the most of `repeats` runs in turns, after one that
-    compiles. A call returns None, when its work is done, or the seconds of its phases by name, which then
-    are called NAME/PHASE."""
+    compiles, and the median of what the processor spent on it.
+
+    A call returns None, when its work is done, or the seconds of its phases by name, which then are called
+    NAME/PHASE. On a busy machine time by the clock favours who waits best for a core that is taken; seconds
+    of the processor, all threads together, are nearly the same as on one at rest.
+    """
     times: dict[str, list[float]] = {}
+    processor: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
             time.sleep(PAUSE)
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), time.process_time()
             phases = call()
             spent = {name: time.perf_counter() - begun}
             spent |= {f"{name}/{phase}": seconds for phase, seconds in (phases or {}).items()}
-            for key, seconds in spent.items() if repeat else ():
-                times.setdefault(key, []).append(seconds)
-    return {key: spread(values) for key, values in times.items()}
+            if repeat:
+                processor[name].append(time.process_time() - used)
+                for key, seconds in spent.items():
+                    times.setdefault(key, []).append(seconds)
+    found = {key: spread(values) for key, values in times.items()}
+    for name, values in processor.items():
+        found[name]["processor"] = statistics.median(values)
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -159,7 +159,7 @@ def measure(draws: dict[str, Draw], args: Any, group: int) -> dict[str, dict[str
     for name in draws:
         whole, first = (times[f"{name}/{part}"] for part in ("all", "first"))
         found[name] = {
-            "seconds": whole,
+            "seconds": whole | {"processor": times[name]["processor"]},  # of both calls
             "first_seconds": first,
             "tokens_per_second": args.prompts * group * args.new_tokens / whole["median"],
             "step_ms": 1e3 * (whole["median"] - first["median"]) / (args.new_tokens - 1),

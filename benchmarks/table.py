@@ -21,9 +21,12 @@ HEAD = """# How fast it is
 
 Made by `python -m benchmarks.table` from the JSON files beside it, which the benchmarks wrote. Each ran this
 project and transformers in one process, in turns, on the same weights and inputs, after checking that both
-compute the same. A ratio above 1 says that this project is faster. It is taken of the medians; the second
-one is taken of each side's least time, which other programs on the machine disturb least: where the two are
-far apart, the machine was busy, and the second one is the fairer.
+compute the same. A ratio above 1 says that this project is faster:
+
+* **ratio**: of the medians, by the clock;
+* **by least**: of each side's least time, which other programs on the machine disturb least;
+* **by processor**: of the seconds that all threads together used. Where the three are far apart, the machine
+  was busy (its load is told), and the last one is the fairest.
 
 """
 
@@ -34,17 +37,18 @@ def seconds(side: dict[str, float]) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
-def ratios(row: dict[str, Any], ours: str = "ours", theirs: str = "hf") -> tuple[str, str, str, str]:
-    """Both sides' seconds and their two ratios."""
-    mine = row[ours]
-    if theirs not in row:
-        return seconds(mine), "", "", ""
-    other = row[theirs]
-    least = other["least"] / mine["least"]
-    return seconds(mine), seconds(other), f"{other['median'] / mine['median']:.2f}", f"{least:.2f}"
+def ratios(row: dict[str, Any]) -> tuple[str, ...]:
+    """Both sides' seconds and their ratios."""
+    ours, theirs = row["ours"], row.get("hf")
+    if theirs is None:
+        return (seconds(ours), *[""] * 4)
+    quotients = [f"{theirs[name] / ours[name]:.2f}" if name in ours else "" for name in KINDS]
+    return (seconds(ours), seconds(theirs), *quotients)
 
 
-SIDES = ("ours", "transformers", "ratio", "by least")
+KINDS = ("median", "least", "processor")
+RATIOS = ("ratio", "by least", "by processor")
+SIDES = ("ours", "transformers", *RATIOS)
 
 
 def forward(report: Report) -> Iterable[tuple[str, ...]]:
@@ -70,7 +74,7 @@ def grpo_step(report: Report) -> Iterable[tuple[str, ...]]:
 
 def rollout(report: Report) -> Iterable[tuple[str, ...]]:
     """Rows of the table of `benchmarks.rollout`."""
-    yield ("G", "tokens/s", "transformers", "ratio", "by least", "ms a step", "transformers", "of the bound")
+    yield ("G", "tokens/s", "transformers", *RATIOS, "ms a step", "transformers", "of the bound")
     for row in report["rows"]:
         sides = {side: row[side] for side in ("ours", "hf") if side in row}
         rates, steps = (
@@ -83,7 +87,7 @@ def rollout(report: Report) -> Iterable[tuple[str, ...]]:
 
 def images(report: Report) -> Iterable[tuple[str, ...]]:
     """Rows of the table of `benchmarks.images`."""
-    yield ("pictures", "tokens each", "images/s", "transformers", "ratio", "by least")
+    yield ("pictures", "tokens each", "images/s", "transformers", *RATIOS)
     for row in report["rows"]:
         names = ("ours_images_per_second", "hf_images_per_second")
         rates = [f"{row[name]:.1f}" if name in row else "" for name in names]

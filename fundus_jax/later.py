@@ -45,9 +45,13 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Sequence[Any]:
         for value, info, arg in zip(values, infos, args, strict=True):
-            for written in await super().serialize([value.make()], [info], [arg]):
-                written.result()
+            await self._write(value, info, arg)
         return []
+
+    async def _write(self, value: Later, info: Any, arg: Any) -> None:
+        """Make one array and write it; with this call's end nothing refers to it any more."""
+        for written in await super().serialize([value.make()], [info], [arg]):
+            written.result()
 
 
 def save_later(path: Path, arrays: dict[str, Later]) -> None:

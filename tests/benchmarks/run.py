@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from absl import flags
 
+from benchmarks import common
+
 MODEL = {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 96, "vocab": 512}
 MODEL |= {"vision_width": 32, "vision_layers": 2, "vision_heads": 2, "vision_mlp": 48}
 
@@ -30,9 +32,6 @@ def arguments(monkeypatch: pytest.MonkeyPatch, module: ModuleType, **more: Any) 
 
 def report(monkeypatch: pytest.MonkeyPatch, module: ModuleType, out: Path, **more: Any) -> dict[str, Any]:
     """What the benchmark writes for these flags, read from its file."""
-    from benchmarks import common
-
     args = arguments(monkeypatch, module, **{"repeats": 1} | more)
     common.finish(module.run(args), str(out))
-    found = json.loads(out.read_text(encoding="utf-8"))
-    return found
+    return json.loads(out.read_text(encoding="utf-8"))

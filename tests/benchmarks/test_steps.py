@@ -74,6 +74,7 @@ def test_turns_and_phases() -> None:
     found = common.in_turns(sides(first=1.0, second=2.0), repeats=2)
     assert found.keys() == {"ours", "hf", "hf/first", "hf/second"}
     assert found["hf/second"] == {"median": 2.0, "least": 2.0, "most": 2.0}
+    assert all(found[side].keys() == {"median", "least", "most", "processor"} for side in ("ours", "hf"))
 
 
 def test_what_differs_is_not_compared() -> None:
