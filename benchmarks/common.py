@@ -37,7 +37,14 @@ from fundus_jax.models.qwen2_5_vl.images import ImageConfig, image_patches
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.models.qwen2_5_vl.rows import collate, expand
 
-IMAGE, VIDEO, START, END, PAD, FIRST = 0, 1, 2, 3, 4, 6  # ids: of the vision tokens, of padding, of other text
+IMAGE, VIDEO, START, END, PAD, FIRST = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    6,
+)  # ids: of vision, padding, other text
 PAUSE = 0.1  # seconds between turns, in which the threads of the other side cease to spin
 MODEL = ("width", "layers", "heads", "kv_heads", "mlp", "vocab")
 VISION = ("vision_width", "vision_layers", "vision_heads", "vision_mlp")
@@ -171,19 +178,29 @@ def make_inputs(args: Any, rows: int, text: int, image: int, answer: int = 0) ->
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
     """Seconds of each call: the median, the least and the most of `repeats` runs in turns, after one that
-    compiles. A call returns None, when its work is done, or the seconds of its phases by name, which then
-    are called NAME/PHASE."""
+    compiles, and the median of what the processor spent on it.
+
+    A call returns None, when its work is done, or the seconds of its phases by name, which then are called
+    NAME/PHASE. On a busy machine time by the clock favours who waits best for a core that is taken; seconds
+    of the processor, all threads together, are nearly the same as on one at rest.
+    """
     times: dict[str, list[float]] = {}
+    processor: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
             time.sleep(PAUSE)
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), time.process_time()
             phases = call()
             spent = {name: time.perf_counter() - begun}
             spent |= {f"{name}/{phase}": seconds for phase, seconds in (phases or {}).items()}
-            for key, seconds in spent.items() if repeat else ():
-                times.setdefault(key, []).append(seconds)
-    return {key: spread(values) for key, values in times.items()}
+            if repeat:
+                processor[name].append(time.process_time() - used)
+                for key, seconds in spent.items():
+                    times.setdefault(key, []).append(seconds)
+    found = {key: spread(values) for key, values in times.items()}
+    for name, values in processor.items():
+        found[name]["processor"] = statistics.median(values)
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -214,7 +231,8 @@ def agree(what: str, ours: Any, theirs: Any, bound: float) -> float:
     difference = float(np.abs(ours - theirs).max() / scale) if ours.shape == theirs.shape else float("inf")
     if not difference <= bound:
         raise RuntimeError(
-            f"{what} differ by {difference:.2g} of the largest ({ours.shape}, {theirs.shape}), more than {bound:.2g}"
+            f"{what} differ by {difference:.2g} of the largest, more than {bound:.2g}; "
+            f"shapes are {ours.shape} and {theirs.shape}"
         )
     return difference
 

@@ -82,7 +82,9 @@ def run(args: Any) -> dict[str, Any]:
             if reference is not None:
                 found = [side[name]() for side in sides.values()]
                 row["difference"] = common.agree(f"{kind}: {name}", *found, BOUND[args.dtype])
-            row |= common.in_turns({key: common.silent(side[name]) for key, side in sides.items()}, args.repeats)
+            row |= common.in_turns(
+                {key: common.silent(side[name]) for key, side in sides.items()}, args.repeats
+            )
             if reference is not None:
                 row["ratio"] = row["hf"]["median"] / row["ours"]["median"]
             report["rows"].append(row)

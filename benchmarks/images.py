@@ -48,7 +48,8 @@ def theirs(config: ImageConfig) -> Callable[[Pictures], list[Any]]:
     """transformers' image processor that needs numpy and PIL alone, picture by picture."""
     from transformers import Qwen2VLImageProcessorPil
 
-    process = Qwen2VLImageProcessorPil(size={"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels})
+    size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+    process = Qwen2VLImageProcessorPil(size=size)
     return lambda pictures: [process(images=[picture], return_tensors="np") for picture in pictures]
 
 
@@ -99,7 +100,10 @@ def run(args: Any) -> dict[str, Any]:
         if reference is not None:
             row["ratio"] = row["hf"]["median"] / row["ours"]["median"]
         report["rows"].append(row)
-        print(f"{name:>12} {len(pictures):6d} {common.cells(row)} {row['ours_images_per_second']:9.1f}", flush=True)
+        print(
+            f"{name:>12} {len(pictures):6d} {common.cells(row)} {row['ours_images_per_second']:9.1f}",
+            flush=True,
+        )
     return report
 
 

@@ -159,7 +159,7 @@ def measure(draws: dict[str, Draw], args: Any, group: int) -> dict[str, dict[str
     for name in draws:
         whole, first = (times[f"{name}/{part}"] for part in ("all", "first"))
         found[name] = {
-            "seconds": whole,
+            "seconds": whole | {"processor": times[name]["processor"]},  # of both calls
             "first_seconds": first,
             "tokens_per_second": args.prompts * group * args.new_tokens / whole["median"],
             "step_ms": 1e3 * (whole["median"] - first["median"]) / (args.new_tokens - 1),
@@ -206,7 +206,9 @@ def define_flags() -> None:
     """Declares the command's flags."""
     common.define_model_flags()
     flags.DEFINE_integer("prompts", 2, "Prompts of a batch.", lower_bound=1)
-    flags.DEFINE_integer("image_side", 32, "Patches along a side of the image; even, 0: no image.", lower_bound=0)
+    flags.DEFINE_integer(
+        "image_side", 32, "Patches along a side of the image; even, 0: no image.", lower_bound=0
+    )
     flags.DEFINE_integer("text_tokens", 64, "Tokens after the image.", lower_bound=1)
     flags.DEFINE_integer("new_tokens", 48, "Tokens of a rollout.", lower_bound=2)
     flags.DEFINE_list("groups", ["1", "4", "16"], "Rollouts of each prompt.")

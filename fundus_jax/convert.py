@@ -29,13 +29,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import app, flags
 from flax import nnx
 
-from fundus_jax import bundle, files
+from fundus_jax import bundle, files, later
 from fundus_jax.checkpoints import CONTENT, HEADROOM, STATE
-from fundus_jax.later import Later, save_later
 from fundus_jax.metrics import Progress
 from fundus_jax.models import read_config, weights
 from fundus_jax.models.qwen2_5_vl import params
@@ -88,10 +86,10 @@ def _to_bundle(source: Path, target: Path) -> int:
         kinds = {np.dtype(tensors.entries[name].dtype) for name in names}
         dtype = min(kinds) if len(kinds) == 1 else np.dtype(np.float32)  # holds both 16-bit formats exactly
         make = functools.partial(_stack, tensors, names, shapes[_name(path)], dtype, facts)
-        arrays[_name(path)] = Later(shapes[_name(path)], dtype, make)
+        arrays[_name(path)] = later.Later(shapes[_name(path)], dtype, make)
     with weights.new_directory(target) as scratch:
         _require_space(scratch, sum(array.nbytes for array in arrays.values()))
-        save_later(scratch / STATE, arrays)
+        later.save_later(scratch / STATE, arrays)
         config_hash = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
         text = bundle.to_text(0, config_hash, arrays, {}, {TENSORS: facts})
         files.write_atomic(scratch / CONTENT, text)
@@ -110,13 +108,17 @@ def _stack(
     facts: dict[str, list[str]],
 ) -> np.ndarray:
     """The parameter of `shape` that is stored as `names`, one a layer; what is read is noted in `facts`."""
+    if len(names) == 1:
+        whole = tensors.read(names[0])
+        facts[params.hub_name(names[0])] = [whole.dtype.name, _sha256(whole)]
+        return whole.reshape(shape)
     whole = np.empty((len(names), math.prod(shape) // len(names)), dtype)
     with ThreadPoolExecutor(THREADS) as pool:
         digests = []
         for row, name in zip(whole, names, strict=True):
             part = tensors.read(name)
-            digests.append(pool.submit(_sha256, part))
             row[...] = part.reshape(-1)
+            digests.append(pool.submit(_sha256, row if part.dtype == dtype else part))
         for name, digest in zip(names, digests, strict=True):
             facts[params.hub_name(name)] = [tensors.entries[name].dtype, digest.result()]
     return whole.reshape(shape)
@@ -217,32 +219,20 @@ def _require_parameters(source: Path, side: Path, config: Qwen2_5_VLConfig, save
 
 
 def _fetcher(source: Path, config: Qwen2_5_VLConfig, dtypes: dict[str, str]) -> Callable[[str], np.ndarray]:
-    """Tensor name -> its values from a bundle in the dtype asked for, keeping the parameter last read."""
-    slots, arrays = params.table(config), _content(source)["arrays"]
-    last: dict[str, np.ndarray] = {}
+    """Tensor name -> its values from a bundle in the dtype asked for, keeping the parameter last opened."""
+    slots = params.table(config)
+    last: dict[str, Any] = {}
 
     def fetch(name: str) -> np.ndarray:
         slot = slots[name]
         parameter = _name(slot.path)
         if parameter not in last:
             last.clear()
-            last[parameter] = _restore(source, parameter, *arrays[parameter])
+            last[parameter] = later.open_array(source / STATE, parameter)
         value = last[parameter] if slot.layer is None else last[parameter][slot.layer]
-        return value.astype(dtypes[name], copy=False).reshape(slot.shape)
+        return later.read(value).astype(dtypes[name], copy=False).reshape(slot.shape)
 
     return fetch
-
-
-def _restore(source: Path, name: str, dtype: str, shape: list[int]) -> np.ndarray:
-    """One array of a bundle."""
-    leaf = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
-    arguments = ocp.args.PyTreeRestore(
-        item={name: leaf},
-        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)},
-        partial_restore=True,
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        return orbax.restore(source / STATE, args=arguments)[name]
 
 
 def _compare(written: Path, digests: Digests, read: Callable[[str], np.ndarray]) -> None:

@@ -25,6 +25,7 @@ DOCUMENTS = (
     "docs/hosts.md",
     "docs/judge.md",
     "docs/scaling.md",
+    "docs/benchmarks.md",
 )
 COMMANDS_OF = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/hosts.md", "docs/judge.md")
 
@@ -138,7 +139,7 @@ def test_architecture_names_every_file_and_no_other() -> None:
     block = re.search(r"## The house.*?```text\n(.*?)```", text, flags=re.S)
     assert block, "ARCHITECTURE.md has no tree under `## The house`"
     told = set(re.findall(r"\w+\.py\b", block[1]))
-    packages = [ROOT / name for name in ("fundus_jax", "data_pipeline", "launch", "configs")]
+    packages = [ROOT / name for name in ("fundus_jax", "data_pipeline", "launch", "configs", "benchmarks")]
     files = [path for package in packages for path in package.rglob("*.py") if path.name != "__init__.py"]
     untold = sorted(str(path.relative_to(ROOT)) for path in files if path.name not in told)
     assert not untold, f"ARCHITECTURE.md's tree does not name {untold}"

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,13 +124,12 @@ def _entries(path: Path) -> dict[str, Entry]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    first = 8 + length
-    return {
-        name: Entry(
-            path.name, first + facts["data_offsets"][0], tuple(facts["shape"]), DTYPES.get(facts["dtype"], facts["dtype"])
-        )
-        for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    }
+    found = {}
+    for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start = 8 + length + facts["data_offsets"][0]
+        dtype = DTYPES.get(facts["dtype"], facts["dtype"])
+        found[name] = Entry(path.name, start, tuple(facts["shape"]), dtype)
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -187,8 +186,8 @@ def write_tensors(
     fetch: Callable[[str], np.ndarray],
     max_shard: int = MAX_SHARD,
 ) -> None:
-    """Write tensors, name -> (dtype, shape), into one file or into shards of at most `max_shard` bytes with an
-    index.
+    """Write tensors, name -> (dtype, shape), into one file, or into shards of at most `max_shard` bytes with
+    an index.
 
     `fetch(name)` is called when its tensor is written, in their order (wider dtypes first within a shard), so
     that one is in memory at a time.

@@ -2,71 +2,50 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from absl import flags
 from flax import nnx
 
-from benchmarks import rollout
+from benchmarks import common, rollout
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from tests.benchmarks import run
 
-SIZES = {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 96, "vocab": 512}
-SIZES |= {"prompts": 2, "prompt_tokens": 8, "new_tokens": 4}
-
-
-def arguments(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Any:
-    """The parsed flags of the command."""
-    values = flags.FlagValues()
-    for kind in ("string", "enum", "bool", "list", "integer"):
-        original = getattr(flags, f"DEFINE_{kind}")
-        monkeypatch.setattr(
-            flags, f"DEFINE_{kind}", lambda *a, _define=original, **k: _define(*a, flag_values=values, **k)
-        )
-    rollout.define_flags()
-    values(["rollout", *(f"--{name}={value}" for name, value in (SIZES | more).items())])
-    monkeypatch.setattr(flags, "FLAGS", values)
-    return values
+SIZES = run.MODEL | {"prompts": 2, "text_tokens": 8, "new_tokens": 4}
 
 
-@pytest.mark.parametrize("reference", [True, False])
-def test_what_it_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reference: bool
-) -> None:
-    if reference:
-        pytest.importorskip("torch")
-    out = tmp_path / "out.json"
-    arguments(monkeypatch, groups="1,3" if reference else "2", hf=reference, out=out)
-    rollout.main(["rollout"])
-    report = json.loads(out.read_text())
-    assert report["settings"].items() >= SIZES.items()
+@pytest.mark.parametrize("side", [0, 8])
+def test_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    pytest.importorskip("torch")
+    report = run.report(monkeypatch, rollout, tmp_path / "out.json", groups="1,3", image_side=side, **SIZES)
     assert report["bandwidth"]["gb_per_second"] > 0
-    assert report["versions"].keys() >= {"jax"} | ({"torch", "transformers"} if reference else set())
-    assert [row["group_size"] for row in report["rows"]] == ([1, 3] if reference else [2])
+    assert report["versions"].keys() >= {"jax", "torch", "transformers"}
+    assert report["difference"] < 1e-5
+    assert [row["group_size"] for row in report["rows"]] == [1, 3]
     for row in report["rows"]:
-        assert row["ours"]["tokens_per_second"] * row["ours"]["seconds"] == pytest.approx(
-            2 * 4 * row["group_size"]
-        )
-        assert row["bound_ms"] == pytest.approx(
-            sum(row["step_bytes"].values()) / report["bandwidth"]["gb_per_second"] / 1e6
-        )
-        assert ("hf" in row) == ("ratio" in row) == reference
-    assert len(capsys.readouterr().out.splitlines()) == len(report["rows"]) + 3
+        made = row["ours"]["tokens_per_second"] * row["ours"]["seconds"]["median"]
+        assert made == pytest.approx(2 * 4 * row["group_size"], rel=1e-3)
+        bound = sum(row["step_bytes"].values()) / report["bandwidth"]["gb_per_second"] / 1e6
+        assert row["bound_ms"] == pytest.approx(bound, rel=1e-3)
+        assert row["hf"].keys() == row["ours"].keys()
+
+
+def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run.report(
+        monkeypatch, rollout, tmp_path / "out.json", groups="2", image_side=0, hf=False, **SIZES
+    )
+    assert [row.keys() & {"ours", "hf", "ratio"} for row in report["rows"]] == [{"ours"}]
 
 
 def test_the_bytes_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = arguments(monkeypatch, dtype="bfloat16")
-    model = nnx.eval_shape(
-        lambda: Qwen2_5_VL(rollout.make_config(args), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    )
+    args = run.arguments(monkeypatch, rollout, dtype="bfloat16", image_side=8, **SIZES)
+    model = nnx.eval_shape(lambda: Qwen2_5_VL(common.make_config(args), rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     attention = 64 * 64 * 2 + 64 * 32 * 2 + 64 + 32 * 2
     weights = 512 * 64 + 64 + 2 * (attention + 3 * 64 * 96 + 2 * 64)
     token = 2 * 2 * 32 * 2  # keys and values, layers, K x C, bytes
     assert rollout.step_bytes(model, args, 5) == {
         "weights": 2 * weights,
-        "prompts": 2 * 8 * token,
+        "prompts": 2 * (16 + 2 + 8) * token,  # an image of 8 x 8 patches, its marks, the question
         "rollouts": 2 * 5 * 2 * token,
     }

@@ -1,0 +1,82 @@
+"""Promised arrays: kept one after the other, on disk as Orbax has them, read in parts."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from fundus_jax import later
+from fundus_jax.later import Later
+
+VALUES = {
+    "params.a": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+    "params.b.weight": np.arange(6, dtype=jnp.bfloat16),
+    "scale": np.asarray(3, np.float32),
+}
+
+
+def promised() -> dict[str, Later]:
+    return {
+        name: Later(value.shape, value.dtype, lambda value=value: value.copy())
+        for name, value in VALUES.items()
+    }
+
+
+def test_orbax_restores_what_was_promised(tmp_path: Path) -> None:
+    later.save_later(tmp_path / "state", promised())
+    wanted = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in VALUES.items()}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        found = orbax.restore(tmp_path / "state", args=ocp.args.PyTreeRestore(item=wanted))
+    for name, value in VALUES.items():
+        np.testing.assert_array_equal(found[name], value)
+        assert found[name].dtype == value.dtype
+
+
+def test_one_array_is_there_at_a_time(tmp_path: Path) -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def make() -> np.ndarray:
+        gc.collect()
+        alive.append(sum(one() is not None for one in made))
+        value = np.full((512, 512), len(made), np.float32)
+        made.append(weakref.ref(value))
+        return value
+
+    shape, dtype = (512, 512), np.dtype(np.float32)
+    later.save_later(tmp_path / "state", {f"p{i}": Later(shape, dtype, make) for i in range(5)})
+    assert alive == [0] * 5
+
+
+def test_an_error_while_making_one_is_the_callers(tmp_path: Path) -> None:
+    def fail() -> np.ndarray:
+        raise OSError("the shard is gone")
+
+    with pytest.raises(OSError, match="the shard is gone"):
+        later.save_later(tmp_path / "state", {"p": Later((2,), np.dtype(np.float32), fail)})
+
+
+def test_parts_are_read_alone_and_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later.save_later(tmp_path / "state", promised())
+    monkeypatch.setattr(later, "PIECE", 20)  # so that pieces are of one row, and one is left over
+    for name, value in VALUES.items():
+        array = later.open_array(tmp_path / "state", name)
+        assert not isinstance(array, np.ndarray)
+        np.testing.assert_array_equal(later.read(array), value)
+    layer = later.open_array(tmp_path / "state", "params.a")[1]
+    np.testing.assert_array_equal(later.read(layer), VALUES["params.a"][1])
+
+
+def test_what_is_compressed_is_read_as_a_whole(tmp_path: Path) -> None:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:  # as the bundles of training runs are
+        orbax.save(tmp_path / "state", args=ocp.args.PyTreeSave({"p": jnp.arange(12.0).reshape(3, 4)}))
+    array = later.open_array(tmp_path / "state", "p")
+    assert isinstance(array, np.ndarray)
+    np.testing.assert_array_equal(later.read(array[1]), np.arange(4.0, 8.0))
