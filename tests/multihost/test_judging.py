@@ -1,0 +1,53 @@
+"""Two processes judge a step as one does; and where the judge of one is lost, both say so."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chat_server import Server
+from tests.e2e.conftest import ROOT, environment
+from tests.grpo import stand_in
+
+
+def start(cache: Path, addresses: list[list[str]]) -> list[list[dict[str, Any]]]:
+    """What as many processes as there are lists print, each with its own addresses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [sys.executable, "-m", "tests.multihost.judging_worker", coordinator, str(len(addresses))]
+    started = [
+        subprocess.Popen(
+            [*words, str(number), *mine], cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, text=True
+        )
+        for number, mine in enumerate(addresses)
+    ]
+    try:
+        said = [process.communicate(timeout=250)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * len(started)
+    finally:
+        for process in started:
+            process.kill()
+    return [[json.loads(line) for line in text.splitlines() if line.startswith("{")] for text in said]
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_judge_together(tmp_path: Path) -> None:
+    with Server(stand_in.reply) as server, Server(stand_in.reply) as gone:
+        there, away = server.address, gone.address
+        gone.stop()
+        [[alone]] = start(tmp_path, [[there]])
+        asked = len(server.bodies)
+        first, second = start(tmp_path, [[there, there], [there, away]])
+    assert asked == 10
+    assert len({score[0] for group in alone["scores"] for score in group}) > 1, "the traces differ in worth"
+    assert first[0] == second[0] == alone
+    assert len(server.bodies) == asked + 10 + 6, "each is judged once; then only the first process's share"
+    assert first[1] == second[1]
+    assert "has been lost" in first[1]["given up"], "although the first process's own judge was there"
