@@ -22,10 +22,16 @@ class Numbers:
 
     clip_low: float = 0.2
     clip_high: float = 0.3
+    dual_clip: float = 0.0
+    ratio: str = "token"
     kl: str = "k3"
     kl_coef: float = 0.1
+    kl_in: str = "loss"
+    kl_clamp: float = 0.0
     aggregate: str = "token-mean"
     constant_norm: int = 17
+    sampler_correction: float = 0.0
+    sampler_ratio: str = "token"
 
 
 def make_case(seed=0, rows=6, length=9, empty_rows=0, drift=0.4):
