@@ -29,7 +29,7 @@ class Draw(NamedTuple):
     Attributes:
         index: [B], which prompts.
         batch: the prompts themselves, on the mesh.
-        rollout: what was sampled.
+        rollout: what was sampled; said: the same, whole on every host, in numpy.
         ref, old: [B,G,N] log-probs of the reference and of the policy, or None.
         texts, scores: of every rollout, B groups of G; the same on every process.
         counts: what the sampler did.
@@ -38,6 +38,7 @@ class Draw(NamedTuple):
     index: np.ndarray
     batch: Any
     rollout: Rollout
+    said: Rollout
     ref: jax.Array | None
     old: jax.Array | None
     texts: list[list[str]]
@@ -83,7 +84,7 @@ def redraw(
         teaches[places[:count]] = True
         rewards.append(reward_arrays(other.scores))
     if len(rewards) > 1:
-        batch, (rollout, ref, old) = put(draw.index, (draw.rollout, draw.ref, draw.old))
+        batch, (rollout, ref, old) = put(draw.index, (draw.said, draw.ref, draw.old))
         draw = draw._replace(batch=batch, rollout=rollout, ref=ref, old=old)
     drawn, valid = (np.concatenate(arrays) for arrays in zip(*rewards, strict=True))
     useful = varied(drawn, valid)
@@ -99,15 +100,15 @@ def redraw(
 
 def _on_host(draw: Draw) -> Draw:
     """Without its batch: the devices have room for one at a time."""
-    rollout, ref, old = jax.tree.map(hosts.fetch, (draw.rollout, draw.ref, draw.old))
-    return draw._replace(batch=None, rollout=rollout, ref=ref, old=old)
+    ref, old = jax.tree.map(hosts.fetch, (draw.ref, draw.old))
+    return draw._replace(batch=None, rollout=draw.said, ref=ref, old=old)
 
 
 def _replaced(draw: Draw, places: np.ndarray, other: Draw, rows: np.ndarray) -> Draw:
     """`draw` with the groups `rows` of `other` at `places`, and with what sampling both took."""
 
     def arrays(mine: np.ndarray, others: np.ndarray) -> np.ndarray:
-        mine = np.array(mine)
+        mine = mine.copy()
         mine[places] = others[rows]
         return mine
 
@@ -115,13 +116,12 @@ def _replaced(draw: Draw, places: np.ndarray, other: Draw, rows: np.ndarray) -> 
         new = dict(zip(places.tolist(), rows.tolist(), strict=True))
         return [others[new[row]] if row in new else group for row, group in enumerate(mine)]
 
-    rollout, ref, old = jax.tree.map(
-        arrays, (draw.rollout, draw.ref, draw.old), (other.rollout, other.ref, other.old)
-    )
-    return Draw(
-        index=arrays(draw.index, other.index),
-        batch=None,
-        rollout=rollout,
+    both = ((one.index, one.said, one.ref, one.old) for one in (draw, other))
+    index, said, ref, old = jax.tree.map(arrays, *both)
+    return draw._replace(
+        index=index,
+        rollout=said,
+        said=said,
         ref=ref,
         old=old,
         texts=lists(draw.texts, other.texts),

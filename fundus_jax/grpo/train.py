@@ -165,16 +165,16 @@ class Examiner:
         with watch("rollout"):
             policy = self.policy(params)
             key = jax.random.fold_in(jax.random.key(config.seed), number)
-            rollout, counts = draw(policy, batch, config, key)
+            rollout, said, counts = draw(policy, batch, config, key)
             del policy  # the update needs its room
         with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
             base = self.reference
             ref = None if base is None else self.score(base, batch, rollout.tokens, self.frozen)
             old = self.score(params, batch, rollout.tokens, self.frozen) if config.mu > 1 else None
         with watch("judge"):
-            texts, scores = score_together(self.prompts, index, rollout, self.judge, config)
+            texts, scores = score_together(self.prompts, index, said, self.judge, config)
             check_abstentions(scores, config)
-        return Draw(index, batch, rollout, ref, old, texts, scores, counts)
+        return Draw(index, batch, rollout, said, ref, old, texts, scores, counts)
 
     def put(self, index: np.ndarray, rows: Any) -> tuple[Any, Any]:
         """The batch of the prompts `index`, and the tree of arrays `rows` [B,...], on the mesh."""
@@ -247,8 +247,9 @@ def train(
     return training.join(state.params, frozen)
 
 
-def draw(policy: Any, batch: Any, config: GrpoConfig, key: jax.Array) -> tuple[Rollout, Counts]:
-    """The rollouts of a step, when they are there."""
+def draw(policy: Any, batch: Any, config: GrpoConfig, key: jax.Array) -> tuple[Rollout, Rollout, Counts]:
+    """The rollouts of a step, when they are there: on the devices, and whole on this host (which later would
+    wait for what the devices have been given by then)."""
     rollout, counts = sample(
         policy,
         batch,
@@ -258,7 +259,8 @@ def draw(policy: Any, batch: Any, config: GrpoConfig, key: jax.Array) -> tuple[R
         slots=config.slots,
         seed=key,
     )
-    return stop.settle(rollout), counts
+    rollout = stop.settle(rollout)
+    return rollout, jax.tree.map(hosts.fetch, rollout), counts
 
 
 def snapshot(params: training.Params, dtype: str) -> training.Params:
@@ -268,14 +270,14 @@ def snapshot(params: training.Params, dtype: str) -> training.Params:
 
 def credit_of(drawn: Draw, config: GrpoConfig) -> tuple[np.ndarray, dict[str, float]]:
     """The advantages of a draw's rollouts, and metrics: `credit` of what all processes hold together."""
-    logprobs, mask = hosts.fetch(drawn.rollout.logprobs), hosts.fetch(drawn.rollout.mask)
     ref = hosts.fetch(drawn.ref) if config.kl_in == "reward" else None
+    logprobs, mask = np.asarray(drawn.said.logprobs), np.asarray(drawn.said.mask)
     return credit(*reward_arrays(drawn.scores), logprobs, mask, ref, config)
 
 
 def describe(drawn: Draw) -> dict[str, float]:
     """What metrics.jsonl records of a draw: reward parts and ratings, lengths, the sampler's work."""
-    lengths = hosts.fetch(drawn.rollout.mask).sum(axis=-1)
+    lengths = drawn.said.mask.sum(axis=-1)
     return {
         **{f"reward/{name}": value for name, value in reward_metrics(drawn.scores).items()},
         "length": float(lengths.mean()),

@@ -34,10 +34,12 @@ class World:
         index = 10 * len(self.asked) + np.arange(len(groups))
         self.asked.append(number)
         rows = np.broadcast_to(index[:, None, None].astype(np.float32), (len(groups), 2, 5))
+        said = Rollout(rows, rows + 0.5, rows >= 0)  # type: ignore[arg-type]
         return Draw(
             index=index,
             batch=f"batch {index.tolist()}",
-            rollout=Rollout(rows, rows + 0.5, rows >= 0),  # type: ignore[arg-type]
+            rollout=said,
+            said=said,
             ref=None,
             old=rows + 0.25 if self.old else None,  # type: ignore[arg-type]
             texts=[[f"{i}a", f"{i}b"] for i in index],
@@ -57,7 +59,9 @@ def told(draw: Draw) -> list[int]:
     """The prompts of a draw, after a check that everything in it is theirs, in their order."""
     index = draw.index.tolist()
     assert draw.batch == f"batch {index}"
-    for array, offset in zip((*draw.rollout[:2], draw.old), (0, 0.5, 0.25), strict=True):
+    for array, offset in zip(
+        (*draw.rollout[:2], *draw.said[:2], draw.old), (0, 0.5, 0, 0.5, 0.25), strict=True
+    ):
         assert (np.asarray(array) - offset).mean(axis=(1, 2)).tolist() == index
     assert draw.texts == [[f"{i}a", f"{i}b"] for i in index]
     return index
