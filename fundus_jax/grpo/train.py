@@ -243,6 +243,7 @@ def train(
             if step == config.steps or (config.save_every and step % config.save_every == 0):
                 show(work, step, prompts, drawn, advantages)
                 work.save("grpo", step, state, iterator)
+            del drawn, samples  # the next step's prompts need their room
     progress.close()
     return training.join(state.params, frozen)
 

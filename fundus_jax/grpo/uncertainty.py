@@ -7,7 +7,7 @@ is computed here is ours and fits these words; results obtained with it are not 
 
 * A sample is a question, not a token and not a rollout: all rollouts of a group share one uncertainty.
 * Its entropy is that of the policy's distribution over replies, per token. The mean of -log p over the tokens
-  that were sampled estimates it without bias, and the sampler has recorded log p: nothing is computed twice.
+  that were sampled estimates it, and the sampler has recorded log p: nothing is computed twice.
   Whether the answers of a group disagree was the alternative; among 4 rollouts that takes a handful of
   values, and it is what the advantage itself already compares.
 * Entropy H becomes u = 1 - exp(-H), one minus the reciprocal of the perplexity: 0 where every token was
@@ -25,7 +25,7 @@ import numpy as np
 
 
 def uncertainty(logprobs: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Returns u [B], float32 in [0, 1), of the questions whose rollouts have the sampler's logprobs [B,G,N]
+    """Returns u [B], float32 in [0, 1], of the questions whose rollouts have the sampler's logprobs [B,G,N]
     at the tokens of mask [B,G,N].
 
     Every rollout counts alike, however long; one without a token counts as certain. Those that the judge

@@ -234,10 +234,11 @@ FORMS = [
     {"aggregate": "token-mean"},
     {"aggregate": "sequence-mean"},
     {"aggregate": "constant", "constant_norm": N},
-    {"ratio": "sequence", "aggregate": "sequence-mean", "clip_low": 0.01, "clip_high": 0.01},
-    {"dual_clip": 1.3, "kl_clamp": 1e-3},
-    {"sampler_correction": 1.05},
-    {"sampler_correction": 1.2, "sampler_ratio": "sequence", "kl_in": "reward"},
+    {
+        **{"ratio": "sequence", "aggregate": "sequence-mean", "clip_low": 0.01, "clip_high": 0.01},
+        **{"sampler_correction": 1.2, "sampler_ratio": "sequence", "kl_in": "reward"},
+    },
+    {"dual_clip": 1.3, "kl_clamp": 1e-3, "sampler_correction": 1.05},
 ]
 
 
