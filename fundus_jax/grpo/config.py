@@ -91,6 +91,9 @@ class GrpoConfig:
     flat_groups: str = "keep"
     # So many more batches of prompts may be drawn in a step to put others in the place of such groups.
     extra_draws: int = 0
+    # A rollout loses up to overlong_weight over its last overlong_cache tokens before max_new_tokens; 0: off.
+    overlong_cache: int = 0
+    overlong_weight: float = 0.0
 
     # The reward: weights of its parts (1 each in the paper), then what each rating is worth. The worths are
     # ours. Against the image's findings, when the answer is right:
@@ -103,9 +106,6 @@ class GrpoConfig:
     # Against the knowledge of the predicted label, when the answer is wrong:
     knowledge_implausible: float = 0.0
     knowledge_plausible: float = 0.5
-    # A rollout loses up to overlong_weight over its last overlong_cache tokens before max_new_tokens; 0: off.
-    overlong_cache: int = 0
-    overlong_weight: float = 0.0
     # The run stops when a larger share of the judged rollouts of a step has no verdict.
     max_abstain: float = 0.5
 
@@ -228,14 +228,14 @@ _AT_LEAST = {
     "seed": 0,
     "buckets": 1,
     "dual_clip": 0,
-    "kl_coef": 0,
     "kl_clamp": 0,
-    "constant_norm": 0,
     "sampler_correction": 0,
     "uncertainty": 0,
     "extra_draws": 0,
     "overlong_cache": 0,
     "overlong_weight": 0,
+    "kl_coef": 0,
+    "constant_norm": 0,
     "answer_weight": 0,
     "format_weight": 0,
     "process_weight": 0,
