@@ -32,6 +32,7 @@ class Draw(NamedTuple):
         rollout: what was sampled; said: the same, whole on every host, in numpy.
         ref, old: [B,G,N] log-probs of the reference and of the policy, or None.
         texts, scores: of every rollout, B groups of G; the same on every process.
+        every: the scores of all groups that were drawn for it, also of those that are not in it.
         counts: what the sampler did.
     """
 
@@ -43,6 +44,7 @@ class Draw(NamedTuple):
     old: jax.Array | None
     texts: list[list[str]]
     scores: list[list[Score]]
+    every: list[list[Score]]
     counts: Counts
 
     @property
@@ -73,28 +75,28 @@ def redraw(
     draw = ask(step)
     if not config.extra_draws:
         return draw, {}
-    first, rewards = draw.teaches, [reward_arrays(draw.scores)]
-    teaches = first.copy()
-    while len(rewards) <= config.extra_draws and not teaches.all():
+    first = draw.teaches
+    teaches, batches = first.copy(), 0
+    while batches < config.extra_draws and not teaches.all():
+        batches += 1
         draw = draw if draw.batch is None else _on_host(draw)
-        other = _on_host(ask(step + len(rewards) * config.steps))
+        other = _on_host(ask(step + batches * config.steps))
         (places,), (good,) = np.nonzero(~teaches), np.nonzero(other.teaches)
         count = min(len(places), len(good))
         draw = _replaced(draw, places[:count], other, good[:count])
         teaches[places[:count]] = True
-        rewards.append(reward_arrays(other.scores))
-    if len(rewards) > 1:
+    if batches:
         batch, (rollout, ref, old) = put(draw.index, (draw.said, draw.ref, draw.old))
         draw = draw._replace(batch=batch, rollout=rollout, ref=ref, old=old)
-    drawn, valid = (np.concatenate(arrays) for arrays in zip(*rewards, strict=True))
-    useful = varied(drawn, valid)
+    rewards, valid = reward_arrays(draw.every)
+    useful = varied(rewards, valid)
     return draw, {
-        "redraw/batches": float(len(rewards) - 1),
+        "redraw/batches": float(batches),
         "redraw/replaced": float(teaches.sum() - first.sum()),
         "redraw/left": float((~teaches).sum()),
         "redraw/unused": float(useful.sum() - teaches.sum()),
         "redraw/flat": float((~useful).mean()),
-        "redraw/reward": float(group_stats(drawn, valid)["reward"]),
+        "redraw/reward": float(group_stats(rewards, valid)["reward"]),
     }
 
 
@@ -126,5 +128,6 @@ def _replaced(draw: Draw, places: np.ndarray, other: Draw, rows: np.ndarray) -> 
         old=old,
         texts=lists(draw.texts, other.texts),
         scores=lists(draw.scores, other.scores),
+        every=draw.every + other.every,
         counts=draw.counts.plus(other.counts),
     )

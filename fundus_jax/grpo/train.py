@@ -173,8 +173,7 @@ class Examiner:
             old = self.score(params, batch, rollout.tokens, self.frozen) if config.mu > 1 else None
         with watch("judge"):
             texts, scores = score_together(self.prompts, index, said, self.judge, config)
-            check_abstentions(scores, config)
-        return Draw(index, batch, rollout, said, ref, old, texts, scores, counts)
+        return Draw(index, batch, rollout, said, ref, old, texts, scores, scores, counts)
 
     def put(self, index: np.ndarray, rows: Any) -> tuple[Any, Any]:
         """The batch of the prompts `index`, and the tree of arrays `rows` [B,...], on the mesh."""
@@ -229,6 +228,7 @@ def train(
             keep(step - 1, state, iterator)
             ask = functools.partial(examiner.ask, state.params)
             drawn, told = redraw(ask, examiner.put, config, step)
+            check_abstentions(drawn.every, config)
             advantages, credited = credit_of(drawn, config)
             with watch("update"):
                 advantages_here = training.place(advantages[mine], mesh)

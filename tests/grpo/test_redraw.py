@@ -35,6 +35,7 @@ class World:
         self.asked.append(number)
         rows = np.broadcast_to(index[:, None, None].astype(np.float32), (len(groups), 2, 5))
         said = Rollout(rows, rows + 0.5, rows >= 0)  # type: ignore[arg-type]
+        scores = [[a_score(total) for total in group] for group in groups]
         return Draw(
             index=index,
             batch=f"batch {index.tolist()}",
@@ -43,7 +44,8 @@ class World:
             ref=None,
             old=rows + 0.25 if self.old else None,  # type: ignore[arg-type]
             texts=[[f"{i}a", f"{i}b"] for i in index],
-            scores=[[a_score(total) for total in group] for group in groups],
+            scores=scores,
+            every=scores,
             counts=Counts(10, 30, 4, 1),
         )
 
@@ -94,6 +96,7 @@ def test_flat_groups_and_those_the_judge_lost_give_their_places_in_order() -> No
     assert world.asked == [STEP, STEP + STEPS, STEP + 2 * STEPS], "numbers that no other step has"
     assert world.batches == ["batch [0, 11, 20, 21]"], "put together once"
     assert draw.counts == Counts(30, 90, 4, 3)
+    assert len(draw.every) == 12
     assert metrics["redraw/batches"] == 2
     assert metrics["redraw/replaced"] == 3
     assert metrics["redraw/left"] == 0
