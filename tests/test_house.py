@@ -206,7 +206,7 @@ def _passes_on(handler: ast.ExceptHandler) -> bool:
     return uses_it or any(isinstance(node, ast.Raise) for node in nodes)
 
 
-@pytest.mark.parametrize("name", ["loss", "advantages"])
+@pytest.mark.parametrize("name", ["loss", "advantages", "uncertainty"])
 def test_grpo_arithmetic_imports_only_arithmetic(name: str) -> None:
     path = ROOT / "fundus_jax" / "grpo" / f"{name}.py"
     ours = {"fundus_jax.grpo.config", "fundus_jax.records"}  # records for its errors

@@ -18,9 +18,10 @@ Array = jax.Array | np.ndarray
 
 EPSILON = 1e-4  # added to the standard deviation; the value is TRL's
 SCALES = ("std", "none")
+BASELINES = ("mean", "leave-one-out")
 
 
-def group_advantages(rewards: Array, valid: Array, *, scale: str = "std") -> Array:
+def group_advantages(rewards: Array, valid: Array, *, scale: str = "std", baseline: str = "mean") -> Array:
     """Returns the advantages [B,G], float32, of rewards [B,G]; one row is the group of one prompt.
 
     Only the rollouts marked in `valid` [B,G] bool form the mean and the deviation of their group; the others
@@ -29,12 +30,16 @@ def group_advantages(rewards: Array, valid: Array, *, scale: str = "std") -> Arr
     their mean need not be 0 in floating point, and dividing that rounding error by `EPSILON` would turn it
     into a gradient.
 
-    `scale="std"` divides by the deviation of the group, `scale="none"` (Dr. GRPO) only subtracts the mean.
+    `baseline="mean"` compares a rollout with all n valid ones of its group, `baseline="leave-one-out"` (RLOO,
+    Ahmadian et al., 2024) with the n - 1 others, which is the same times n / (n - 1): a baseline that does
+    not depend on the rollout itself leaves the policy gradient unbiased. `scale="std"` then divides by the
+    deviation of the group, `scale="none"` (Dr. GRPO, RLOO) does not.
 
-    Raises ConfigError for another scale, ValueError for shapes that are not two equal [B,G].
+    Raises ConfigError for another scale or baseline, ValueError for shapes that are not two equal [B,G].
     """
-    if scale not in SCALES:
-        raise ConfigError(f"scale is {scale!r}; it must be one of {', '.join(SCALES)}")
+    for name, value, known in (("scale", scale, SCALES), ("baseline", baseline, BASELINES)):
+        if value not in known:
+            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
     rewards, valid, xp = _checked(rewards, valid)
     count, varied = _shape_of_groups(rewards, valid, xp)
     mean = rewards.sum(axis=1, keepdims=True) / xp.maximum(count, 1)
@@ -42,7 +47,15 @@ def group_advantages(rewards: Array, valid: Array, *, scale: str = "std") -> Arr
     if scale == "std":
         variance = (centred**2).sum(axis=1, keepdims=True) / xp.maximum(count - 1, 1)
         centred = centred / (xp.sqrt(variance) + xp.float32(EPSILON))
+    if baseline == "leave-one-out":
+        centred = centred * (count / xp.maximum(count - 1, 1))
     return xp.where(varied, centred, xp.float32(0))
+
+
+def varied(rewards: Array, valid: Array) -> Any:
+    """Returns which groups of rewards and valid [B,G] have valid rewards that differ, [B] bool: the others
+    have no advantage."""
+    return _shape_of_groups(*_checked(rewards, valid))[1][:, 0]
 
 
 def group_stats(rewards: Array, valid: Array) -> dict[str, Any]:

@@ -17,8 +17,12 @@ from fundus_jax.optim import OptimConfig
 from fundus_jax.records import ConfigError
 
 CHOICES = {
+    "ratio": ("token", "sequence"),
     "kl": ("k1", "k2", "k3"),
+    "kl_in": ("loss", "reward"),
     "aggregate": ("token-mean", "sequence-mean", "constant"),
+    "sampler_ratio": ("token", "sequence"),
+    "baseline": ("mean", "leave-one-out"),
     "scale": ("std", "none"),
     "flat_groups": ("keep", "drop"),
     "process": ("selective", "findings", "knowledge", "sum"),
@@ -39,6 +43,13 @@ class GrpoConfig:
     sampling. `buckets`: prompts are sorted by length into at most so many shapes, and those of a step are of
     one shape, so that short prompts are not padded to the longest; each shape that occurs compiles the
     programs of a step once more.
+
+    Published objectives are values of the fields below; a field that could not act is refused.
+
+    * GRPO: aggregate "sequence-mean". Dr. GRPO: scale "none", aggregate "constant".
+    * RLOO: baseline "leave-one-out", scale "none", kl "k1", kl_in "reward", aggregate "constant" (norm 1).
+    * DAPO: clip_high 0.28, extra_draws, overlong_cache and overlong_weight 1, kl_coef 0.
+    * GSPO: ratio "sequence", clip_low 3e-4, clip_high 4e-4, aggregate "sequence-mean", mu > 1.
     """
 
     group_size: int = 4
@@ -57,17 +68,33 @@ class GrpoConfig:
     # The loss (loss.py says what each choice computes). kl_coef is ours: 0 needs no reference policy at all.
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float = 0.0  # bounds the ratio where the advantage is negative (3 in the paper); 0: off
+    ratio: str = "token"
     kl: str = "k3"
     kl_coef: float = 0.02
+    kl_in: str = "loss"
+    kl_clamp: float = 0.0  # bounds the estimate of a token, in nats; 0: off
     aggregate: str = "token-mean"
     constant_norm: int = 0  # with aggregate "constant", and only then: the most tokens a rollout can have
+    # Rollouts are weighted by how much likelier the trainer finds them than the sampler did, at most so much;
+    # 0: off, for where both compute the same, as the metric sampler_gap tells.
+    sampler_correction: float = 0.0
+    sampler_ratio: str = "token"
 
-    # The advantages: "std" divides by the deviation of the group, "none" does not.
+    # The advantages: a rollout is compared with the mean of its group, or of the others in it; "std" divides
+    # by the deviation of the group, "none" does not.
+    baseline: str = "mean"
     scale: str = "std"
+    uncertainty: float = 0.0  # how far the model's doubt shapes them, at most 1 (uncertainty.py); 0: off
 
     # Groups whose rewards are all equal have no advantage: "keep" still pulls them to the reference by the KL
     # and counts their tokens, "drop" leaves them out of the update (as DAPO does) and saves their computing.
     flat_groups: str = "keep"
+    # So many more batches of prompts may be drawn in a step to put others in the place of such groups.
+    extra_draws: int = 0
+    # A rollout loses up to overlong_weight over its last overlong_cache tokens before max_new_tokens; 0: off.
+    overlong_cache: int = 0
+    overlong_weight: float = 0.0
 
     # The reward: weights of its parts (1 each in the paper).
     answer_weight: float = 1.0
@@ -143,6 +170,57 @@ class GrpoConfig:
             f'must be {"above 0 (use max_new_tokens)" if constant else "0"} with aggregate "{self.aggregate}"'
         )
         _require((self.constant_norm > 0) == constant, "constant_norm", self.constant_norm, remedy)
+        self._validate_objective()
+
+    def _validate_objective(self) -> None:
+        """Refuses choices that beside the others would change nothing, or would not be what they say."""
+        moves, penalty = self.mu > 1, self.kl_coef > 0  # in the first pass every ratio is 1
+        bound, corrects = 1 + self.clip_high, self.sampler_correction
+        overlong = "above 0" if self.overlong_cache else "0"
+        biased = (
+            "divided by a deviation that it is part of itself, a rollout's estimate is no longer unbiased"
+        )
+        # field, whether it makes sense, what it must be otherwise
+        rules = (
+            ("ratio", moves or self.ratio == "token", 'must be "token" with mu 1, where every ratio is 1'),
+            ("dual_clip", moves or not self.dual_clip, "must be 0 with mu 1, where every ratio is 1"),
+            (
+                "dual_clip",
+                not self.dual_clip or self.dual_clip > bound,
+                f"must be 0 or above 1 + clip_high = {bound}",
+            ),
+            ("kl_in", penalty or self.kl_in == "loss", 'must be "loss" with kl_coef 0: there is no penalty'),
+            ("kl_clamp", penalty or not self.kl_clamp, "must be 0 with kl_coef 0: there is no penalty"),
+            (
+                "flat_groups",
+                self.flat_groups == "keep" or self.kl_in == "loss",
+                'must be "keep" with kl_in "reward", which leaves no group without variance',
+            ),
+            ("sampler_correction", not corrects or corrects >= 1, "must be 0 or at least 1"),
+            (
+                "sampler_ratio",
+                bool(corrects) or self.sampler_ratio == "token",
+                'must be "token" with sampler_correction 0: nothing is corrected',
+            ),
+            (
+                "scale",
+                self.baseline == "mean" or self.scale == "none",
+                f'must be "none" with baseline "{self.baseline}": {biased}',
+            ),
+            ("uncertainty", self.uncertainty <= 1, "must be at most 1: beyond, advantages change their sign"),
+            (
+                "overlong_cache",
+                self.overlong_cache <= self.max_new_tokens,
+                f"must be at most max_new_tokens = {self.max_new_tokens}",
+            ),
+            (
+                "overlong_weight",
+                (self.overlong_weight > 0) == (self.overlong_cache > 0),
+                f"must be {overlong} with overlong_cache {self.overlong_cache}",
+            ),
+        )
+        for name, sensible, remedy in rules:
+            _require(sensible, name, getattr(self, name), remedy)
 
 
 _AT_LEAST = {
@@ -156,6 +234,13 @@ _AT_LEAST = {
     "save_every": 0,
     "seed": 0,
     "buckets": 1,
+    "dual_clip": 0,
+    "kl_clamp": 0,
+    "sampler_correction": 0,
+    "uncertainty": 0,
+    "extra_draws": 0,
+    "overlong_cache": 0,
+    "overlong_weight": 0,
     "kl_coef": 0,
     "constant_norm": 0,
     "abstain_window": 1,

@@ -28,10 +28,16 @@ class LossConfig(Protocol):
 
     clip_low: float
     clip_high: float
+    dual_clip: float
+    ratio: str
     kl: str
     kl_coef: float
+    kl_in: str
+    kl_clamp: float
     aggregate: str
     constant_norm: int
+    sampler_correction: float
+    sampler_ratio: str
 
 
 def policy_loss(
@@ -42,19 +48,29 @@ def policy_loss(
     mask: jax.Array,
     config: LossConfig,
     *,
+    sampled: jax.Array | None = None,
     denominator: jax.Array | float | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns (loss, metrics), float32 scalars; the loss is to be minimised.
 
     logprobs [N,T]: of the sampled tokens under the policy being trained (the only input that gets a
-    gradient); old_logprobs [N,T]: under the policy that sampled them; ref_logprobs [N,T]: under the
-    reference, None where `kl_coef` is 0. advantages [N], one number for all tokens of a rollout. mask [N,T]:
-    True at the tokens that count. All log-probabilities are at the sampling temperature.
+    gradient); old_logprobs [N,T]: the trainer's, under the policy that sampled them; ref_logprobs [N,T]:
+    under the reference, None where `kl_coef` is 0. advantages [N], one number for all tokens of a rollout.
+    mask [N,T]: True at the tokens that count. sampled [N,T]: old_logprobs as the sampler computed them, read
+    where `sampler_correction` is not 0 only. All log-probabilities are at the sampling temperature.
 
-    Per token: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef KL, with r = exp(logprobs -
-    old_logprobs) and, with d = logprobs - ref_logprobs, KL = d (k1), d^2 / 2 (k2) or exp(-d) - 1 + d (k3). k1
-    is the unbiased value but, used in a loss, its gradient has expectation zero: it penalises nothing and is
-    there for comparison. `config.aggregate` says how tokens are added up:
+    Per token: -w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef KL, where
+
+    * r = exp(logprobs - old_logprobs), with `ratio` "sequence" the geometric mean of that over the row, the
+      same for all its tokens (GSPO, Zheng et al., 2025);
+    * where A < 0, the min is at least `dual_clip` A, if that is not 0 (Ye et al., 2020). Above 1 + clip_high,
+      which the config demands, it is what TRL calls `delta`: r clipped to it from above before the min;
+    * w = min(exp(old_logprobs - sampled), sampler_correction), without gradient (truncated importance
+      sampling; Yao et al., 2025), with `sampler_ratio` "sequence" of the sums over the row; 1 where off;
+    * KL is `kl_estimate` between -kl_clamp and kl_clamp, if that is not 0, beyond which it has no gradient.
+      With `kl_in` "reward" it is measured and no part of the loss (`credit.py` takes it off the reward).
+
+    `config.aggregate` says how tokens are added up:
 
     * token-mean: sum over all tokens / number of tokens
     * sequence-mean: mean over the tokens of a row, then mean over rows
@@ -64,40 +80,37 @@ def policy_loss(
     Rows without a token add nothing and are not counted as rows. `denominator` replaces what
     `loss_denominator` gives for this mask.
 
-    Metrics, means over tokens unless said otherwise: `kl` (absent without ref_logprobs), `old_kl` (k3
-    estimate of how far the policy is from the one that sampled), `clip_low` and `clip_high` (share of tokens
-    whose gradient the clip removed), `ratio_mean`, `ratio_max` (maximum), `tokens` (number).
+    Metrics, means over tokens unless said otherwise: `kl` (before clamping; absent without ref_logprobs),
+    `old_kl` (k3 estimate of how far the policy is from the one that sampled), `clip_low`, `clip_high` and,
+    where it is on, `clip_dual` (share of tokens whose gradient the clip removed), `kl_clamped` (the same),
+    `ratio_mean`, `ratio_max` (maximum), `correction` (w) and `correction_capped` (share), `tokens` (number).
 
-    Raises ConfigError when `kl_coef` is not 0 and there is no ref_logprobs, ValueError for shapes that do not
-    fit.
+    Raises ConfigError when `kl_coef` is not 0 and there is no ref_logprobs, or `sampler_correction` and there
+    is no sampled; ValueError for shapes that do not fit.
     """
-    _check_shapes(logprobs, old_logprobs, ref_logprobs, advantages, mask)
-    if config.kl_coef != 0 and ref_logprobs is None:
-        raise ConfigError(
-            f"kl_coef is {config.kl_coef} but there are no ref_logprobs; pass them or set kl_coef to 0"
-        )
+    _check_shapes(logprobs, old_logprobs, ref_logprobs, sampled, advantages, mask)
+    _check_given(config, ref_logprobs, sampled)
     mask = mask.astype(bool)
-    new = _known(logprobs, mask)
-    log_ratio = jnp.clip(
-        new - jax.lax.stop_gradient(_known(old_logprobs, mask)), -MAX_LOG_RATIO, MAX_LOG_RATIO
-    )
-    ratio = jnp.exp(log_ratio)
+    new, old = _known(logprobs, mask), jax.lax.stop_gradient(_known(old_logprobs, mask))
+    log_ratio = _bounded(new - old)
+    ratio = jnp.exp(_over(config.ratio, "ratio", log_ratio, mask, mean=True))
     weight = jax.lax.stop_gradient(advantages.astype(jnp.float32))[:, None]
-    per_token = -jnp.minimum(
-        ratio * weight, jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high) * weight
-    )
-
-    token_metrics = {
-        "clip_low": (ratio < 1 - config.clip_low) & (weight < 0),
-        "clip_high": (ratio > 1 + config.clip_high) & (weight > 0),
-        "ratio_mean": ratio,
-        "old_kl": jnp.expm1(log_ratio) - log_ratio,
-    }
+    gain, token_metrics = _surrogate(ratio, weight, config)
+    per_token = -gain
+    token_metrics |= {"ratio_mean": ratio, "old_kl": jnp.expm1(log_ratio) - log_ratio}
+    if config.sampler_correction != 0 and sampled is not None:
+        drift = _over(config.sampler_ratio, "sampler_ratio", old - _known(sampled, mask), mask, mean=False)
+        drift = jax.lax.stop_gradient(jnp.exp(_bounded(drift)))
+        correction = jnp.minimum(drift, config.sampler_correction)
+        per_token = per_token * correction
+        token_metrics |= {"correction": correction, "correction_capped": drift > config.sampler_correction}
     if ref_logprobs is not None:
         kl = kl_estimate(new, jax.lax.stop_gradient(_known(ref_logprobs, mask)), config.kl)
         token_metrics["kl"] = kl
-        if config.kl_coef != 0:
-            per_token = per_token + config.kl_coef * kl
+        if config.kl_clamp != 0:
+            token_metrics["kl_clamped"] = jnp.abs(kl) > config.kl_clamp
+        if config.kl_in == "loss" and config.kl_coef != 0:
+            per_token = per_token + config.kl_coef * clamp_kl(kl, config.kl_clamp)
 
     loss = _aggregate(jnp.where(mask, per_token, 0), mask, config, denominator)
     tokens = mask.sum(dtype=jnp.float32)
@@ -107,6 +120,19 @@ def policy_loss(
     }
     metrics |= {"ratio_max": jnp.where(mask, ratio, 0).max(initial=0), "tokens": tokens}
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def _surrogate(
+    ratio: jax.Array, weight: jax.Array, config: LossConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What is to be maximised, and where its gradient is cut off: of ratios [N,T] or [N,1], weights [N,1]."""
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    gain = jnp.minimum(ratio * weight, jnp.clip(ratio, low, high) * weight)
+    cut = {"clip_low": (ratio < low) & (weight < 0), "clip_high": (ratio > high) & (weight > 0)}
+    if config.dual_clip == 0:
+        return gain, cut
+    bounded = jnp.where(weight < 0, jnp.maximum(gain, config.dual_clip * weight), gain)
+    return bounded, cut | {"clip_dual": (ratio > config.dual_clip) & (weight < 0)}
 
 
 def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, kind: str) -> jax.Array:
@@ -124,6 +150,11 @@ def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, kind: str) -> jax.
         bounded = jnp.clip(difference, -MAX_LOG_RATIO, None)
         return jnp.expm1(-bounded) + bounded
     raise ConfigError(f"kl is {kind!r}; it must be k1, k2 or k3")
+
+
+def clamp_kl(kl: jax.Array, bound: float) -> jax.Array:
+    """Returns estimates of the KL between -bound and bound, as they are for bound 0."""
+    return jnp.clip(kl, -bound, bound) if bound else kl
 
 
 def loss_denominator(mask: jax.Array, config: LossConfig) -> jax.Array:
@@ -159,6 +190,20 @@ def _known(values: jax.Array, where: jax.Array) -> jax.Array:
     return jnp.where(where, values.astype(jnp.float32), 0)
 
 
+def _bounded(log_ratio: jax.Array) -> jax.Array:
+    return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _over(level: str, name: str, values: jax.Array, mask: jax.Array, *, mean: bool) -> jax.Array:
+    """values [N,T], 0 where mask is not: as they are ("token"), or their sum or mean over the row, [N,1]."""
+    if level == "token":
+        return values
+    if level != "sequence":
+        raise ConfigError(f"{name} is {level!r}; it must be token or sequence")
+    total = values.sum(axis=1, keepdims=True)
+    return total / jnp.maximum(mask.sum(axis=1, keepdims=True, dtype=jnp.float32), 1) if mean else total
+
+
 def _aggregate(per_token: jax.Array, mask: jax.Array, config: LossConfig, denominator: Any) -> jax.Array:
     if config.aggregate not in ("token-mean", "sequence-mean", "constant"):
         raise ConfigError(
@@ -170,12 +215,30 @@ def _aggregate(per_token: jax.Array, mask: jax.Array, config: LossConfig, denomi
     return rows.sum() / (loss_denominator(mask, config) if denominator is None else denominator)
 
 
+def _check_given(config: LossConfig, ref: jax.Array | None, sampled: jax.Array | None) -> None:
+    if config.kl_in not in ("loss", "reward"):
+        raise ConfigError(f"kl_in is {config.kl_in!r}; it must be loss or reward")
+    if config.kl_coef != 0 and ref is None:
+        raise ConfigError(
+            f"kl_coef is {config.kl_coef} but there are no ref_logprobs; pass them or set kl_coef to 0"
+        )
+    if config.sampler_correction != 0 and sampled is None:
+        raise ConfigError(
+            f"sampler_correction is {config.sampler_correction} but the sampler's log-probs are not given; "
+            "pass sampled or set sampler_correction to 0"
+        )
+
+
 def _check_shapes(
-    logprobs: jax.Array, old: jax.Array, ref: jax.Array | None, advantages: jax.Array, mask: jax.Array
+    logprobs: jax.Array,
+    old: jax.Array,
+    ref: jax.Array | None,
+    sampled: jax.Array | None,
+    advantages: jax.Array,
+    mask: jax.Array,
 ) -> None:
-    shapes = {"old_logprobs": old.shape, "mask": mask.shape} | (
-        {} if ref is None else {"ref_logprobs": ref.shape}
-    )
+    given = {"old_logprobs": old, "mask": mask, "ref_logprobs": ref, "sampled": sampled}
+    shapes = {name: array.shape for name, array in given.items() if array is not None}
     for name, shape in shapes.items():
         if shape != logprobs.shape or len(shape) != 2:  # a [N,1] array would broadcast without a sound
             raise ValueError(f"{name} has shape {shape}, logprobs has {logprobs.shape}; both must be [N,T]")

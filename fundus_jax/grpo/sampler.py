@@ -51,6 +51,11 @@ class Counts(NamedTuple):
         """Share of the slot-steps that were busy; 1 if there was nothing to decode."""
         return self.busy / (self.steps * self.slots) if self.steps else 1.0
 
+    def plus(self, other: Counts) -> Counts:
+        """Of both together."""
+        sums = (mine + others for mine, others in zip(self, other, strict=True))
+        return Counts(*sums)._replace(slots=self.slots)
+
     def metrics(self) -> dict[str, float]:
         """What metrics.jsonl records of it."""
         return {

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,9 +25,10 @@ from fundus_jax import dialog, hosts, stop, training
 from fundus_jax.data import Pool, batches, ladder, round_up
 from fundus_jax.files import write_atomic
 from fundus_jax.grpo.abstentions import Abstentions
-from fundus_jax.grpo.advantages import group_advantages, group_stats
 from fundus_jax.grpo.config import GrpoConfig
+from fundus_jax.grpo.credit import credit
 from fundus_jax.grpo.judge import Judge, JudgeError
+from fundus_jax.grpo.redraw import Draw, redraw
 from fundus_jax.grpo.rewards import Score, assess, from_dict, reward_arrays, reward_metrics, score_rollouts
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.sampler import Counts, sample
@@ -139,6 +141,53 @@ def score_together(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Examiner:
+    """Puts prompts to a policy and has its answers judged; all of it stays the same from step to step.
+
+    policy: trained parameters -> the module that samples. score: of `make_score`. reference: its trained
+    parameters, or None where none is needed; frozen: what both have in common.
+    """
+
+    prompts: Prompts
+    iterator: Any
+    judge: Judge
+    config: GrpoConfig
+    mesh: Mesh
+    policy: Callable[[training.Params], Any]
+    score: Callable[..., Any]
+    reference: training.Params | None
+    frozen: training.Params
+    watch: Stopwatch
+
+    def ask(self, params: training.Params, number: int) -> Draw:
+        """The next prompts, answered by the policy with `params` and judged; draws of equal `number` have
+        equal random numbers."""
+        config, watch = self.config, self.watch
+        with watch("data"):
+            index, batch = next(self.iterator)
+            batch = training.place(batch, self.mesh)
+        with watch("rollout"):
+            policy = self.policy(params)
+            key = jax.random.fold_in(jax.random.key(config.seed), number)
+            rollout, said, counts = draw(policy, batch, config, key)
+            del policy  # the update needs its room
+        with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
+            base = self.reference
+            ref = None if base is None else self.score(base, batch, rollout.tokens, self.frozen)
+            old = self.score(params, batch, rollout.tokens, self.frozen) if config.mu > 1 else None
+        with watch("judge"):
+            texts, scores = score_together(self.prompts, index, said, self.judge, config)
+        return Draw(index, batch, rollout, said, ref, old, texts, scores, scores, counts)
+
+    def put(self, index: np.ndarray, rows: Any) -> tuple[Any, Any]:
+        """The batch of the prompts `index`, and the tree of arrays `rows` [B,...], on the mesh."""
+        mine = training.rows_here(len(index), self.mesh)
+        with self.watch("data"):
+            held = jax.tree.map(lambda leaf: leaf[mine], rows)
+            return training.place((self.prompts.build(index, mine)[1], held), self.mesh)
+
+
 def train(
     work: Workdir,
     model: Any,
@@ -162,9 +211,12 @@ def train(
     def merge(params: Any) -> Any:
         return skeleton.merge(params, dataclasses.replace(model.options, remat=remat))
 
+    def policy(params: Any) -> Any:
+        return skeleton.merge(training.join(training.cast(params, compute), frozen), model.options)
+
     optimizer = training.make_optimizer(config.optim, config.steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
-    key, mine = jax.random.key(config.seed), training.rows_here(config.prompts_per_step, mesh)
+    mine = training.rows_here(config.prompts_per_step, mesh)
     with jax.set_mesh(mesh), work.stoppable("grpo", on=JudgeError) as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
@@ -174,35 +226,30 @@ def train(
         state, done = work.resume("grpo", state, iterator)
         progress, watch = work.progress("grpo", done), Stopwatch()
         abstentions = Abstentions(config, work.metrics.path, done)
+        examiner = Examiner(
+            prompts=prompts, iterator=iterator, judge=judge, config=config, mesh=mesh, policy=policy,
+            score=score, reference=reference, frozen=frozen, watch=watch,
+        )  # fmt: skip
         for step in range(done + 1, config.steps + 1):
             keep(step - 1, state, iterator)
-            with watch("data"):
-                index, batch = next(iterator)
-                batch = training.place(batch, mesh)
-            with watch("rollout"):
-                weights = training.join(training.cast(state.params, compute), frozen)
-                policy = skeleton.merge(weights, model.options)
-                rollout, said, counts = draw(policy, batch, config, jax.random.fold_in(key, step))
-                del weights, policy  # the update needs their room
-            with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
-                ref = None if reference is None else score(reference, batch, rollout.tokens, frozen)
-                old = score(state.params, batch, rollout.tokens, frozen) if config.mu > 1 else None
-            with watch("judge"):
-                texts, scores = score_together(prompts, index, said, judge, config)
-                judged = abstentions.add(scores) | judge.metrics()
-                advantages = np.asarray(group_advantages(*totals(scores), scale=config.scale), np.float32)
+            ask = functools.partial(examiner.ask, state.params)
+            drawn, told = redraw(ask, examiner.put, config, step)
+            judged = abstentions.add(drawn.every) | judge.metrics()
+            advantages, credited = credit_of(drawn, config)
             with watch("update"):
-                samples = Samples.of(batch, rollout, training.place(advantages[mine], mesh), old, ref)
+                advantages_here = training.place(advantages[mine], mesh)
+                samples = Samples.of(drawn.batch, drawn.rollout, advantages_here, drawn.old, drawn.ref)
                 for _ in range(config.mu):
                     state, metrics = update(state, samples, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
-            values |= describe(scores, said) | counts.metrics() | judged
+            values |= describe(drawn) | credited | told | judged
             work.metrics.log("grpo", step, values | watch.lap())
             progress.update(note=f"reward {values['reward/total']:.3f}")
             if step == config.steps or (config.save_every and step % config.save_every == 0):
-                show(work, step, prompts, index, texts, scores, advantages)
+                show(work, step, prompts, drawn, advantages)
                 work.save("grpo", step, state, iterator)
+            del drawn, samples  # the next step's prompts need their room
     progress.close()
     return training.join(state.params, frozen)
 
@@ -228,38 +275,31 @@ def snapshot(params: training.Params, dtype: str) -> training.Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype).copy(), params)
 
 
-def totals(scores: Sequence[Sequence[Score]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards [B,G], 0 where the judge abstained, and which of them are valid [B,G]."""
-    rewards, valid = reward_arrays(scores)
-    return np.where(valid, rewards, 0), valid
+def credit_of(drawn: Draw, config: GrpoConfig) -> tuple[np.ndarray, dict[str, float]]:
+    """The advantages of a draw's rollouts, and metrics: `credit` of what all processes hold together."""
+    ref = hosts.fetch(drawn.ref) if config.kl_in == "reward" else None
+    logprobs, mask = np.asarray(drawn.said.logprobs), np.asarray(drawn.said.mask)
+    return credit(*reward_arrays(drawn.scores), logprobs, mask, ref, config)
 
 
-def describe(scores: Sequence[Sequence[Score]], rollout: Rollout) -> dict[str, float]:
-    """What metrics.jsonl records of a step: reward parts and ratings, group statistics, response lengths."""
-    lengths = rollout.mask.sum(axis=-1)
+def describe(drawn: Draw) -> dict[str, float]:
+    """What metrics.jsonl records of a draw: reward parts and ratings, lengths, the sampler's work."""
+    lengths = drawn.said.mask.sum(axis=-1)
     return {
-        **{f"reward/{name}": value for name, value in reward_metrics(scores).items()},
-        **{name: float(value) for name, value in group_stats(*totals(scores)).items()},
+        **{f"reward/{name}": value for name, value in reward_metrics(drawn.scores).items()},
         "length": float(lengths.mean()),
         "length_max": float(lengths.max()),
+        **drawn.counts.metrics(),
     }
 
 
-def show(
-    work: Workdir,
-    step: int,
-    prompts: Prompts,
-    index: np.ndarray,
-    texts: Any,
-    scores: Any,
-    advantages: np.ndarray,
-) -> None:
+def show(work: Workdir, step: int, prompts: Prompts, drawn: Draw, advantages: np.ndarray) -> None:
     """Write a few groups of a step to rollouts/<step>.jsonl: example, texts, reward parts, verdicts,
     advantages."""
     if not hosts.is_first():
         return
     lines = []
-    for row, i in list(enumerate(index))[:SHOWN]:
+    for row, i in list(enumerate(drawn.index))[:SHOWN]:
         example = prompts.rows[i][0]
         rollouts = [
             {
@@ -271,7 +311,9 @@ def show(
                 "verdicts": [dataclasses.asdict(verdict) for verdict in score.verdicts],
                 "advantage": float(advantage),
             }
-            for text, score, advantage in zip(texts[row], scores[row], advantages[row], strict=True)
+            for text, score, advantage in zip(
+                drawn.texts[row], drawn.scores[row], advantages[row], strict=True
+            )
         ]
         lines.append(
             json.dumps({"step": step, "example": example.id, "rollouts": rollouts}, ensure_ascii=False)

@@ -128,6 +128,7 @@ def make_update(
             samples.advantages.reshape(-1),
             mask,
             config,
+            sampled=samples.sampled.reshape(rows),
             denominator=total,
         )
         tokens = jnp.maximum(mask.sum(), 1)

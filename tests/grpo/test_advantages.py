@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fundus_jax.grpo.advantages import group_advantages, group_stats
+from fundus_jax.grpo.advantages import group_advantages, group_stats, varied
 from fundus_jax.records import ConfigError
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6)
@@ -37,6 +37,14 @@ def test_a_group_by_hand():
     np.testing.assert_allclose(group_advantages(rewards, everyone, scale="none"), [[-2, -1, 0, 3]])
 
 
+def test_leave_one_out_by_hand():
+    rewards = np.array([[1.0, 2.0, 3.0, 6.0], [1.0, 5.0, np.nan, np.nan], [4.0, np.nan, np.nan, np.nan]])
+    others = [[-8 / 3, -4 / 3, 0, 4], [-4, 4, 0, 0], [0, 0, 0, 0]]  # less 11/3, 10/3, 9/3, 6/3; less 5 and 1
+    got = group_advantages(rewards, ~np.isnan(rewards), scale="none", baseline="leave-one-out")
+    np.testing.assert_allclose(got, others, rtol=1e-6)
+    assert got.dtype == np.float32
+
+
 def test_an_abstaining_rollout_leaves_the_statistics():
     rewards = np.array([[1.0, 3.0, np.nan, 2.0]], np.float32)
     valid = np.array([[True, True, False, True]])
@@ -62,6 +70,29 @@ def test_equal_rewards_give_exactly_zero():
 def test_they_sum_to_zero(case, scale):
     got = group_advantages(*case, scale=scale)
     np.testing.assert_allclose(got.sum(axis=1), 0, atol=1e-5)
+
+
+@given(groups())
+@settings(deadline=None)
+def test_leave_one_out_is_the_mean_of_the_group_stretched(case):
+    """Each reward less the mean of the others, as the words say; what is not valid is no other."""
+    rewards, valid = case
+    got = group_advantages(rewards, valid, scale="none", baseline="leave-one-out")
+    for row, good, advantage in zip(rewards, valid, got, strict=True):
+        for i in np.flatnonzero(good):
+            others = row[good & (np.arange(len(row)) != i)]
+            wanted = row[i] - others.mean() if len(others) else 0.0
+            assert advantage[i] == pytest.approx(wanted, abs=1e-5)
+        assert np.all(advantage[~good] == 0)
+
+
+@given(groups())
+@settings(deadline=None)
+def test_groups_that_are_varied_are_those_with_advantages(case):
+    for baseline in ("mean", "leave-one-out"):
+        np.testing.assert_array_equal(
+            varied(*case), (group_advantages(*case, baseline=baseline) != 0).any(axis=1)
+        )
 
 
 @given(groups(), scales, st.randoms(use_true_random=False))
@@ -168,7 +199,33 @@ def test_trl_gives_the_same(scale):
         assert enough.any()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_trl_leaves_one_out_alike(beta):
+    from fundus_jax.grpo.config import GrpoConfig
+    from fundus_jax.grpo.credit import credit
+    from tests.grpo.trl_reference import trl_rloo
+
+    random = np.random.default_rng(6)
+    rewards = random.integers(0, 13, (16, 4)).astype(np.float32) / 4
+    policy = -random.gamma(1.0, 1.0, (64, 9)).astype(np.float32)
+    reference = policy + random.normal(size=policy.shape).astype(np.float32)
+    mask = np.arange(9) < random.integers(1, 10, 64)[:, None]
+    mask[0] = True
+    config = GrpoConfig(baseline="leave-one-out", scale="none", kl="k1", kl_coef=beta)
+    config.kl_in = "reward" if beta else "loss"
+    config.validate()
+    shape = (16, 4, 9)
+    for valid in (np.ones((16, 4), bool), random.random((16, 4)) < 0.8):
+        theirs = trl_rloo(rewards, valid, policy, reference, mask, beta)
+        arrays = (array.reshape(shape) for array in (policy, mask, reference))
+        ours, _ = credit(np.where(valid, rewards, np.nan), valid, *arrays, config)
+        np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=0)
+        assert np.abs(theirs).max() > 1
+
+
 def test_wrong_arguments_are_named():
+    with pytest.raises(ConfigError, match="baseline is 'median'; it must be one of mean, leave-one-out"):
+        group_advantages(np.zeros((1, 2)), np.ones((1, 2), bool), baseline="median")
     with pytest.raises(ConfigError, match="scale is 'batch'"):
         group_advantages(np.zeros((1, 2)), np.ones((1, 2), bool), scale="batch")
     with pytest.raises(ValueError, match=r"\(2,\).*\[B,G\]"):

@@ -1,9 +1,12 @@
 """The configuration of the GRPO stage: its defaults, the errors of bad values, what a flag can set."""
 
+import ast
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from fundus_jax import grpo
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.loss import LossConfig
 from fundus_jax.records import ConfigError
@@ -37,6 +40,25 @@ BAD = [
     ("aggregate", "constant"),
     ("constant_norm", 512),
     ("constant_norm", -1),
+    ("ratio", "row"),
+    ("ratio", "sequence"),  # with mu 1 it is "token"
+    ("dual_clip", -1.0),
+    ("dual_clip", 3.0),  # with mu 1 nothing is clipped
+    ("kl_in", "both"),
+    ("kl_clamp", -1.0),
+    ("sampler_correction", -1.0),
+    ("sampler_correction", 0.5),
+    ("sampler_ratio", "row"),
+    ("sampler_ratio", "sequence"),  # of nothing
+    ("baseline", "median"),
+    ("uncertainty", -0.1),
+    ("uncertainty", 1.5),
+    ("extra_draws", -1),
+    ("extra_draws", 1.0),
+    ("overlong_cache", -1),
+    ("overlong_cache", 513),
+    ("overlong_weight", -1.0),
+    ("overlong_weight", 1.0),  # over no tokens
     ("scale", "batch"),
     ("answer_weight", -1.0),
     ("tenuous", 1.5),
@@ -86,6 +108,67 @@ def test_errors_give_the_arithmetic_and_the_remedy():
     GrpoConfig(aggregate="constant", constant_norm=512).validate()
     with pytest.raises(ConfigError, match="nothing is rewarded"):
         GrpoConfig(answer_weight=0.0, format_weight=0.0, process_weight=0.0).validate()
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("ratio", {"ratio": "sequence"}),
+        ("dual_clip", {"dual_clip": 3.0}),
+        ("dual_clip", {"dual_clip": 1.2, "mu": 2}),
+        ("dual_clip", {"dual_clip": 3.0, "clip_high": 2.5, "mu": 2}),
+        ("kl_in", {"kl_in": "reward", "kl_coef": 0.0}),
+        ("kl_clamp", {"kl_clamp": 10.0, "kl_coef": 0.0}),
+        ("flat_groups", {"flat_groups": "drop", "kl_in": "reward"}),
+        ("scale", {"baseline": "leave-one-out"}),
+        ("overlong_cache", {"overlong_cache": 64, "overlong_weight": 1.0, "max_new_tokens": 32}),
+        ("overlong_weight", {"overlong_cache": 64}),
+    ],
+)
+def test_choices_that_make_no_sense_together_are_refused(field, changes):
+    with pytest.raises(ConfigError, match=rf"^grpo\.{field} is .*; it must be "):
+        GrpoConfig(**changes).validate()
+
+
+RECIPES = {
+    "GRPO": {"aggregate": "sequence-mean"},
+    "Dr. GRPO": {"scale": "none", "aggregate": "constant", "constant_norm": 512},
+    "RLOO": {
+        **{"baseline": "leave-one-out", "scale": "none", "kl": "k1", "kl_in": "reward"},
+        **{"aggregate": "constant", "constant_norm": 1},
+    },
+    "DAPO": {
+        **{"clip_high": 0.28, "extra_draws": 4, "kl_coef": 0.0, "mu": 2},
+        **{"overlong_cache": 128, "overlong_weight": 1.0},
+    },
+    "GSPO": {
+        **{"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+        **{"aggregate": "sequence-mean", "mu": 4},
+    },
+    "PPO's dual clip, a sampler of its own": {"dual_clip": 3.0, "mu": 2, "sampler_correction": 2.0},
+    "UADT": {"uncertainty": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_published_objectives_are_values_of_fields(name):
+    GrpoConfig(**RECIPES[name]).validate()
+
+
+def test_every_field_is_read_somewhere_else():
+    """A field that only `config.py` knows would be a promise that nobody keeps."""
+    root = Path(grpo.__file__).parents[2]
+    read = {
+        node.attr
+        for folder in ("fundus_jax", "launch")
+        for path in (root / folder).rglob("*.py")
+        if path != root / "fundus_jax" / "grpo" / "config.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and ast.unparse(node.value) in ("config", "self.config", "config.grpo")
+    }
+    assert {item.name for item in dataclasses.fields(GrpoConfig)} <= read
 
 
 def test_the_optimizer_is_checked_too():

@@ -1,8 +1,5 @@
 """The GRPO objective: hand-computed cases, TRL's numbers, and what may never change it."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,67 +9,13 @@ from hypothesis import strategies as st
 
 from fundus_jax.grpo.loss import combine_metrics, kl_estimate, loss_denominator, policy_loss
 from fundus_jax.records import ConfigError
+from tests.grpo.cases import TWO_ROWS, Numbers, loss_and_gradient, make_case, rows_of
 
 AGGREGATES = ("token-mean", "sequence-mean", "constant")
 
 
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """What the loss reads of a GrpoConfig."""
-
-    clip_low: float = 0.2
-    clip_high: float = 0.3
-    kl: str = "k3"
-    kl_coef: float = 0.1
-    aggregate: str = "token-mean"
-    constant_norm: int = 17
-
-
-def make_case(seed=0, rows=6, length=9, empty_rows=0, drift=0.4):
-    """Rows of different lengths of a policy that has moved enough for both clips to act."""
-    random = np.random.default_rng(seed)
-    logprobs = -random.gamma(1.0, 1.0, (rows, length))
-    lengths = random.integers(1, length + 1, rows)
-    lengths[:empty_rows] = 0
-    case = {
-        "logprobs": logprobs,
-        "old_logprobs": logprobs + drift * random.normal(size=logprobs.shape),
-        "ref_logprobs": logprobs + drift * random.normal(size=logprobs.shape),
-        "advantages": random.normal(size=rows),
-        "mask": np.arange(length) < lengths[:, None],
-    }
-    return {name: value if name == "mask" else value.astype(np.float32) for name, value in case.items()}
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _loss_and_gradient(case, config, denominator):
-    def function(logprobs):
-        return policy_loss(**{**case, "logprobs": logprobs}, config=config, denominator=denominator)
-
-    return jax.value_and_grad(function, has_aux=True)(case["logprobs"])
-
-
-def loss_and_gradient(case, config, denominator=None):
-    """Returns (loss, gradient by logprobs, metrics)."""
-    (loss, metrics), gradient = _loss_and_gradient(case, config, denominator)
-    return float(loss), np.asarray(gradient), {name: float(value) for name, value in metrics.items()}
-
-
-def rows_of(case, which):
-    return {name: value[which] for name, value in case.items()}
-
-
 # ---- by hand ----------------------------------------------------------------------------------------------
 
-TWO_ROWS = {
-    # ratios 1.5, 1.1 (row 0, advantage 2) and 0.5, 1.5, 1 (row 1, advantage -1); the last token of row 0 is
-    # padding
-    "logprobs": np.log(np.array([[0.6, 0.22, 0.9], [0.1, 0.6, 0.3]], np.float32)),
-    "old_logprobs": np.log(np.array([[0.4, 0.2, 0.1], [0.2, 0.4, 0.3]], np.float32)),
-    "ref_logprobs": np.log(np.array([[0.3, 0.22, 0.1], [0.2, 0.6, 0.6]], np.float32)),
-    "advantages": np.array([2.0, -1.0], np.float32),
-    "mask": np.array([[True, True, False], [True, True, True]]),
-}
 # min(1.5 x 2, 1.3 x 2) and 1.1 x 2; min(-0.5, -0.8), min(-1.5, -1.3) and -1
 SURROGATES = [[-2.6, -2.2], [0.8, 1.5, 1.0]]
 

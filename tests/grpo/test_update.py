@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from PIL import Image
@@ -229,17 +230,70 @@ def test_old_logprobs_take_the_place_of_the_passes_own(scene: Scene) -> None:
     assert other["clip_high"] > 0
 
 
-@pytest.mark.parametrize("aggregate", ["token-mean", "sequence-mean", "constant"])
-def test_micro_batches_change_nothing(scene: Scene, aggregate: str) -> None:
-    config = replace(CONFIG, aggregate=aggregate, constant_norm=N if aggregate == "constant" else 0)
-    state, metrics = scene.update(config, scene.samples())
-    cut, metrics_cut = scene.update(replace(config, micro_batch=G), scene.samples())
-    assert metrics.keys() == metrics_cut.keys()
-    for name in metrics:
-        assert metrics_cut[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-7), name
-    moments = (one.optimizer.inner[0].mu for one in (state, cut))  # of the first step: the gradient
-    for one, other in zip(*map(jax.tree.leaves, moments), strict=True):
-        np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max())
+FORMS = [
+    {"aggregate": "token-mean"},
+    {"aggregate": "sequence-mean"},
+    {"aggregate": "constant", "constant_norm": N},
+    {
+        **{"ratio": "sequence", "aggregate": "sequence-mean", "clip_low": 0.01, "clip_high": 0.01},
+        **{"sampler_correction": 1.2, "sampler_ratio": "sequence", "kl_in": "reward"},
+    },
+    {"dual_clip": 1.3, "kl_clamp": 1e-3, "sampler_correction": 1.05},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: ",".join(map(str, form.values())))
+def test_neither_micro_batches_nor_the_mesh_change_anything(scene: Scene, form: dict[str, Any]) -> None:
+    config = replace(CONFIG, mu=2, **form)
+    config.validate()
+    own = scene.score(scene.params, scene.prompts, scene.rollout.tokens)
+    moved = np.random.default_rng(10).normal(scale=0.3, size=(2, *own.shape)).astype(np.float32)
+    samples = scene.samples(old=own + moved[0], sampled=own + moved[1])
+    state, metrics = scene.update(config, samples)
+    assert metrics["grad_norm"] > 1e-3
+    assert metrics["clip_high"] + metrics["clip_low"] > 0
+    for name in ("correction_capped", "clip_dual", "kl_clamped"):
+        assert metrics.get(name, 0.5) > 0, f"{name}: the test would prove little"
+    cut = scene.update(replace(config, micro_batch=G), samples)
+    mesh = sharding.parse_mesh("data:2", jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        optimizer = training.make_optimizer(config.optim, 5)
+        step = make_update(scene.skeleton.merge, optimizer, config, "float32")
+        start = training.start(scene.skeleton, jax.tree.map(jnp.copy, scene.params), optimizer, mesh)
+        spread = step(start, training.place(jax.tree.map(np.asarray, samples), mesh))
+    moments = jax.tree.leaves(state.optimizer.inner[0].mu)  # of the first step: the gradient
+    for other, other_metrics in (cut, spread):
+        assert metrics.keys() == other_metrics.keys()
+        for name, value in metrics.items():
+            assert float(other_metrics[name]) == pytest.approx(value, rel=1e-5, abs=1e-7), name
+        for one, two in zip(moments, jax.tree.leaves(other.optimizer.inner[0].mu), strict=True):
+            np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 * np.abs(one).max())
+
+
+def test_the_second_pass_is_taken_to_the_policy_that_sampled(scene: Scene) -> None:
+    """mu = 2: two optimizer steps whose ratios are both to the log-probs from before the first."""
+    config = replace(CONFIG, mu=2, optim=replace(CONFIG.optim, lr=0.05))
+    old = scene.score(scene.params, scene.prompts, scene.rollout.tokens)
+    samples = scene.samples(old=old)
+    first, metrics = scene.update(config, samples)
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5)
+    params = jax.tree.map(jnp.copy, first.params)
+    step = scene.compiled[repr(config)]
+    second, metrics = step(training.State(jax.tree.map(jnp.copy, params), first.optimizer), samples)
+    assert metrics["ratio_max"] > 1.05
+
+    def plain(params: Any) -> jax.Array:
+        model = scene.skeleton.merge(params)
+        logprobs, _ = response_logprobs(model, scene.prompts, scene.rollout.tokens, CONFIG.temperature)
+        rows = (x.reshape(-1, N) for x in (logprobs, old, scene.reference))
+        return policy_loss(
+            *rows, jnp.asarray(ADVANTAGES).reshape(-1), jnp.asarray(scene.mask).reshape(-1, N), config
+        )[0]
+
+    value, grads = jax.value_and_grad(plain)(params)
+    assert metrics["loss"] == pytest.approx(float(value), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
+    assert int(second.optimizer.inner[0].count) == 2
 
 
 def test_scores_do_not_depend_on_micro_batches(scene: Scene) -> None:

@@ -22,7 +22,7 @@ def start(workdir: Path, cache: Path, processes: int, stop_at: str = "") -> list
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--mesh=data:2,fsdp:2"]
+    words = ["--mesh=data:2,fsdp:2", "--config.grpo.extra_draws=1"]
     if processes > 1:
         words += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", "--one_host"]
     started = []
@@ -72,6 +72,7 @@ def test_two_processes_do_what_one_does_and_either_goes_on_for_the_other(tmp_pat
     assert max(line["grad_norm"] for line in grpo) > 1e-3, (
         "GRPO had nothing to learn: the test would prove little"
     )
+    assert sum(line["redraw/replaced"] for line in grpo) > 0, "and no group took another's place"
     ours, theirs = (load_file(path / "hf" / "model.safetensors") for path in (one, two))
     assert ours.keys() == theirs.keys()
     assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5
