@@ -18,7 +18,7 @@ FLAT, VARIED, LOST = (1.0, 1.0), (0.0, 1.0), (None, 1.0)  # LOST: the judge abst
 
 
 def a_score(total: float | None) -> Score:
-    return Score(answer=0.0, format=0.0, process=0.0, total=total, verdict=None)
+    return Score(answer=0.0, format=0.0, process=0.0, total=total)
 
 
 class World:

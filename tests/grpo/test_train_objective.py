@@ -51,7 +51,7 @@ def likes(prompts: Any, index: Any, rollout: Any, judge: Any, config: GrpoConfig
     """Rewards for what is said first, in every other way for every other prompt: some groups are flat."""
     first = np.asarray(rollout.tokens)[:, :, 0]
     totals = [[float((t + i) % 3 == 0) for t in group] for group, i in zip(first, index, strict=True)]
-    good = grpo.Score(answer=0.0, format=0.0, process=0.0, total=0.0, verdict=None)
+    good = grpo.Score(answer=0.0, format=0.0, process=0.0, total=0.0)
     scores = [[replace(good, total=total) for total in group] for group in totals]
     return [[f"prompt {i}"] * config.group_size for i in index], scores
 
