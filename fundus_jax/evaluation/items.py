@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from fundus_jax.records import ConfigError, DataError
+from fundus_jax.records import Box, ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +33,7 @@ class Item:
         lettered: whether the prompt numbers the options with letters.
         multiple: whether all suitable options are asked for.
         findings: what is in the image by its masks; None where there are none.
+        boxes: where it is, as far as the trace is asked to say; None where it is not asked, or nobody knows.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Item:
     lettered: bool
     multiple: bool = False
     findings: tuple[str, ...] | None = None
+    boxes: tuple[Box, ...] | None = None
 
     @property
     def answer(self) -> str:
@@ -66,9 +68,8 @@ class Selection:
     """Which items of a benchmark are asked, and how.
 
     Attributes:
-        style, think, instruct: the prompt, as in `dialog.messages`. A benchmark with prompts of its own keeps
-        them
-            and only adds the instruction.
+        style, think, instruct, boxes: the prompt, as in `dialog.messages`. A benchmark with its own prompts
+        keeps them and only adds the instruction.
         tasks: keep these tasks only; () keeps all.
         limit: at most this many items, drawn by the hash of their id, so the same ones every time; 0 keeps
         all. split: the split of Examples. images: the folder under which a benchmark's images lie, where it
@@ -78,6 +79,7 @@ class Selection:
     style: str = "options"
     think: bool = True
     instruct: bool = True
+    boxes: int = 0
     tasks: tuple[str, ...] = ()
     limit: int = 0
     split: str = "test"

@@ -73,6 +73,7 @@ class GrpoConfig:
     answer_weight: float = 1.0
     format_weight: float = 1.0
     process_weight: float = 1.0  # 0 asks no judge at all (the paper's set-up F)
+    localisation_weight: float = 0.0  # of the trace's boxes against the masks'; needs prompt.boxes
     flawed: float = 0.0
     tenuous: float = 0.5
     plausible: float = 1.0
@@ -154,6 +155,7 @@ _AT_LEAST = {
     "answer_weight": 0,
     "format_weight": 0,
     "process_weight": 0,
+    "localisation_weight": 0,
 }
 
 

@@ -1,4 +1,5 @@
-"""Scores rollouts: reward = answer + format + process (paper, section 3.3), each part weighted by the config.
+"""Scores rollouts: reward = answer + format + process (paper, section 3.3), each part weighted by the config;
+and, where its weight is not 0, + localisation: how well the trace's boxes agree with those of the masks.
 
 Answer and format are binary. The process part depends on the answer: a trace that led to the right one is
 judged against the findings of the image, a trace that led to a wrong one against the knowledge of the label
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fundus_jax import dialog
+from fundus_jax import dialog, localisation
 from fundus_jax.findings import parse_mentions
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import Judge
@@ -34,7 +35,8 @@ KnowledgeBase = Mapping[tuple[str, str], Knowledge]  # (label, modality) -> what
 class Score:
     """The score of one rollout.
 
-    `process` and `total` are None where the judge abstained; `verdict` is None where none was due.
+    `process` and `total` are None where the judge abstained; `verdict` is None where none was due;
+    `localisation` is None where it does not apply.
     """
 
     answer: float
@@ -42,6 +44,7 @@ class Score:
     process: float | None
     total: float | None
     verdict: Verdict | None
+    localisation: float | None = None
 
     @property
     def valid(self) -> bool:
@@ -76,7 +79,8 @@ def score_rollout(
     The answer counts as right when it is the example's answer up to case, white space and a trailing full
     stop. The judge is not asked when `process_weight` is 0 or there are no findings (not applicable), when
     there is no trace (flawed or implausible), and when a wrong answer is nothing the knowledge base knows
-    (implausible): a non-answer, or an answer that is not a label, such as the wrong eye.
+    (implausible): a non-answer, or an answer that is not a label, such as the wrong eye. Localisation
+    compares with the example's boxes, so the caller passes those that a trace says (`dialog.positioned`).
 
     Raises DataError when the findings are another example's or the judge's rating does not belong to the
     reference it was given.
@@ -94,10 +98,14 @@ def score_rollout(
         else:
             verdict = _judge_knowledge(trace, parsed.answer, example.modality, knowledge, judge)
     process = 0.0 if verdict is None else process_value(verdict, config)
+    where = localisation.score(parsed.think or "", example.boxes) if config.localisation_weight else None
     total = None
     if process is not None:
         total = config.answer_weight * answer + config.format_weight * form + config.process_weight * process
-    return Score(answer=answer, format=form, process=process, total=total, verdict=verdict)
+        total += config.localisation_weight * (where or 0.0)
+    return Score(
+        answer=answer, format=form, process=process, total=total, verdict=verdict, localisation=where
+    )
 
 
 def process_value(verdict: Verdict, config: GrpoConfig) -> float | None:
@@ -133,9 +141,9 @@ def reward_arrays(scores: Sequence[Sequence[Score]]) -> tuple[np.ndarray, np.nda
 def reward_metrics(scores: Sequence[Sequence[Score]]) -> dict[str, float]:
     """Returns what `metrics.jsonl` records of the scores of a step.
 
-    Means: `answer` and `format` over all rollouts, `process` over those with a rating, `total` over the valid
-    ones. Shares of all rollouts: `not_applicable`, and `rated_X` for each rating X, abstain among them. Means
-    over nothing are left out.
+    Means: `answer` and `format` over all rollouts, `process` over those with a rating, `localisation` over
+    those it applies to, `total` over the valid ones. Shares of all rollouts: `not_applicable`, and `rated_X`
+    for each rating X, abstain among them. Means over nothing are left out.
     """
     flat = [score for group in scores for score in group]
     columns = {
@@ -144,6 +152,7 @@ def reward_metrics(scores: Sequence[Sequence[Score]]) -> dict[str, float]:
         "process": [
             score.process for score in flat if score.verdict is not None and score.process is not None
         ],
+        "localisation": [score.localisation for score in flat if score.localisation is not None],
         "total": [score.total for score in flat if score.total is not None],
         "not_applicable": [score.verdict is None for score in flat],
     }

@@ -62,13 +62,13 @@ class Prompts:
         self.pool, self.processor = pool, processor
         kept, sizes, dropped = [], [], 0
         for example in pool.examples:
-            messages = dialog.messages(example, prompt.style, prompt.think, instruct=prompt.instruct)
+            messages = prompt.messages(example)
             text = processor.chat(messages, add_generation_prompt=True)
             tokens, slots = processor.row_size(text, [pool.image(example)])
             if tokens > max_length:
                 dropped += 1
                 continue
-            kept.append((example, text))
+            kept.append((dialog.positioned(example, prompt.boxes), text))
             sizes.append((round_up(tokens, LENGTH_STEP), slots))
         if not kept:
             raise ConfigError(
@@ -260,6 +260,7 @@ def show(
                 "answer": score.answer,
                 "format": score.format,
                 "process": score.process,
+                "localisation": score.localisation,
                 "total": score.total,
                 "rating": score.verdict.rating if score.verdict else None,
                 "reasons": list(score.verdict.reasons) if score.verdict else [],
