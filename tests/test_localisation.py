@@ -42,7 +42,7 @@ def test_overlaps_by_hand() -> None:
         ([box(0, 0, 10, 10)], [], 0),
         ([box(0, 0, 10, 10)], [box(0, 0, 10, 10), box(20, 0, 30, 10)], 1 / 2),  # one is missing, or too many
         ([box(0, 0, 10, 10)] * 2, [box(0, 0, 10, 10)], 1 / 2),  # said twice
-        # crosswise: 1/3 + 1/3 beats 6/14 + 0, which a greedy matching would take
+        # crosswise: 4/16 + 5/15 beats 6/14 + 0, which a greedy matching would take
         (
             [box(0, 0, 10, 10), box(10, 0, 20, 10)],
             [box(6, 0, 16, 10), box(15, 0, 25, 10)],
@@ -63,8 +63,8 @@ def test_two_empty_sides_have_nothing_to_agree_on() -> None:
 def test_hits_are_as_many_as_can_be_paired() -> None:
     wide, left, right = box(0, 0, 20, 10), box(0, 0, 11, 10), box(0, 0, 20, 9)
     assert localisation.hits([wide], [left, right]) == 1
-    # the matching of the largest sum would pair wide with right (0.9) and leave left alone
-    assert localisation.hits([wide, box(3, 0, 20, 10)], [left, right]) == 2
+    # the matching of the largest sum, 0.9 + 0.375, has one hit only; 0.55 and 0.52 are two
+    assert localisation.hits([wide, box(5, 0, 16, 10)], [left, right]) == 2
     assert localisation.hits([wide], [box(0, 0, 10, 10)]) == 1  # exactly a half
     assert localisation.hits([wide], [box(0, 0, 9, 10)]) == 0
     assert localisation.hits([], [wide]) == 0
