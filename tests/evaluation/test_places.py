@@ -1,4 +1,4 @@
-"""Where traces say that findings lie: matched IoU and F1 by hand, with n and interval; items without boxes."""
+"""Where traces say that findings lie: matched IoU and F1 by hand, with n and interval; items with none."""
 
 from __future__ import annotations
 
