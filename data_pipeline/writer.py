@@ -58,13 +58,13 @@ class TraceWriter(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class RuleWriter:
     """The deterministic writer. With `boxes`, a trace goes from regions to findings to the answer: it begins
     with at most so many boxes of each finding, and with the quadrants they lie in."""
 
+    name = "rules"
     boxes: int = 0
-    name: str = "rules"
 
     @property
     def config(self) -> dict:
@@ -95,8 +95,8 @@ def positions(boxes: Sequence[Box]) -> list[str]:
     for name in findings.ordered(box.finding for box in boxes):
         mine = [box for box in boxes if box.finding == name]
         reached = regions(mine)
-        words = ("all quadrants",) if len(reached) == len(REGIONS) else reached
-        where = f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+        *others, last = reached if len(reached) < len(REGIONS) else ("all quadrants",)
+        where = f"{', '.join(others)} and {last}" if others else last
         sentences.append(f"{_capital(where)}: {dialog.render_boxes(mine)}.")
     return sentences
 
