@@ -114,6 +114,7 @@ def test_groups_are_written_for_people(source: Path, tmp_path: Path) -> None:
                 "answer",
                 "format",
                 "process",
+                "localisation",
                 "total",
                 "rating",
                 "reasons",
