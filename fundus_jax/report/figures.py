@@ -117,7 +117,7 @@ def cards(summary: dict[str, Any], weights: Mapping[str, float]) -> list[Card]:
         ),
         (
             "Box IoU",
-            "boxes of greedy traces against the masks; a finding's mean, 0 where it is missing or made up",
+            "matched boxes of greedy traces, against the masks",
             ("greedy", "localisation", "iou"),
             "box_iou",
         ),
