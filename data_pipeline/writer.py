@@ -1,10 +1,10 @@
 """Writes reasoning traces by rule, from findings and knowledge: the embedded back end, called `rules`.
 
 Paper, section 3.2.3: a trace (i) summarises the visual findings, (ii) connects them to the knowledge, (iii)
-derives the answer. A positioned trace (FundusExpert's chain: region, finding, diagnosis) says where first.
-A language model writes the real ones; these are for machines without one and for learners
-of two million parameters, so words and sentences are few and always the same. Nothing is written that the
-records do not hold. Neighbours: `quality.py` checks what is written here too; `traces.py` runs both.
+derives the answer. A positioned trace (FundusExpert's chain: region, finding, diagnosis) says where first. A
+language model writes the real ones; these are for machines without one and for learners of two million
+parameters, so words and sentences are few and always the same. Nothing is written that the records do not
+hold. Neighbours: `quality.py` checks what is written here too; `traces.py` runs both.
 """
 
 from collections.abc import Iterable, Sequence
@@ -89,7 +89,7 @@ class RuleWriter:
 
 
 def positions(boxes: Sequence[Box]) -> list[str]:
-    """Step (o) of a positioned trace: a sentence a finding, in the findings' fixed order, such as
+    """What stands before step (i) in a positioned trace: a sentence a finding, in their fixed order, such as
     "Upper left and lower left: <ref>drusen</ref><box>[[...], [...]]</box>."."""
     sentences = []
     for name in findings.ordered(box.finding for box in boxes):
