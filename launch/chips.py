@@ -9,6 +9,7 @@ on H100 and H200; H800: an H100 with 400 GB/s of NVLink); they serve projections
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -106,6 +107,12 @@ class Topology:
         """jax devices that reach each other without the network: those of a slice, or of a node."""
         gpus = self.chip.platform == "cuda"
         return self.shape[1] if gpus else math.prod(self.shape) * self.chip.devices
+
+    @property
+    def has_compiler(self) -> bool:
+        """Whether the platform's compiler is installed here."""
+        module = "libtpu" if self.chip.platform == "tpu" else "jax_cuda12_plugin"
+        return importlib.util.find_spec(module) is not None
 
     def devices(self) -> list[Any]:
         """jax devices to compile for. Raises ConfigError where the platform's compiler is not installed."""

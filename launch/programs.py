@@ -184,7 +184,9 @@ def _sampling(policy: Abstract, batch: Batch, others: tuple[str, ...]) -> list[P
     model = nnx.split(policy.skeleton.merge(weights, dataclasses.replace(policy.options, remat="none")))
     key = jax.eval_shape(lambda: jax.random.key(0))
     rows = config.prompts_per_step
-    slots, refill = sampler.sizes(rows, config.slots, 0)
+    with jax.set_mesh(policy.mesh):
+        slots, refill = sampler.sizes(rows, config.slots, 0)
+        shards = sharding.parts("batch", math.gcd(rows, slots, refill))
     count = jax.ShapeDtypeStruct((), jnp.int32)
     layers = policy.model.num_hidden_layers
 
@@ -209,8 +211,6 @@ def _sampling(policy: Abstract, batch: Batch, others: tuple[str, ...]) -> list[P
             "fill", sampler.fill_all, lambda made: (model, stepper(made), batch, key, settings), others
         )
         return [*gather, whole, last]
-    with jax.set_mesh(policy.mesh):
-        shards = sharding.parts("batch", math.gcd(rows, slots, refill))
     which = jax.ShapeDtypeStruct((shards, refill // shards), jnp.int32)
     first = Program(
         "open", sampler.open_slots, lambda made: (model, stepper(made), batch, key, settings, slots), others

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
 from fundus_jax import dialog
@@ -34,6 +35,7 @@ from fundus_jax.evaluation.report import (
 from fundus_jax.files import write_atomic
 from fundus_jax.models import load_pretrained
 from fundus_jax.records import SPLITS, ConfigError, DataError
+from fundus_jax.sharding import parse_mesh
 
 __all__ = ["Prediction", "Report", "compare", "compare_places", "evaluate", "predict", "table", "write"]
 
@@ -95,11 +97,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("group_size", 1, "Responses to each item.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of the sampling and of the intervals.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights.")
+    flags.DEFINE_string("mesh", "data:-1,fsdp:1,tensor:1", "Devices by axis, as for launch/run.py.")
 
 
 _SELECTION = ("style", "think", "instruct", "boxes", "limit", "split", "images", "allow_partial")
 _SAMPLING = ("batch_size", "max_new_tokens", "temperature", "group_size", "seed")
-_OTHERS = ("model", "benchmark", "source", "tasks", "extraction", "dtype")
+_OTHERS = ("model", "benchmark", "source", "tasks", "extraction", "dtype", "mesh")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -119,9 +122,13 @@ def _ask_and_write() -> None:
     benchmark = open_benchmark(args.benchmark, args.source, selection)
     asked, missing = len(benchmark.items), list(benchmark.missing)
     logging.info("%s: %d items; %d images are missing", benchmark.name, asked, len(missing))
-    model, processor = load_pretrained(args.model, dtype=args.dtype)
     sampling = {name: given[name] for name in _SAMPLING}
-    predictions = predict(model, processor, benchmark.items, load_image=benchmark.load_image, **sampling)
+    mesh = parse_mesh(args.mesh)
+    with jax.set_mesh(mesh):
+        model, processor = load_pretrained(args.model, dtype=args.dtype, mesh=mesh)
+        predictions = predict(
+            model, processor, benchmark.items, load_image=benchmark.load_image, mesh=mesh, **sampling
+        )
     report = evaluate(predictions, mode=args.extraction, seed=args.seed)
     report["benchmark"] = {"name": benchmark.name, "missing_images": missing, "flags": given}
     write(Path(args.out), predictions, report, args.extraction)

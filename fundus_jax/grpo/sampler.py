@@ -103,10 +103,12 @@ def sample(
 
 
 def sizes(rows: int, slots: int, refill: int) -> tuple[int, int]:
-    """Slots and refill for `rows` prompts, with the defaults of `sample` in the place of zeros. Raises
-    ConfigError for more to refill than there are slots."""
+    """Slots and refill for `rows` prompts, with the defaults of `sample` in the place of zeros: a quarter of
+    the slots, of each shard of the batch as many. Raises ConfigError for more to refill than there are
+    slots."""
     slots = min(slots or rows, rows)
-    refill = refill or (max(1, slots // 4) if slots < rows else rows)
+    shards = parts("batch", math.gcd(rows, slots))
+    refill = refill or (shards * max(1, slots // (4 * shards)) if slots < rows else rows)
     if not 1 <= refill <= slots:
         raise ConfigError(f"slots {slots} and refill {refill}: refill must lie between 1 and slots")
     return slots, refill

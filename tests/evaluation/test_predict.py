@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from fundus_jax import training
 from fundus_jax.evaluation import predict as predict_module
 from fundus_jax.evaluation import run
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.predict import bucket, predict
 from fundus_jax.records import ConfigError, DataError
+from fundus_jax.sharding import parse_mesh
 from tests.evaluation.samples import example, item, stage
 
 END = 0
@@ -167,7 +169,9 @@ def test_the_command_on_a_tiny_model(
 
     def load_pretrained(*arguments: Any, **named: Any) -> tuple[Any, Any]:
         loaded.append((*arguments, named))
-        return tiny_model(tmp_path / "tiny")
+        model, processor = tiny_model(tmp_path / "tiny")
+        skeleton, params = training.split(model)
+        return skeleton.merge(training.spread(params, skeleton.shardings(named["mesh"]))), processor
 
     monkeypatch.setattr(run, "load_pretrained", load_pretrained)
     source = stage(tmp_path / "examples", [example(k) for k in range(5)])
@@ -184,7 +188,8 @@ def test_the_command_on_a_tiny_model(
     given |= {"max_new_tokens": 6, "temperature": 1.0, "group_size": 2}
     values(["run", *(f"--{name}={value}" for name, value in given.items())])
     run.main(["run"])
-    assert loaded == [("DIR", {"dtype": "float32"})]
+    mesh = parse_mesh("data:-1")
+    assert loaded == [("DIR", {"dtype": "float32", "mesh": mesh})]
 
     report = json.loads((out / "report.json").read_text())
     assert (report["n"], report["items"], report["benchmark"]["flags"]["group_size"]) == (10, 5, 2)

@@ -214,6 +214,9 @@ def test_a_mesh_changes_no_token(batch: Batch) -> None:
         placed = training.place(rows, mesh)
         got, counts = sample(spread, placed, slots=4, refill=4, **settings)
         one_by_one, _ = sample(spread, placed, slots=4, refill=1, **settings)  # divides no mesh: one queue
+        assert sampler.sizes(8, 4, 0) == (4, 4), "every shard refills its own slots, unless told otherwise"
+        assert sampler.sizes(128, 32, 0) == (32, 8)
+        assert sampler.sizes(128, 30, 0) == (30, 7), "slots that no mesh divides have one queue"
         stepper = sampler.make_stepper(nnx.split(spread))
         opened = (nnx.split(spread), stepper, placed, jax.random.key(0), Settings(6, 1.0, 2), 4)
         decoding, _ = sampler.open_slots(*opened)

@@ -3,7 +3,6 @@ where a TPU's compiler is installed, the compiled figures of its smallest row.""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +86,7 @@ def test_what_fits_is_within_memory() -> None:
 @pytest.mark.aot
 @pytest.mark.timeout(900)
 def test_a_row_compiled_again_has_the_same_figures() -> None:
-    if importlib.util.find_spec("libtpu") is None:
+    if not parse_topology("v5e-16").has_compiler:
         pytest.skip("the TPU compiler is not installed: make test-aot")
     name = next(name for name in ("fundus_r1_3b:lora v6e-1", "fundus_r1_3b v5e-16") if name in PLANS)
     recipe, machine = name.split(" ")
