@@ -4,8 +4,8 @@ finding lies, GRPO rewards boxes that agree with the masks, the evaluation score
     python launch/run.py --config=configs/positioning.py --workdir=runs/positioning
     python launch/run.py --config=configs/positioning.py:quick --workdir=runs/quick   minutes, learns little
 
-Everything but the boxes is configs/demo.py. Hardware: 2 CPU cores, 6 GiB, about an hour: a reply has up to
-280 tokens where the demo's has 45. Two fields switch any recipe to positioned traces, here 3B's:
+Everything but the boxes is configs/demo.py. Hardware: 2 CPU cores, 6 GiB; some hours (not timed yet), since a
+reply has up to 280 tokens where the demo's has 45. Two fields switch any recipe to such traces, here 3B's:
 
     python launch/run.py --config=configs/fundus_r1_3b.py --config.prompt.boxes=4 \
         --config.grpo.localisation_weight=1 ...
