@@ -71,6 +71,13 @@ def size(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]
     return found
 
 
+def turned(data: bytes | Path) -> bool:
+    """Whether EXIF says that the picture has to be turned or mirrored to be upright, as `decode` does."""
+    data, kind = _sniffed(data)
+    with _reasons(f"not a readable {kind}", MAX_PIXELS):
+        return Image.open(io.BytesIO(data), formats=[kind]).getexif().get(_TURN, 1) != 1
+
+
 @contextmanager
 def _reasons(what: str, max_pixels: int) -> Iterator[None]:
     """Turn whatever Pillow raises on broken data, which is not a closed list, into a DataError."""

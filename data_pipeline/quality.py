@@ -7,13 +7,13 @@ can be checked. Neighbours: `writer.py` has the rule writer, `traces.py` keeps t
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from data_pipeline.stages import LABEL_TASKS
-from data_pipeline.writer import CONCEPTS, EVERYWHERE, SEVERE, SIDES, asked, everywhere
+from data_pipeline.writer import CONCEPTS, EVERYWHERE, REGIONS, SEVERE, SIDES, asked, everywhere, regions
 from fundus_jax import dialog, findings
 from fundus_jax.findings import Mentions
-from fundus_jax.records import DataError, Example, Findings, Knowledge
+from fundus_jax.records import Box, DataError, Example, Findings, Knowledge
 
 VERSION = 1  # raise it when a rule changes: shards that were checked by the old one are made again
 
@@ -34,6 +34,8 @@ KINDS = (
 )
 
 MOST_WORDS = 45
+PLACE_WORDS = 10  # more for each finding whose place a trace says
+ROUNDING = 1  # of the grid, by which a corner may differ from that of the masks
 LESION_TASKS = ("lesion_presence", "lesion_location")
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _CLEAN = re.compile(
@@ -57,6 +59,7 @@ def check(
     answer: str,
     *,
     most_words: int = MOST_WORDS,
+    boxes: int = 0,
 ) -> tuple[str, ...]:
     """The reasons against a trace, each "KIND: detail"; () for a good one. A pure function.
 
@@ -66,19 +69,23 @@ def check(
         knowledge: of the example's answer and modality; needed by the tasks whose answer is a label.
         think: the reasoning of the trace.
         answer: the answer of the trace.
-        most_words: how long `think` may be; the default suits the rule writer.
+        most_words: how long `think` may be, without boxes; the default suits the rule writer.
+        boxes: the trace has to say the example's boxes, so many of a finding (`dialog.positioned`); 0: none.
     """
     if found is None and (example.task in LABEL_TASKS or example.task in LESION_TASKS):
         return (f"{NO_FINDINGS}: nobody looked for any in this image",)
-    form = tuple(_form(think, answer, most_words))
+    there = dialog.positioned(example, boxes).boxes if boxes else ()
+    plain = dialog.without_boxes(think)
+    form = tuple(_form(think, answer, most_words + PLACE_WORDS * len({box.finding for box in there})))
     if form:
         return form  # nothing else can be said of what is no trace
-    mentions = findings.parse_mentions(think)
+    mentions = findings.parse_mentions(plain)
     reasons = [
-        *_claims(example, found, think, mentions),
-        *(_label(example, knowledge, think, mentions) if example.task in LABEL_TASKS else ()),
+        *_claims(example, found, plain, mentions),
+        *(_label(example, knowledge, plain, mentions) if example.task in LABEL_TASKS else ()),
         *_task(example, think, mentions),
-        *_answer(example, think, answer),
+        *_answer(example, plain, answer),
+        *_places(think, there),
     ]
     return tuple(dict.fromkeys(reasons))
 
@@ -93,7 +100,7 @@ def _form(think: str, answer: str, most_words: int) -> Iterator[str]:
         dialog.render(think, answer)
     except DataError as error:
         yield f"{MALFORMED}: {error}"
-    words = len(think.split())
+    words = len(dialog.without_boxes(think).split())
     if words > most_words:
         yield f"{MALFORMED}: {words} words, at most {most_words} are allowed"
 
@@ -169,11 +176,46 @@ def _task(example: Example, think: str, mentions: Mentions) -> Iterator[str]:
         yield f"{LABEL}: says nothing on {name} that leads to {example.answer}"
     if example.task == "lesion_location":
         place = example.answer.lower()
-        for other in example.options:
-            if other != example.answer and _says(think, other):
+        unboxed = ". ".join(one for one in _SENTENCE.findall(think) if "<ref>" not in one)
+        for other in example.options:  # a sentence with boxes may be about another finding
+            if other != example.answer and _says(unboxed, other):
                 yield f"{PLACE}: says {other.lower()}, not {place}"
         if _share(example, name, place) <= 0.5:
             yield f"{PLACE}: {name} does not lie mainly in the {place}"
+
+
+def _places(think: str, there: Sequence[Box]) -> Iterator[str]:
+    """The boxes that the trace says against those of the masks, and its words for the regions they lie in."""
+    said = dialog.parse_boxes(think)
+    for name, wrong in said.malformed:
+        yield f"{MALFORMED}: the boxes of {name or 'a finding'}: {wrong}"
+    for name in dict.fromkeys(box.finding for box in (*there, *said.boxes)):
+        ours, theirs = ([box for box in boxes if box.finding == name] for boxes in (said.boxes, there))
+        if not _alike(ours, theirs):
+            yield f"{PLACE}: {len(ours)} boxes of {name} are not the {len(theirs)} of the masks"
+    for sentence in _SENTENCE.findall(think):
+        boxes = dialog.parse_boxes(sentence).boxes
+        if not boxes:
+            continue
+        reached = regions(boxes)
+        for region in REGIONS:
+            if region not in reached and _says(sentence, region):
+                yield f"{PLACE}: the boxes of {boxes[0].finding} do not lie in the {region}"
+
+
+def _alike(ours: Sequence[Box], theirs: Sequence[Box]) -> bool:
+    """Whether two lists hold the same boxes, up to their order and `ROUNDING`."""
+    left = list(theirs)
+    for box in ours:
+        near = [one for one in left if _distance(box, one) <= ROUNDING]
+        if not near:
+            return False
+        left.remove(min(near, key=lambda one: _distance(box, one)))  # noqa: B023
+    return not left
+
+
+def _distance(a: Box, b: Box) -> int:
+    return max(abs(a.x1 - b.x1), abs(a.y1 - b.y1), abs(a.x2 - b.x2), abs(a.y2 - b.y2))
 
 
 def _share(example: Example, name: str, place: str) -> float:

@@ -30,10 +30,13 @@ def compose(
     knowledge: Knowledge | None,
     writer: TraceWriter,
     most_words: int = quality.MOST_WORDS,
+    boxes: int = 0,
 ) -> Trace:
-    """The checked trace of one example."""
+    """The checked trace of one example; with `boxes`, it has to say where, as `quality.check` explains."""
     think = writer.write(example, found, knowledge)
-    reasons = quality.check(example, found, knowledge, think, example.answer, most_words=most_words)
+    reasons = quality.check(
+        example, found, knowledge, think, example.answer, most_words=most_words, boxes=boxes
+    )
     return Trace(example=example.id, think=think, answer=example.answer, kept=not reasons, reasons=reasons)
 
 
@@ -45,6 +48,7 @@ def run(
     *,
     writer: TraceWriter | None = None,
     most_words: int = quality.MOST_WORDS,
+    boxes: int = 0,
     workers: int = 1,
     shard: str = "0/1",
 ) -> jobs.Summary:
@@ -55,9 +59,10 @@ def run(
         out: directory of the stage; its shards have the names of the examples' shards.
         writer: None means the rule writer.
         most_words: bound of a trace's length for the check.
+        boxes: traces say where each finding lies, with so many boxes at most; 0: they do not.
         workers, shard: as in `jobs.run`.
     """
-    author = writer or RuleWriter()
+    author = writer or RuleWriter(boxes=boxes)
     seen = stages.hashes(found)
     inputs = stages.shards(examples, Example)
     lost = sorted({one.name for one in inputs} - seen.keys())
@@ -69,10 +74,10 @@ def run(
     ]
     config = {
         "writer": {"name": author.name, **author.config},
-        "check": {"version": quality.VERSION, "most_words": most_words},
+        "check": {"version": quality.VERSION, "most_words": most_words} | ({"boxes": boxes} if boxes else {}),
     }
     process = functools.partial(
-        _process, found=found, knowledge=knowledge, writer=author, most_words=most_words
+        _process, found=found, knowledge=knowledge, writer=author, most_words=most_words, boxes=boxes
     )
     summary = jobs.run(jobs.Job("traces", config), keyed, process, out, workers=workers, shard=shard)
     if manifest.load(out).keys() >= {one.name for one in keyed}:  # else other parts of the job still run
@@ -106,6 +111,7 @@ def _process(
     knowledge: Path,
     writer: TraceWriter,
     most_words: int,
+    boxes: int,
 ) -> Iterator[Trace]:
     del folder  # no side files
     seen = {record.example: record for record in stages.load(found, shard.name, Findings)}
@@ -113,7 +119,7 @@ def _process(
     examples: Sequence[Example] = shard.items  # type: ignore[assignment]
     for example in examples:
         about = book.get((example.answer, example.modality)) if example.task in stages.LABEL_TASKS else None
-        yield compose(example, seen.get(example.id), about, writer, most_words)
+        yield compose(example, seen.get(example.id), about, writer, most_words, boxes)
 
 
 def _define_flags() -> None:
@@ -122,6 +128,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("knowledge", None, "Finished directory of Knowledge.", required=True)
     flags.DEFINE_string("out", None, "Directory for the traces.", required=True)
     flags.DEFINE_integer("most_words", quality.MOST_WORDS, "Longest trace that is kept, in words.")
+    flags.DEFINE_integer("boxes", 0, "Say where each finding lies, with at most so many boxes.", 0)
     flags.DEFINE_integer("workers", 1, "Processes.")
     flags.DEFINE_string("shard", "0/1", "i/n: every n-th shard from the i-th on.")
 
@@ -136,6 +143,7 @@ def main(argv: Sequence[str]) -> None:
         Path(values.knowledge),
         Path(values.out),
         most_words=values.most_words,
+        boxes=values.boxes,
         workers=values.workers,
         shard=values.shard,
     )

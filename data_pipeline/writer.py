@@ -1,15 +1,17 @@
 """Writes reasoning traces by rule, from findings and knowledge: the embedded back end, called `rules`.
 
 Paper, section 3.2.3: a trace (i) summarises the visual findings, (ii) connects them to the knowledge, (iii)
-derives the answer. A language model writes the real ones; these are for machines without one and for learners
-of two million parameters, so words and sentences are few and always the same. Nothing is written that the
-records do not hold. Neighbours: `quality.py` checks what is written here too; `traces.py` runs both.
+derives the answer. A positioned trace (FundusExpert's chain: region, finding, diagnosis) says where first. A
+language model writes the real ones; these are for machines without one and for learners of two million
+parameters, so words and sentences are few and always the same. Nothing is written that the records do not
+hold. Neighbours: `quality.py` checks what is written here too; `traces.py` runs both.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from fundus_jax import findings
+from fundus_jax import dialog, findings
 from fundus_jax.records import Box, Example, Findings, Knowledge
 
 EVERYWHERE = "in all quadrants"
@@ -22,6 +24,9 @@ VIEWS = {
     "UWF": "The image shows a wide field of the retina up to the periphery.",
 }
 SIDES = {"OD": "right", "OS": "left"}
+REGIONS = ("upper left", "upper right", "lower left", "lower right")  # quadrants of the image
+_HALF = 500  # of the grid of boxes
+_REACH = 0.2  # share of a box from which it counts as lying in a quadrant too
 # What a label stands for in the sentence that connects it to the findings.
 CONCEPTS = {
     "Normal": "a normal eye",
@@ -53,11 +58,18 @@ class TraceWriter(Protocol):
         ...
 
 
+@dataclass
 class RuleWriter:
-    """The deterministic writer."""
+    """The deterministic writer. With `boxes`, a trace goes from regions to findings to the answer: it begins
+    with at most so many boxes of each finding, and with the quadrants they lie in."""
 
     name = "rules"
-    config: dict = {"version": 1}  # raise it when a wording changes
+    boxes: int = 0
+
+    @property
+    def config(self) -> dict:
+        """The version of the wording, to be raised when that changes, and the boxes where there are any."""
+        return {"version": 1} | ({"boxes": self.boxes, "places": 1} if self.boxes else {})
 
     def write(self, example: Example, found: Findings | None, knowledge: Knowledge | None) -> str:
         if example.task == "modality":
@@ -71,7 +83,37 @@ class RuleWriter:
             middle = _about_one(example, found)
         else:
             middle = [summary(found.present, example.boxes), connection(example, found, knowledge)]
+        if self.boxes and found is not None and any(middle):
+            middle = [*positions(dialog.positioned(example, self.boxes).boxes), *middle]
         return " ".join(filter(None, [*middle, derivation(example.answer)])) if any(middle) else ""
+
+
+def positions(boxes: Sequence[Box]) -> list[str]:
+    """What stands before step (i) in a positioned trace: a sentence a finding, in their fixed order, such as
+    "Upper left and lower left: <ref>drusen</ref><box>[[...], [...]]</box>."."""
+    sentences = []
+    for name in findings.ordered(box.finding for box in boxes):
+        mine = [box for box in boxes if box.finding == name]
+        reached = regions(mine)
+        *others, last = reached if len(reached) < len(REGIONS) else ("all quadrants",)
+        where = f"{', '.join(others)} and {last}" if others else last
+        sentences.append(f"{_capital(where)}: {dialog.render_boxes(mine)}.")
+    return sentences
+
+
+def regions(boxes: Iterable[Box]) -> tuple[str, ...]:
+    """The quadrants in which boxes lie, in the order of `REGIONS`: each that holds a fifth of a box."""
+    reached = set()
+    for box in boxes:
+        left, top = (_before(low, high) for low, high in ((box.x1, box.x2), (box.y1, box.y2)))
+        shares = (left * top, (1 - left) * top, left * (1 - top), (1 - left) * (1 - top))
+        reached |= {name for name, share in zip(REGIONS, shares, strict=True) if share >= _REACH}
+    return tuple(name for name in REGIONS if name in reached)
+
+
+def _before(low: int, high: int) -> float:
+    """The share of a span that lies in the first half of the grid."""
+    return min(1.0, max(0.0, (_HALF - low) / (high - low)))
 
 
 def summary(present: Sequence[str], boxes: Sequence[Box]) -> str:

@@ -6,12 +6,13 @@ anything: they take linear time and never raise. Neighbours: `records.py` has th
 names of the findings.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fundus_jax.records import Box, ConfigError, DataError, Example
+from fundus_jax.records import GRID, Box, ConfigError, DataError, Example
 
 STYLES = ("open", "options")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -20,13 +21,21 @@ THINK_INSTRUCTION = (
     "then give the final answer inside <answer> </answer>."
 )
 ANSWER_INSTRUCTION = "Give only the final answer, inside <answer> </answer>."
+BOX_INSTRUCTION = (
+    "Say where each finding lies as <ref>finding</ref><box>[[x1, y1, x2, y2], ...]</box>, with at most "
+    f"{{most}} boxes a finding, in whole numbers from 0 to {GRID - 1} across and down the image."
+)
+WITHOUT_FINDINGS = ("modality", "laterality")  # tasks whose traces speak of the image, not of findings
 
 _TAG = re.compile(r"</?(?:think|answer)>")
 _ORDER = ["<think>", "</think>", "<answer>", "</answer>"]
 _LETTERED = re.compile(r"\(?([A-Z])(?:[.:)]+|$)\s*")
-# Every gap and number is bounded and no class contains "<", so a failed start costs a bounded look-ahead.
-_BOXES = re.compile(r"<ref>([^<>]{1,80})</ref>\s{0,4}<box>([^<>]{0,8000})</box>")
-_NUMBERS = r"\s{0,4},\s{0,4}".join([r"(\d{1,3})"] * 4)
+_PLACE_TAG = re.compile(r"</?(?:ref|box)>")
+_GROUP = ["<ref>", "</ref>", "<box>", "</box>"]
+_LONGEST_NAME = 80
+_UNPLACED = re.compile(r"<box>[^<>]*</box>|</?(?:ref|box)>")
+# Every gap and number is bounded, so a failed start costs a bounded look-ahead.
+_NUMBERS = r"\s{0,4},\s{0,4}".join([r"(0|[1-9][0-9]{0,2})"] * 4)
 _BOX = re.compile(rf"\s{{0,4}}\[\s{{0,4}}{_NUMBERS}\s{{0,4}}\]\s{{0,4}}(,|$)")
 
 
@@ -39,8 +48,19 @@ class Parsed:
     well_formed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The boxes that a text says, and what it says wrongly: (name as far as it can be read, what is wrong).
+
+    A group with one bad box gives no box at all, because nobody knows what the others are worth.
+    """
+
+    boxes: tuple[Box, ...]
+    malformed: tuple[tuple[str, str], ...]
+
+
 def messages(
-    example: Example, style: str = "options", think: bool = True, *, instruct: bool = True
+    example: Example, style: str = "options", think: bool = True, *, instruct: bool = True, boxes: int = 0
 ) -> list[dict]:
     """The prompt of an example in Hugging Face's message format: one user turn, image first.
 
@@ -49,6 +69,7 @@ def messages(
         style: "open" for the question alone, "options" to list the lettered choices below it.
         think: which instruction follows, the one for a trace or the one for the bare answer.
         instruct: False leaves the instruction out, as in the small demo, whose policy knows one format only.
+        boxes: the instruction asks for so many boxes of a finding at most; 0 asks for none.
     """
     if style not in STYLES:
         raise ConfigError(f"prompt style is {style!r}; known styles are {', '.join(STYLES)}")
@@ -57,6 +78,8 @@ def messages(
         parts += [option_lines(example.options), "Choose the correct option and answer with its text."]
     if instruct:
         parts.append(THINK_INSTRUCTION if think else ANSWER_INSTRUCTION)
+    if instruct and think and boxes and example.task not in WITHOUT_FINDINGS:
+        parts.append(BOX_INSTRUCTION.format(most=boxes))
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\n".join(parts)}]}]
 
 
@@ -145,34 +168,103 @@ def choose(answer: str, options: Sequence[str]) -> str | None:
     return option if not rest or same_answer(rest, option) else None
 
 
+def positioned(example: Example, most: int) -> Example:
+    """The example with the boxes that its trace says: `fewer` of them, none where no finding is asked about.
+
+    With `most` 0, where traces say no boxes, it is the example as it is.
+    """
+    if not most:
+        return example
+    kept = () if example.task in WITHOUT_FINDINGS else fewer(example.boxes, most)
+    return replace(example, boxes=kept)
+
+
+def fewer(boxes: Sequence[Box], most: int) -> tuple[Box, ...]:
+    """At most `most` boxes of each finding, the largest first; findings in the order of their first box.
+
+    While a finding has more, the two of its boxes are joined (to the smallest box around both) that add least
+    to the sum of (width + height) squared, the first such pair of several: overlapping and near ones go
+    first, dots on one line last. So no place is lost, and the same boxes always give the same few.
+    """
+    groups: dict[str, list[Box]] = {}
+    for box in boxes:
+        groups.setdefault(box.finding, []).append(box)
+    for group in groups.values():
+        while len(group) > most:
+            first, second = min(itertools.combinations(group, 2), key=lambda pair: _added(*pair))
+            group[group.index(first)] = _around(first, second)
+            group.remove(second)
+        group.sort(key=lambda box: (-(box.x2 - box.x1) * (box.y2 - box.y1), box.y1, box.x1))
+    return tuple(box for group in groups.values() for box in group)
+
+
+def _around(a: Box, b: Box) -> Box:
+    low, high = (min(a.x1, b.x1), min(a.y1, b.y1)), (max(a.x2, b.x2), max(a.y2, b.y2))
+    return Box(finding=a.finding, x1=low[0], y1=low[1], x2=high[0], y2=high[1])
+
+
+def _added(a: Box, b: Box) -> int:
+    size = [(box.x2 - box.x1 + box.y2 - box.y1) ** 2 for box in (_around(a, b), a, b)]
+    return size[0] - size[1] - size[2]
+
+
 def render_boxes(boxes: Sequence[Box]) -> str:
-    """Boxes as "<ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>", one group a finding."""
+    """Boxes as "<ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>", one group a finding.
+
+    Raises:
+        DataError: a name that `parse_boxes` could not read back.
+    """
     groups: dict[str, list[list[int]]] = {}
     for box in boxes:
         groups.setdefault(box.finding, []).append([box.x1, box.y1, box.x2, box.y2])
+    for name in groups:
+        if name != name.strip() or len(name) > _LONGEST_NAME or _PLACE_TAG.search(name):
+            raise DataError(f"the finding {name[:_LONGEST_NAME]!r} is too long, padded or contains a tag")
     return "".join(f"<ref>{name}</ref><box>{corners}</box>" for name, corners in groups.items())
 
 
-def parse_boxes(text: str) -> tuple[Box, ...] | None:
-    """The boxes in a text, in linear time; None when it has no group of boxes or one of them is malformed.
+def parse_boxes(text: str) -> Places:
+    """The boxes of a text, in linear time; the names as written, without surrounding white space.
 
-    A text may stand around the groups. The name is given as written, without surrounding white space.
+    A group is malformed when a tag is missing or astray, when it is no list of boxes with four whole numbers
+    of the grid, or when a box has no area. It is reported, never raised and never mended.
     """
-    groups = list(_BOXES.finditer(text))
-    if not groups or len(groups) != text.count("<box>") or len(groups) != text.count("<ref>"):
-        return None
-    boxes: list[Box] = []
-    for group in groups:
-        corners = _corners(group.group(2).strip())
-        if not corners:
-            return None
-        try:
-            boxes += [
-                Box(finding=group.group(1).strip(), x1=x1, y1=y1, x2=x2, y2=y2) for x1, y1, x2, y2 in corners
-            ]
-        except DataError:  # an empty name, or a box without area: malformed is an answer here, not a failure
-            return None
-    return tuple(boxes)
+    tags, boxes, malformed, at = list(_PLACE_TAG.finditer(text)), [], [], 0
+    while at < len(tags):
+        group = tags[at : at + 4]
+        kinds = [tag.group() for tag in group]
+        name = text[group[0].end() : group[1].start()].strip() if kinds[:2] == _GROUP[:2] else ""
+        if kinds == _GROUP and not text[group[1].end() : group[2].start()].strip():
+            found = _boxes(name, text[group[2].end() : group[3].start()])
+            if isinstance(found, str):
+                malformed.append((name[:_LONGEST_NAME], found))
+            else:
+                boxes += found
+            at += 4
+            continue
+        malformed.append((name[:_LONGEST_NAME], f"{kinds[0]} opens no group of {' '.join(_GROUP)}"))
+        at += 1
+        while at < len(tags) and tags[at].group() != "<ref>":  # what else belongs to the broken group
+            at += 1
+    return Places(tuple(boxes), tuple(malformed))
+
+
+def without_boxes(text: str) -> str:
+    """A text with the names of its groups of boxes alone: neither corners nor tags, in linear time."""
+    return _UNPLACED.sub("", text)
+
+
+def _boxes(name: str, corners: str) -> list[Box] | str:
+    """The boxes of one group, or what is wrong with it."""
+    if not name or len(name) > _LONGEST_NAME:
+        return f"the name has {len(name)} characters; 1 to {_LONGEST_NAME} are read"
+    found = _corners(corners.strip())
+    if not found:
+        return f"not [[x1, y1, x2, y2], ...] in whole numbers from 0 to {GRID - 1}"
+    empty = [list(one) for one in found if one[0] >= one[2] or one[1] >= one[3]]
+    if empty:
+        return f"{empty[0]} has no area: x1 < x2 and y1 < y2 are needed"
+    return [Box(finding=name, x1=x1, y1=y1, x2=x2, y2=y2) for x1, y1, x2, y2 in found]
 
 
 def _corners(text: str) -> list[tuple[int, int, int, int]] | None:

@@ -35,11 +35,27 @@ PATCH_ROOM = 1.1
 
 @dataclass(kw_only=True, slots=True)
 class PromptConfig:
-    """How an example becomes a prompt, the same in every stage: see `dialog.messages`."""
+    """How an example becomes a prompt, the same in every stage: see `dialog.messages`.
+
+    boxes: traces say where each finding lies, with at most so many boxes; 0: they do not. The data stage
+    writes the traces so, and reward and evaluation compare with as many boxes.
+    """
 
     style: str = "options"
     think: bool = True
     instruct: bool = True
+    boxes: int = 0
+
+    def validate(self) -> None:
+        """Raises ConfigError for boxes that nothing could say."""
+        if self.boxes < 0 or (self.boxes and not self.think):
+            raise ConfigError(
+                f"prompt.boxes is {self.boxes}; it must be at least 0, and 0 without a trace (prompt.think)"
+            )
+
+    def messages(self, example: Example) -> list[dict]:
+        """The prompt of an example in Hugging Face's message format."""
+        return dialog.messages(example, self.style, self.think, instruct=self.instruct, boxes=self.boxes)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -105,8 +121,7 @@ class Rows:
     def dialog(self, number: int) -> list[dict]:
         """A conversation in Hugging Face's message format."""
         example, reply = self.rows[number]
-        prompt = dialog.messages(example, self.prompt.style, self.prompt.think, instruct=self.prompt.instruct)
-        return [*prompt, dialog.reply(reply)]
+        return [*self.prompt.messages(example), dialog.reply(reply)]
 
 
 def make_rows(pool: Pool, processor: Processor, prompt: PromptConfig, config: SftConfig) -> Rows:
@@ -121,8 +136,7 @@ def make_rows(pool: Pool, processor: Processor, prompt: PromptConfig, config: Sf
             counts["without a trace"] += 1
             continue
         reply = dialog.render(trace.think if usable and trace else None, example.answer)
-        messages = dialog.messages(example, prompt.style, prompt.think, instruct=prompt.instruct)
-        text = processor.chat([*messages, dialog.reply(reply)])
+        text = processor.chat([*prompt.messages(example), dialog.reply(reply)])
         tokens, slots = processor.row_size(text, [pool.image(example)])
         if tokens > config.max_length:
             counts["too long"] += 1

@@ -130,6 +130,12 @@ class RunConfig:
         if not 0 < self.data.sft_part <= 1:
             raise ConfigError(f"data.sft_part is {self.data.sft_part}; it must be above 0 and at most 1")
         rates(self.data.tasks)
+        self.prompt.validate()
+        if self.grpo.localisation_weight and not self.prompt.boxes:
+            raise ConfigError(
+                f"grpo.localisation_weight is {self.grpo.localisation_weight}, but traces say no boxes; set "
+                "prompt.boxes to how many they say of a finding"
+            )
         self.policy.validate()
         for stage in (self.base, self.sft, self.grpo, self.judge):
             stage.validate()

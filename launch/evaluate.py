@@ -17,12 +17,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from fundus_jax import hosts, stop
+from fundus_jax import dialog, hosts, stop
 from fundus_jax.data import load_image, open_pool
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.benchmarks import PhantomBenchmark
 from fundus_jax.evaluation.items import Item, Selection
-from fundus_jax.evaluation.run import Prediction, compare, evaluate, predict, table, write
+from fundus_jax.evaluation.run import Prediction, compare, compare_places, evaluate, predict, table, write
 from fundus_jax.files import write_atomic
 from fundus_jax.grpo.judge import RulesJudge
 from fundus_jax.grpo.rewards import assess, score_rollouts
@@ -30,7 +30,7 @@ from fundus_jax.workdir import Workdir
 from launch.config import RunConfig, names
 from launch.stages import Trainer
 
-PARTS = ("total", "answer", "format", "process")
+PARTS = ("total", "answer", "format", "process", "localisation")
 
 
 def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any]:
@@ -76,9 +76,7 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
             drawn, entry["sampled"] = ask(sampled.items, folder / f"{stage}-sampled", **samples)
             parts = _rewards(drawn, pool, config)
             units = [one.item.unit for one in drawn]
-            entry["reward"] = {
-                name: scores.mean(parts[:, i], units=units).as_dict() for i, name in enumerate(PARTS)
-            }
+            entry["reward"] = _means(parts, units)
             predictions[f"{stage}-sampled"], rewards[stage] = drawn, parts
         summary["stages"][stage] = entry
     _differences(summary, predictions, rewards)
@@ -112,8 +110,8 @@ def _answers(
 
 
 def _rewards(answers: Sequence[Prediction], pool: Any, config: RunConfig) -> np.ndarray:
-    """[answers, 4] reward parts of sampled answers; an abstention counts nowhere (NaN)."""
-    examples = {example.id: example for example in pool.examples}
+    """[answers, 5] reward parts of sampled answers; an abstention, and what does not apply, is NaN."""
+    examples = {one.id: dialog.positioned(one, config.prompt.boxes) for one in pool.examples}
     found = [
         assess(
             one.response,
@@ -127,13 +125,21 @@ def _rewards(answers: Sequence[Prediction], pool: Any, config: RunConfig) -> np.
         for one in answers
     ]
     rows = [
-        [
-            np.nan if part is None else part
-            for part in (score.total, score.answer, score.format, score.process)
-        ]
+        [np.nan if (part := getattr(score, name)) is None else part for name in PARTS]
         for score in score_rollouts(found, RulesJudge(), config.grpo)
     ]
     return np.asarray(rows, float)
+
+
+def _means(parts: np.ndarray, units: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Name -> mean of each of the `PARTS` [answers, 5], over the answers that have it; none, no entry."""
+    found = {}
+    for column, name in zip(parts.T, PARTS, strict=True):
+        known = ~np.isnan(column)
+        if known.any():
+            mine = [unit for unit, is_known in zip(units, known, strict=True) if is_known]
+            found[prefix + name] = scores.mean(column[known], units=mine).as_dict()
+    return found
 
 
 def _differences(
@@ -146,6 +152,7 @@ def _differences(
     found["greedy_accuracy"] = compare(predictions["sft"], predictions["grpo"])
     found["sampled_accuracy"] = compare(predictions["sft-sampled"], predictions["grpo-sampled"])
     units = [one.item.unit for one in predictions["sft-sampled"]]
-    gains = rewards["grpo"] - rewards["sft"]
-    for i, name in enumerate(PARTS):
-        found[f"reward_{name}"] = scores.mean(gains[:, i], units=units).as_dict()
+    found |= _means(rewards["grpo"] - rewards["sft"], units, "reward_")
+    places = compare_places(predictions["sft"], predictions["grpo"])
+    if places is not None:
+        found["box_iou"] = places

@@ -49,7 +49,7 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
     )
     knowledge_base.run(knowledge, examples=examples)
     findings_job.run(examples, found)
-    traces.run(examples, found, knowledge, folder / "traces")
+    traces.run(examples, found, knowledge, folder / "traces", boxes=config.prompt.boxes)
     decontaminate.run(
         examples,
         folder / "clean",

@@ -115,6 +115,7 @@ def test_no_text_makes_a_parser_raise(text: str) -> None:
         "<ref>a</ref>    ",
         "<ref>a</ref><box>[",
         "<ref>a</ref><box>[[1, 2, 3, 4],",
+        "<ref>a</ref><box>[[1, 2, 3, 4]]</box>",
         " ",
         "[",
         "<box>[[1, 2",
@@ -128,6 +129,7 @@ def test_a_megabyte_of_anything_takes_linear_time(piece: str) -> None:
     dialog.parse(text)
     dialog.parse_boxes(text)
     dialog.parse_boxes("<ref>a</ref><box>" + text + "</box>")
+    dialog.without_boxes(text)
     dialog.choose(text, ("Normal", "PDR"))
     assert time.process_time() - start < 2.0
 
@@ -194,12 +196,13 @@ def test_there_are_26_letters() -> None:
         dialog.lettered([str(i) for i in range(27)])
 
 
-@given(st.lists(BOX, min_size=1, max_size=8))
+@given(st.lists(BOX, max_size=8))
 def test_boxes_round_trip(boxes: list[Box]) -> None:
     text = f"Look: {dialog.render_boxes(boxes)} there."
     names = list(dict.fromkeys(box.finding for box in boxes))
     grouped = tuple(box for name in names for box in boxes if box.finding == name)
-    assert dialog.parse_boxes(text) == grouped
+    assert dialog.parse_boxes(text) == dialog.Places(grouped, ())
+    assert dialog.without_boxes(text) == f"Look: {''.join(names)} there."
 
 
 def test_box_text_is_the_agreed_one() -> None:
@@ -210,26 +213,104 @@ def test_box_text_is_the_agreed_one() -> None:
     assert dialog.render_boxes(boxes) == "<ref>haemorrhage</ref><box>[[1, 2, 3, 4], [5, 6, 7, 8]]</box>"
 
 
+@pytest.mark.parametrize("name", [" drusen", "a</ref>", "x" * 81, "<box>"])
+def test_a_name_that_could_not_be_read_back_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="too long, padded or contains a tag"):
+        dialog.render_boxes([Box(finding=name, x1=1, y1=2, x2=3, y2=4)])
+
+
+@pytest.mark.parametrize("text", ["", "no box", "a < b and [[1, 2, 3, 4]]", "<reference>"])
+def test_a_text_without_boxes_has_nothing_malformed(text: str) -> None:
+    assert dialog.parse_boxes(text) == dialog.Places((), ())
+
+
+GOOD = "<ref>a</ref><box>[[1, 2, 3, 4]]</box>"
+RANGE = "not [[x1, y1, x2, y2], ...] in whole numbers from 0 to 999"
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "names", "reason"),
     [
-        "",
-        "no box",
-        "<ref>a</ref>",
-        "<box>[[1, 2, 3, 4]]</box>",
-        "<ref>a</ref><box>[]</box>",
-        "<ref>a</ref><box>[[]]</box>",
-        "<ref>a</ref><box>[1, 2, 3, 4]</box>",
-        "<ref>a</ref><box>[[1, 2, 3]]</box>",
-        "<ref>a</ref><box>[[1, 2, 3, 4],]</box>",
-        "<ref>a</ref><box>[[1, 2, 3, 4] [5, 6, 7, 8]]</box>",
-        "<ref>a</ref><box>[[1, 2, 3, 4000]]</box>",
-        "<ref>a</ref><box>[[3, 2, 1, 4]]</box>",
-        "<ref>a</ref><box>[[-1, 2, 3, 4]]</box>",
-        "<ref> </ref><box>[[1, 2, 3, 4]]</box>",
-        "<ref>a</ref><box>[[1, 2, 3, 4]]</box><ref>b</ref><box>[[1</box>",
-        "<ref>a</ref><box>[[1, 2, 3, 4]]</box><box>[[1, 2, 3, 4]]</box>",
+        ("<ref>a</ref>", ["a"], "opens no group"),
+        ("<ref>a</ref> lies <box>[[1, 2, 3, 4]]</box>", ["a"], "opens no group"),
+        ("<ref>a<box>[[1, 2, 3, 4]]</box>", [""], "opens no group"),
+        ("<box>[[1, 2, 3, 4]]</box>", [""], "opens no group"),
+        ("</box>", [""], "opens no group"),
+        ("<ref>a</ref><box>[[1, 2", ["a"], "opens no group"),
+        ("<ref>a</ref><box>[]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[]]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[1, 2, 3, 4]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[1, 2, 3]]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[1, 2, 3, 4, 5]]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[1, 2, 3, 4],]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[1, 2, 3, 4] [5, 6, 7, 8]]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[1, 2, 3, 1000]]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[-1, 2, 3, 4]]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[1, 2, 3.5, 4]]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[1, 2, 3, 04]]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[1, 2, 3, ٤]]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[1, 2, 3, x]]</box>", ["a"], RANGE),
+        ("<ref>a</ref><box>[[3, 2, 1, 4]]</box>", ["a"], "[3, 2, 1, 4] has no area"),
+        ("<ref>a</ref><box>[[1, 2, 3, 2]]</box>", ["a"], "[1, 2, 3, 2] has no area"),
+        ("<ref>a</ref><box>[[1, 2, 3, 4], [5, 5, 5, 9]]</box>", ["a"], "[5, 5, 5, 9] has no area"),
+        ("<ref> </ref><box>[[1, 2, 3, 4]]</box>", [""], "the name has 0 characters"),
+        (f"<ref>{'n' * 99}</ref><box>[[1, 2, 3, 4]]</box>", ["n" * 80], "the name has 99 characters"),
     ],
 )
-def test_malformed_boxes_are_none(text: str) -> None:
-    assert dialog.parse_boxes(text) is None
+def test_malformed_boxes_are_reported_and_the_others_kept(text: str, names: list[str], reason: str) -> None:
+    box = Box(finding="a", x1=1, y1=2, x2=3, y2=4)
+    for whole, boxes in ((text, ()), (f"{GOOD}. {text}", (box,)), (f"{text} and {GOOD}", (box,))):
+        found = dialog.parse_boxes(whole)
+        assert found.boxes == boxes
+        assert [name for name, _ in found.malformed] == names
+        assert reason in found.malformed[0][1]
+
+
+@given(st.lists(BOX, max_size=12), st.integers(1, 5))
+def test_fewer_boxes_cover_all(boxes: list[Box], most: int) -> None:
+    few = dialog.fewer(boxes, most)
+    for name in {box.finding for box in (*boxes, *few)}:
+        before, after = ([box for box in part if box.finding == name] for part in (boxes, few))
+        assert len(after) == min(len(before), most)
+        assert all(
+            any(b.x1 <= a.x1 and b.y1 <= a.y1 and a.x2 <= b.x2 and a.y2 <= b.y2 for b in after)
+            for a in before
+        )
+    assert dialog.fewer(few, most) == few
+    assert set(dialog.fewer(boxes, 12)) == set(boxes)
+
+
+def test_fewer_boxes_joins_what_overlaps_or_is_near() -> None:
+    corners = [
+        (10, 10, 60, 60),
+        (50, 50, 90, 90),
+        (900, 900, 950, 950),
+        (880, 960, 930, 990),
+        (10, 900, 40, 930),
+    ]
+    boxes = [Box(finding="drusen", x1=a, y1=b, x2=c, y2=d) for a, b, c, d in corners]
+    few = [(box.x1, box.y1, box.x2, box.y2) for box in dialog.fewer(boxes, 3)]
+    assert few == [(10, 10, 90, 90), (880, 900, 950, 990), (10, 900, 40, 930)]
+
+
+def test_a_positioned_example_has_the_boxes_of_its_trace() -> None:
+    boxes = [Box(finding="drusen", x1=10 * i, y1=10, x2=10 * i + 5, y2=20) for i in range(6)]
+    one = example(boxes=tuple(boxes))
+    assert dialog.positioned(one, 0) is one
+    assert dialog.positioned(one, 2).boxes == dialog.fewer(boxes, 2)
+    for task in dialog.WITHOUT_FINDINGS:
+        assert dialog.positioned(example(boxes=tuple(boxes), task=task), 2).boxes == ()
+
+
+def test_boxes_are_asked_for_only_where_a_trace_says_them() -> None:
+    asked = dialog.BOX_INSTRUCTION.format(most=4)
+    assert "at most 4 boxes" in asked
+    for one, options, there in (
+        (example(), {"boxes": 4}, True),
+        (example(), {}, False),
+        (example(), {"boxes": 4, "instruct": False}, False),
+        (example(), {"boxes": 4, "think": False}, False),
+        (example(task="laterality"), {"boxes": 4}, False),
+    ):
+        (turn,) = dialog.messages(one, "open", **options)
+        assert (asked in turn["content"][1]["text"]) is there

@@ -41,7 +41,12 @@ def read(path: Path) -> NDArray[np.bool_]:
 
 
 def union(paths: Sequence[Path | Cut], image: Path | bytes) -> NDArray[np.bool_]:
-    """All masks of one finding laid over each other, [H, W]; DataError if not of the image's size."""
+    """All masks of one finding laid over each other, [H, W]; DataError if not of the image's size, or if
+    the image is turned by EXIF: nobody knows whether its masks were drawn before or after the turn."""
+    if images.turned(image):
+        raise DataError(
+            "its EXIF data turn the image, but not its masks; turn all of them and remove the tag"
+        )
     size = images.size(image)
     whole = np.zeros(size[::-1], bool)
     for path in paths:

@@ -58,7 +58,9 @@ def item_of(example: Example, selection: Selection) -> Item:
     if example.task not in LEVELS:
         known = ", ".join(LEVELS)
         raise DataError(f"Example {example.id}: task {example.task!r} has no level; known tasks are {known}")
-    messages = dialog.messages(example, selection.style, selection.think, instruct=selection.instruct)
+    style, think, boxes = selection.style, selection.think, selection.boxes
+    messages = dialog.messages(example, style, think, instruct=selection.instruct, boxes=boxes)
+    placed = boxes and example.findings is not None and example.task not in dialog.WITHOUT_FINDINGS
     return Item(
         id=example.id,
         image=example.image,
@@ -70,9 +72,10 @@ def item_of(example: Example, selection: Selection) -> Item:
         part=_part(example),
         modality=example.modality,
         unit=f"{example.dataset}/{example.patient}",
-        lettered=selection.style == "options" and bool(example.options),
-        think=selection.think,
+        lettered=style == "options" and bool(example.options),
+        think=think,
         findings=example.findings,
+        boxes=dialog.positioned(example, boxes).boxes if placed else None,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from fundus_jax.records import ConfigError, DataError
+from fundus_jax.records import Box, ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +34,7 @@ class Item:
         multiple: whether all suitable options are asked for.
         think: whether a trace is asked for before the answer.
         findings: what is in the image by its masks; None where there are none.
+        boxes: where it is, as far as the trace is asked to say; None where it is not asked, or nobody knows.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Item:
     multiple: bool = False
     think: bool = True
     findings: tuple[str, ...] | None = None
+    boxes: tuple[Box, ...] | None = None
 
     @property
     def answer(self) -> str:
@@ -68,9 +70,8 @@ class Selection:
     """Which items of a benchmark are asked, and how.
 
     Attributes:
-        style, think, instruct: the prompt, as in `dialog.messages`. A benchmark with prompts of its own keeps
-        them
-            and only adds the instruction.
+        style, think, instruct, boxes: the prompt, as in `dialog.messages`. A benchmark with its own prompts
+        keeps them and only adds the instruction.
         tasks: keep these tasks only; () keeps all.
         limit: at most this many items, drawn by the hash of their id, so the same ones every time; 0 keeps
         all. split: the split of Examples. images: the folder under which a benchmark's images lie, where it
@@ -80,6 +81,7 @@ class Selection:
     style: str = "options"
     think: bool = True
     instruct: bool = True
+    boxes: int = 0
     tasks: tuple[str, ...] = ()
     limit: int = 0
     split: str = "test"

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from fundus_jax import dialog
+from fundus_jax import dialog, localisation
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.extract import MODES, Mode, extract_option, match_answer, match_answers
 from fundus_jax.evaluation.items import Item
+from fundus_jax.evaluation.places import evaluate_places
 from fundus_jax.findings import parse_mentions
 from fundus_jax.records import ConfigError
 
@@ -92,6 +93,7 @@ def evaluate(answers: Sequence[Prediction], *, mode: Mode = "tail", seed: int = 
             difference of the two; and funbench for a level or task.
         funbench: overall, files with sensitivity, specificity and score of each label, undefined labels.
         findings: answers, precision, recall, f1, by_finding; None where no answer's findings are known.
+        localisation: of the boxes in the traces, see `evaluate_places`; None where no item asks for boxes.
 
     Intervals resample units, so that several answers about one patient or image do not count as independent.
 
@@ -136,6 +138,7 @@ def evaluate(answers: Sequence[Prediction], *, mode: Mode = "tail", seed: int = 
         "by_task": groups.by(lambda item: item.task, lambda item: (item.level, item.task)),
         "funbench": _funbench(fun),
         "findings": _findings(items, outcomes, seed),
+        "localisation": evaluate_places(items, [_think(answer) for answer in answers], seed=seed),
     }
 
 
@@ -149,18 +152,49 @@ def compare(
     Raises:
         ConfigError: answers to different items.
     """
+    paired = _paired(before, after, lambda one: float(outcome_of(one, mode).correct), seed)
+    if paired is None:
+        raise ConfigError("there is no answer to compare: check the benchmark's selection")
+    return paired
+
+
+def _paired(
+    before: Sequence[Prediction],
+    after: Sequence[Prediction],
+    value: Callable[[Prediction], float | None],
+    seed: int,
+) -> dict[str, Any] | None:
+    """The difference of the means of a value, item by item; None where no item has the value."""
     means: list[dict[str, float]] = []
     for answers in (before, after):
-        hits: dict[str, list[bool]] = {}
+        values: dict[str, list[float]] = {}
         for answer in answers:
-            hits.setdefault(answer.item.id, []).append(outcome_of(answer, mode).correct)
-        means.append({name: float(np.mean(found)) for name, found in hits.items()})
+            one = value(answer)
+            if one is not None:
+                values.setdefault(answer.item.id, []).append(one)
+        means.append({name: float(np.mean(found)) for name, found in values.items()})
     if means[0].keys() != means[1].keys():
         one_sided = sorted(means[0].keys() ^ means[1].keys())
         raise ConfigError(f"{len(one_sided)} items were asked on one side only, such as {one_sided[0]}")
-    units = {answer.item.id: answer.item.unit for answer in before}
+    units = {answer.item.id: answer.item.unit for answer in before if answer.item.id in means[0]}
+    if not units:
+        return None
     differences = [means[1][name] - means[0][name] for name in units]
     return _share(differences, units=list(units.values()), seed=seed)
+
+
+def compare_places(
+    before: Sequence[Prediction], after: Sequence[Prediction], *, seed: int = 0
+) -> dict[str, Any] | None:
+    """`localisation.score` of `after` minus that of `before` on the same items, paired as by `compare`.
+
+    None where no item has boxes. Raises ConfigError for answers to different items.
+    """
+    return _paired(before, after, lambda one: localisation.score(_think(one), one.item.boxes or ()), seed)
+
+
+def _think(prediction: Prediction) -> str:
+    return dialog.parse(prediction.response).think or ""
 
 
 def _by_letter(answers: Sequence[Prediction], mode: Mode, seed: int) -> dict[str, Any]:
@@ -264,6 +298,13 @@ def table(report: Report) -> str:
             lines.append(_line(f"findings {name}", report["findings"][name]))
         for name, figures in report["findings"]["by_finding"].items():
             lines.append(_line(f"    {name} f1", figures["f1"]))
+    if report["localisation"] is not None:
+        for name, shown in (("iou", "boxes, matched IoU"), ("f1", "boxes, F1 at IoU 0.5")):
+            lines.append(_line(shown, report["localisation"][name]))
+            for group in ("by_modality", "by_finding"):
+                for member, figures in report["localisation"][group].items():
+                    lines.append(_line(f"    {member} {name}", figures[name]))
+        lines.append(_line("boxes malformed", report["localisation"]["malformed"]))
     lines += [_line(name.replace("_", "-"), report[name]) for name in ("well_formed", "finished")]
     for rules, figure in (report["vlmevalkit"] or {}).items():
         lines.append(_line(f"accuracy by VLMEvalKit, {rules}", figure))

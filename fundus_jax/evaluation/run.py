@@ -23,13 +23,21 @@ from fundus_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
 from fundus_jax.evaluation.extract import MODES, Mode
 from fundus_jax.evaluation.items import Selection
 from fundus_jax.evaluation.predict import predict
-from fundus_jax.evaluation.report import Prediction, Report, compare, evaluate, outcome_of, table
+from fundus_jax.evaluation.report import (
+    Prediction,
+    Report,
+    compare,
+    compare_places,
+    evaluate,
+    outcome_of,
+    table,
+)
 from fundus_jax.files import write_atomic
 from fundus_jax.models import load_pretrained
 from fundus_jax.records import SPLITS, ConfigError, DataError
 from fundus_jax.sharding import parse_mesh
 
-__all__ = ["Prediction", "Report", "compare", "evaluate", "predict", "table", "write"]
+__all__ = ["Prediction", "Report", "compare", "compare_places", "evaluate", "predict", "table", "write"]
 
 
 def write(out: Path, predictions: Sequence[Prediction], report: Report, mode: Mode = "tail") -> None:
@@ -78,6 +86,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("style", "options", dialog.STYLES, "Examples: lettered options, or the question alone.")
     flags.DEFINE_bool("think", True, "Ask for a trace before the answer.")
     flags.DEFINE_bool("instruct", True, "Say in the prompt how to answer.")
+    flags.DEFINE_integer("boxes", 0, "Examples: traces say at most so many boxes a finding.", lower_bound=0)
     flags.DEFINE_list("tasks", [], "Ask these tasks only.")
     flags.DEFINE_enum("split", "test", SPLITS, "Examples: the split.")
     flags.DEFINE_integer("limit", 0, "Ask at most this many items; 0 asks all.", lower_bound=0)
@@ -91,7 +100,7 @@ def define_flags() -> None:
     flags.DEFINE_string("mesh", "data:-1,fsdp:1,tensor:1", "Devices by axis, as for launch/run.py.")
 
 
-_SELECTION = ("style", "think", "instruct", "limit", "split", "images", "allow_partial")
+_SELECTION = ("style", "think", "instruct", "boxes", "limit", "split", "images", "allow_partial")
 _SAMPLING = ("batch_size", "max_new_tokens", "temperature", "group_size", "seed")
 _OTHERS = ("model", "benchmark", "source", "tasks", "extraction", "dtype", "mesh")
 

@@ -100,6 +100,7 @@ class GrpoConfig:
     answer_weight: float = 1.0
     format_weight: float = 1.0
     process_weight: float = 1.0  # 0 asks no judge at all (the paper's set-up F)
+    localisation_weight: float = 0.0  # of the trace's boxes against the masks'; needs prompt.boxes
     # What a trace is judged against: "selective" is the paper's equation 4 (set-up G), the image's findings
     # where the answer is right and the knowledge of the given answer where it is wrong; "findings" (H) and
     # "knowledge" (I) always that one, right or wrong; "sum" (J) both, and their values are added. The paper
@@ -247,6 +248,7 @@ _AT_LEAST = {
     "answer_weight": 0,
     "format_weight": 0,
     "process_weight": 0,
+    "localisation_weight": 0,
 }
 
 

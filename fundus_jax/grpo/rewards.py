@@ -1,4 +1,5 @@
-"""Scores rollouts: reward = answer + format + process (paper, section 3.3), each part weighted by the config.
+"""Scores rollouts: reward = answer + format + process (paper, section 3.3), each part weighted by the config;
+and, where its weight is not 0, + localisation: how well the trace's boxes agree with those of the masks.
 
 Answer and format are binary. The process part depends on the answer: a trace that led to the right one is
 judged against the findings of the image, a trace that led to a wrong one against the knowledge of the label
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from fundus_jax import dialog
+from fundus_jax import dialog, localisation
 from fundus_jax.findings import parse_mentions
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import Judge, Request, RulesJudge
@@ -38,12 +39,13 @@ KnowledgeBase = Mapping[tuple[str, str], Knowledge]  # (label, modality) -> what
 class Assessment:
     """What is known of a rollout before a judge is asked.
 
-    `due` decides the process part: requests to the judge, and verdicts where none has to be asked; () where
-    the part is not applicable. More than one is summed.
+    `localisation` is None where it does not apply. `due` decides the process part: requests to the judge, and
+    verdicts where none has to be asked; () where the part is not applicable. More than one is summed.
     """
 
     answer: float
     format: float
+    localisation: float | None
     due: tuple[Request | Verdict, ...]
 
 
@@ -54,7 +56,8 @@ class Score:
     `verdicts` has none where none was due, and two where both references were (findings, then knowledge).
     `process` and `total` are None where the judge abstained on one of them. `asked`: how many of the verdicts
     a judge gave. `agreed`: for each of those, unless it is an abstention, whether the rules say the same; ()
-    where the rules themselves are the judge.
+    where the rules themselves are the judge. `localisation` is None where it does
+    not apply.
     """
 
     answer: float
@@ -62,6 +65,7 @@ class Score:
     process: float | None
     total: float | None
     verdicts: tuple[Verdict, ...] = ()
+    localisation: float | None = None
     asked: int = 0
     agreed: tuple[bool, ...] = ()
 
@@ -97,7 +101,8 @@ def assess(
     The answer counts as right when it is the example's answer up to case, white space and a trailing full
     stop. The judge is not asked when nothing is due (`references`), when there is no trace (flawed or
     implausible), and when the answer is nothing the knowledge base knows (implausible): a non-answer, or an
-    answer that is not a label, such as the wrong eye.
+    answer that is not a label, such as the wrong eye. Localisation compares with the example's boxes,
+    so the caller passes those that a trace says (`dialog.positioned`).
 
     Raises DataError when the findings are another example's.
     """
@@ -111,7 +116,9 @@ def assess(
             due += (_against_findings(trace, example, findings),)
         else:
             due += (_against_knowledge(trace, parsed.answer, example.modality, knowledge),)
-    return Assessment(answer=float(right), format=float(parsed.well_formed and finished), due=due)
+    where = localisation.score(trace, example.boxes) if config.localisation_weight else None
+    form = float(parsed.well_formed and finished)
+    return Assessment(answer=float(right), format=form, localisation=where, due=due)
 
 
 def references(
@@ -166,8 +173,14 @@ def _compose(rollout: Assessment, verdicts: tuple[Verdict, ...], config: GrpoCon
     if process is not None:
         total = config.answer_weight * rollout.answer + config.format_weight * rollout.format
         total += config.process_weight * process
+        total += config.localisation_weight * (rollout.localisation or 0.0)
     return Score(
-        answer=rollout.answer, format=rollout.format, process=process, total=total, verdicts=verdicts
+        answer=rollout.answer,
+        format=rollout.format,
+        process=process,
+        total=total,
+        verdicts=verdicts,
+        localisation=rollout.localisation,
     )
 
 
@@ -211,16 +224,17 @@ def reward_arrays(scores: Sequence[Sequence[Score]]) -> tuple[np.ndarray, np.nda
 def reward_metrics(scores: Sequence[Sequence[Score]]) -> dict[str, float]:
     """Returns what `metrics.jsonl` records of the scores of a step.
 
-    Means: `answer` and `format` over all rollouts, `process` over those with a rating, `total` over the valid
-    ones. Shares of all rollouts: `not_applicable`, and `rated_X` for each rating X, abstain among them (in
-    the mode "sum" a rollout may have two). `agreement`: share of the ratings of another judge that the rules
-    give too. Means over nothing are left out.
+    Means: `answer` and `format` over all rollouts, `process` over those with a rating, `localisation` over
+    those it applies to, `total` over the valid ones. Shares of all rollouts: `not_applicable`, and `rated_X`
+    for each rating X, abstain among them (in the mode "sum" a rollout may have two). `agreement`: share of
+    the ratings of another judge that the rules give too. Means over nothing are left out.
     """
     flat = [score for group in scores for score in group]
     columns = {
         "answer": [score.answer for score in flat],
         "format": [score.format for score in flat],
         "process": [score.process for score in flat if score.verdicts and score.process is not None],
+        "localisation": [score.localisation for score in flat if score.localisation is not None],
         "total": [score.total for score in flat if score.total is not None],
         "not_applicable": [not score.verdicts for score in flat],
         "agreement": [same for score in flat for same in score.agreed],

@@ -58,13 +58,13 @@ class Prompts:
         self.pool, self.processor, self.think = pool, processor, prompt.think
         kept, sizes, dropped = [], [], 0
         for example in pool.examples:
-            messages = dialog.messages(example, prompt.style, prompt.think, instruct=prompt.instruct)
+            messages = prompt.messages(example)
             text = processor.chat(messages, add_generation_prompt=True)
             tokens, slots = processor.row_size(text, [pool.image(example)])
             if tokens > max_length:
                 dropped += 1
                 continue
-            kept.append((example, text))
+            kept.append((dialog.positioned(example, prompt.boxes), text))
             sizes.append((round_up(tokens, LENGTH_STEP), slots))
         if not kept:
             raise ConfigError(
@@ -307,6 +307,7 @@ def show(work: Workdir, step: int, prompts: Prompts, drawn: Draw, advantages: np
                 "answer": score.answer,
                 "format": score.format,
                 "process": score.process,
+                "localisation": score.localisation,
                 "total": score.total,
                 "verdicts": [dataclasses.asdict(verdict) for verdict in score.verdicts],
                 "advantage": float(advantage),

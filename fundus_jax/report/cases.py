@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fundus_jax import dialog
+from fundus_jax import dialog, localisation
 from fundus_jax.data import load_image
 from fundus_jax.findings import parse_mentions
 from fundus_jax.records import MODALITIES, DataError, Example, Knowledge, Trace
@@ -36,8 +36,22 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where a response says that findings lie, and where they do.
+
+    boxes: (number of the finding, "there" or "said", x, y, width, height) on the 0-999 grid.
+    findings: (name, agreement of its boxes in [0, 1]); a box's number is the place here, from 1.
+    malformed: what is wrong with boxes that can not be read.
+    """
+
+    boxes: tuple[tuple[int, str, int, int, int, int], ...]
+    findings: tuple[tuple[str, float], ...]
+    malformed: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A response, read: its parts, whether its answer is right, its findings against the image's."""
+    """A response, read: its parts, whether its answer is right, its findings and boxes against the masks."""
 
     think: str
     answer: str | None
@@ -45,6 +59,7 @@ class Reply:
     well_formed: bool
     finished: bool
     marks: tuple[Mark, ...]
+    places: Places | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +139,16 @@ def asks_for_trace(run: Run) -> bool:
 
 
 def read_reply(
-    text: str, example: Example | None, scored: Mapping[str, Any] | None = None, *, think: bool = True
+    text: str,
+    example: Example | None,
+    scored: Mapping[str, Any] | None = None,
+    *,
+    think: bool = True,
+    boxes: int = 0,
 ) -> Reply:
     """A response in parts. `scored`: its line of predictions.jsonl, which says what is right and claimed.
-    think: whether a trace was asked for; where it was not, none is missing."""
+    think: whether a trace was asked for; where it was not, none is missing. boxes: the trace was asked for so
+    many of a finding; they are compared, and left out of its text."""
     scored, parsed = scored or {}, dialog.parse(text, think=think)
     mentions = parse_mentions(parsed.think or "")
     claimed = mentions.present if scored.get("claimed") is None else frozenset(scored["claimed"])
@@ -137,13 +158,43 @@ def read_reply(
     if right is None and example is not None:
         right = answer is not None and dialog.same_answer(answer, example.answer)
     whole = (parsed.think is None and think) or parsed.answer is None
+    places = _places(parsed.think or "", example, boxes) if example and boxes else None
+    shown = text if whole else parsed.think or ""
     return Reply(
-        think=clean(text if whole else parsed.think or ""),
+        think=clean(dialog.without_boxes(shown) if places else shown),
         answer=None if answer is None else clean(answer),
         right=right,
         well_formed=parsed.well_formed,
         finished=bool(scored.get("finished", True)),
         marks=tuple(_marks(claimed, mentions.absent, example)) if think else (),
+        places=places,
+    )
+
+
+def _places(think: str, example: Example, most: int) -> Places | None:
+    """None where nobody knows the places, or the question is not about findings."""
+    if example.findings is None or example.task in dialog.WITHOUT_FINDINGS:
+        return None
+    there, said = dialog.positioned(example, most).boxes, dialog.parse_boxes(think)
+    scores = localisation.agreements(said.boxes, there, [name for name, _ in said.malformed])
+    order = [name for name in localisation.by_finding((*there, *said.boxes)) if name]
+    order += [name for name in scores if name and name not in order]
+    drawn = [
+        (
+            order.index(localisation.canonical(box.finding)) + 1,
+            kind,
+            box.x1,
+            box.y1,
+            box.x2 - box.x1,
+            box.y2 - box.y1,
+        )
+        for kind, boxes in (("there", there), ("said", said.boxes))
+        for box in boxes
+    ]
+    return Places(
+        boxes=tuple(drawn),
+        findings=tuple((clean(name), scores[name]) for name in order),
+        malformed=tuple(clean(f"{name}: {reason}" if name else reason) for name, reason in said.malformed),
     )
 
 
@@ -201,8 +252,8 @@ def _case(run: Run, example: Example, trace: Trace | None) -> Case:
     for stage, found in run.predictions.items():
         line = found.get(example.id)
         if line is not None:
-            text = str(line.get("response", ""))
-            replies[stage] = read_reply(text, example, line, think=asks_for_trace(run))
+            text, asked = str(line.get("response", "")), {"think": asks_for_trace(run)}
+            replies[stage] = read_reply(text, example, line, **asked, boxes=boxes_asked(run))
     return Case(
         example=example,
         shot=_shot(run, example),
@@ -210,6 +261,11 @@ def _case(run: Run, example: Example, trace: Trace | None) -> Case:
         trace=trace,
         replies=replies,
     )
+
+
+def boxes_asked(run: Run) -> int:
+    """How many boxes of a finding the traces of a run say; 0 where they say none."""
+    return int(run.config.get("prompt", {}).get("boxes") or 0)
 
 
 def _shot(run: Run, example: Example) -> Shot:

@@ -47,6 +47,13 @@ PANELS: dict[str, tuple[Spec, ...]] = {
         Spec(("reward/answer",), "Answer reward", "mean", "1 where the answer is right.", "free"),
         Spec(("reward/format",), "Format reward", "mean", "1 where the reply keeps the format.", "free"),
         Spec(("reward/process",), "Process reward", "mean", "What the judge gives the trace.", "free"),
+        Spec(
+            ("reward/localisation",),
+            "Localisation reward",
+            "mean",
+            "Boxes of the trace on the masks'.",
+            "free",
+        ),
         Spec(("kl",), "KL to the reference", "nats a token", "How far the policy has moved."),
         Spec(("entropy",), "Entropy", "nats a token", "Falls as the policy commits itself."),
         Spec(("clip_low", "clip_high"), "Clipped", "share of tokens", "Ratios outside the trust region."),

@@ -6,7 +6,7 @@ Neighbours: `collect` has read the summary, `charts` draws the intervals, the te
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,9 +93,11 @@ class Card:
     ends: tuple[str, str]
 
 
-def cards(summary: dict[str, Any], shown: Iterable[str], most_reward: float) -> list[Card]:
-    """The headline cards that have a figure, for the stages `shown`; `most_reward` is what a perfect rollout
-    gets."""
+def cards(
+    summary: dict[str, Any], shown: Iterable[str], weights: Mapping[str, float], most_reward: float
+) -> list[Card]:
+    """The headline cards that have a figure, for the stages `shown`; `weights` are those of the reward's
+    parts, and `most_reward` is what a perfect rollout gets."""
     rows = (
         (
             "Greedy accuracy",
@@ -116,8 +118,14 @@ def cards(summary: dict[str, Any], shown: Iterable[str], most_reward: float) -> 
             "finding_f1",
         ),
         (
+            "Box IoU",
+            "matched boxes of greedy traces, against the masks",
+            ("greedy", "localisation", "iou"),
+            "box_iou",
+        ),
+        (
             "Sampled reward",
-            f"answer + format + process, at most {most_reward:g}",
+            f"{' + '.join(weights)}, at most {most_reward:g}",
             ("reward", "total"),
             "reward_total",
         ),
@@ -200,6 +208,7 @@ def tables(summary: dict[str, Any], mode: str) -> list[Table]:
         ),
         _grouped(reports, "by_task", "By task", ""),
         _by_finding(reports),
+        _by_place(reports),
     ]
     return [table for table in found if table.rows]
 
@@ -214,6 +223,9 @@ def _overall(reports: dict[str, Any], rewards: dict[str, Any]) -> Table:
         ("Finding precision", "n: findings claimed", ("findings", "precision")),
         ("Finding recall", "n: findings there", ("findings", "recall")),
         ("Finding F1", "n: findings claimed or there", ("findings", "f1")),
+        ("Box IoU", "matched boxes of a finding; n: findings boxed or there", ("localisation", "iou")),
+        ("Box F1", "at IoU 0.5; n: boxes said or there", ("localisation", "f1")),
+        ("Malformed boxes", "traces with boxes that can not be read", ("localisation", "malformed")),
     ]
     rows = [
         _row(name, note, [Cell(main=figure(report, *path)) for report in reports.values()], reports)
@@ -221,7 +233,7 @@ def _overall(reports: dict[str, Any], rewards: dict[str, Any]) -> Table:
     ]
     lengths = [Cell(main=figure(report, "tokens", scale=1.0)) for report in reports.values()]
     rows.append(_row("Length", "tokens a response, not per cent", lengths, reports, picture=False))
-    for part in ("total", "answer", "format", "process"):
+    for part in ("total", "answer", "format", "process", "localisation"):
         entries = [rewards.get("stages", {}).get(stage, {}) for stage in reports]
         cells = [Cell(main=figure(entry, "reward", part, scale=1.0, digits=3)) for entry in entries]
         rows.append(_row(f"Reward: {part}", "not per cent", cells, reports, picture=False))
@@ -275,6 +287,24 @@ def _by_finding(reports: dict[str, Any]) -> Table:
         "in which it is claimed or missed."
     )
     return Table(title="By finding", note=note, stages=list(reports), rows=rows)
+
+
+def _by_place(reports: dict[str, Any]) -> Table:
+    rows = []
+    for group in ("by_modality", "by_finding"):
+        by_stage = [(report.get("localisation") or {}).get(group, {}) for report in reports.values()]
+        for name in sorted(set().union(*by_stage)):
+            cells = []
+            for found in by_stage:
+                entry = found.get(name, {})
+                hit = figure(entry, "f1")
+                cells.append(Cell(main=figure(entry, "iou"), below=[("F1", hit, False)] if hit else []))
+            rows.append(_row(name, "", cells, reports))
+    note = (
+        "Matched IoU of boxes in the traces with those of the masks, by modality and by finding. A finding "
+        "missing or made up counts as 0, and so does a box without partner. Below: F1 of boxes at IoU 0.5."
+    )
+    return Table(title="Where findings lie", note=note, stages=list(reports), rows=rows)
 
 
 def _row(

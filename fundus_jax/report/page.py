@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from fundus_jax import dialog
 from fundus_jax.records import GRID
 from fundus_jax.report import cases, curves, figures
 from fundus_jax.report.collect import Run
@@ -40,10 +41,13 @@ def render(run: Run) -> str:
     )
     environment.filters |= {
         "count": lambda value: f"{value:,}", "duration": curves.duration, "clean": cases.clean,
+        "unboxed": dialog.without_boxes,
         "number": figures.number, "signed": figures.signed,
     }  # fmt: skip
     grpo = run.config.get("grpo", {})
     weights = {name: grpo.get(f"{name}_weight", 1.0) for name in ("answer", "format", "process")}
+    if grpo.get("localisation_weight"):
+        weights["localisation"] = grpo["localisation_weight"]
     most = most_reward(grpo, weights)
     context = {
         "run": run,
@@ -51,8 +55,9 @@ def render(run: Run) -> str:
         "facts": facts(run),
         "statements": statements(run),
         "verdict": verdict(run),
-        "cards": figures.cards(run.summary, run.shown, most),
+        "cards": figures.cards(run.summary, run.shown, weights, most),
         "cases": cases.sample_cases(run),
+        "boxes": cases.boxes_asked(run),
         "rollouts": [
             (step, list(groups))
             for step, groups in itertools.groupby(cases.rollout_groups(run), lambda one: one.step)
@@ -74,7 +79,7 @@ def most_reward(grpo: dict[str, Any], weights: dict[str, float]) -> float:
     """What a perfect rollout gets, by the weights of the parts and by what its trace is judged against."""
     findings, knowledge = grpo.get("plausible", 1.0), grpo.get("knowledge_plausible", 0.5)
     most = {"knowledge": knowledge, "sum": findings + knowledge}.get(str(grpo.get("process")), findings)
-    return weights["answer"] + weights["format"] + weights["process"] * most or 1.0
+    return sum({**weights, "process": weights["process"] * most}.values()) or 1.0
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -208,6 +213,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
     )
     prompt = run.config.get("prompt", {})
     options = [f"--style={prompt.get('style', 'options')}"]
+    options += [f"--boxes={prompt['boxes']}"] if prompt.get("boxes") else []
     options += [f"--no{name}" for name in ("think", "instruct") if not prompt.get(name, True)]
     measure = (
         f"python -m fundus_jax.evaluation.run --model={workdir}/hf --benchmark=phantom \\\n"

@@ -111,7 +111,7 @@ def test_groups_are_written_for_people(source: Path, tmp_path: Path) -> None:
         assert group["example"] in ids
         assert len(group["rollouts"]) == config.group_size
         for one in group["rollouts"]:
-            parts = {"answer", "format", "process", "total"}
+            parts = {"answer", "format", "process", "localisation", "total"}
             assert parts | {"text", "verdicts", "advantage"} == one.keys()
             assert all({"rating", "reference", "reasons"} == verdict.keys() for verdict in one["verdicts"])
         assert sum(one["advantage"] for one in group["rollouts"]) == pytest.approx(0, abs=1e-5)

@@ -35,7 +35,7 @@ HOSTILE = (
 )
 
 
-def make_data(folder: Path, train: int, test: int) -> None:
+def make_data(folder: Path, train: int, test: int, boxes: int = 0) -> None:
     """data/ of a workdir, by the jobs that a run uses."""
     phantom = PhantomConfig(seed=0, size=112, train=train, val=0, test=test)
     examples, knowledge, found = (folder / name for name in ("examples", "knowledge", "findings"))
@@ -48,7 +48,7 @@ def make_data(folder: Path, train: int, test: int) -> None:
     )
     knowledge_base.run(knowledge, examples=examples)
     findings_job.run(examples, found)
-    traces.run(examples, found, knowledge, folder / "traces")
+    traces.run(examples, found, knowledge, folder / "traces", boxes=boxes)
 
 
 def invent(rng: np.random.Generator, example: Example, trace: Trace, skill: float) -> str:
@@ -60,15 +60,35 @@ def invent(rng: np.random.Generator, example: Example, trace: Trace, skill: floa
     return dialog.render(f"The image shows {' and '.join(seen)}.", str(rng.choice(wrong)))
 
 
+def moved(think: str, rng: np.random.Generator, skill: float) -> str:
+    """A positioned trace with its boxes moved, the less the higher `skill`, and now and then lost."""
+    said, shift = dialog.parse_boxes(think).boxes, 250 * (1 - skill)
+    for box in said:
+        group = dialog.render_boxes([one for one in said if one.finding == box.finding])
+        corners = [int(np.clip(c + rng.normal(0, shift), 0, 999)) for c in (box.x1, box.y1, box.x2, box.y2)]
+        think = think.replace(group, f"<ref>{box.finding}</ref><box>[{corners}]</box>")
+    return think
+
+
 def predict(
-    pool: Pool, work: Path, skill: float, samples: int, seed: int, tasks: tuple[str, ...] = ()
+    pool: Pool,
+    work: Path,
+    skill: float,
+    samples: int,
+    seed: int,
+    tasks: tuple[str, ...] = (),
+    boxes: int = 0,
 ) -> list[Prediction]:
     """Made-up predictions of every held-out question."""
     rng, by_id = np.random.default_rng(seed), {example.id: example for example in pool.examples}
-    items = PhantomBenchmark(work / "data" / "examples", Selection(style="open", tasks=tasks)).items
+    selection = Selection(style="open", tasks=tasks, boxes=boxes)
+    items = PhantomBenchmark(work / "data" / "examples", selection).items
     return [
         Prediction(
-            item=item, response=invent(rng, by_id[item.id], pool.traces[item.id], skill), sample=k, tokens=30
+            item=item,
+            response=moved(invent(rng, by_id[item.id], pool.traces[item.id], skill), rng, skill),
+            sample=k,
+            tokens=30,
         )
         for item in items
         for k in range(samples)
@@ -82,16 +102,16 @@ def judged(text: str, example: Example, pool: Pool) -> Score:
     return score_rollouts([found], RulesJudge(), config)[0]
 
 
-def make_evaluation(work: Path, hostile: bool) -> None:
+def make_evaluation(work: Path, hostile: bool, boxes: int = 0) -> None:
     """evaluation/ as launch/evaluate.py lays it out."""
     pool = open_pool(work / "data", "test")
     by_id = {example.id: example for example in pool.examples}
     greedy = {
-        stage: predict(pool, work, skill, 1, 7)
+        stage: predict(pool, work, skill, 1, 7, boxes=boxes)
         for stage, skill in (("base", 0.0), ("sft", 0.8), ("grpo", 0.86))
     }
     sampled = {
-        stage: predict(pool, work, skill, 2, 8, ("disease",))
+        stage: predict(pool, work, skill, 2, 8, ("disease",), boxes)
         for stage, skill in (("sft", 0.6), ("grpo", 0.8))
     }
     if hostile:
@@ -178,11 +198,13 @@ def make_metrics(work: Workdir, steps: dict[str, int]) -> None:
 
 
 def make_run(
-    folder: Path, *, train: int = 24, test: int = 40, steps: int = 30, hostile: bool = False
+    folder: Path, *, train: int = 24, test: int = 40, steps: int = 30, hostile: bool = False, boxes: int = 0
 ) -> Path:
-    """A finished workdir with made-up numbers."""
-    work = Workdir(folder, as_json(get_config()))
-    make_data(folder / "data", train, test)
+    """A finished workdir with made-up numbers; with `boxes`, one of positioned traces."""
+    config = get_config()
+    config.prompt.boxes, config.grpo.localisation_weight = boxes, float(boxes > 0)
+    work = Workdir(folder, as_json(config))
+    make_data(folder / "data", train, test, boxes)
     make_metrics(work, dict.fromkeys(("base", "sft", "grpo"), steps))
     work.close()
     spans = {"data": 90.0, "base": 130.5, "sft": 200.0, "grpo": 280.0, "evaluate": 60.0, "export": 1.2}
@@ -191,12 +213,12 @@ def make_run(
     ]
     (folder / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     policy.write_policy(folder / "policy", policy.PolicyConfig(vocab=320), ["The image shows drusen."])
-    make_answers(folder, steps, hostile)
+    make_answers(folder, steps, hostile, boxes)
     return folder
 
 
-def make_answers(folder: Path, steps: int, hostile: bool) -> None:
+def make_answers(folder: Path, steps: int, hostile: bool, boxes: int = 0) -> None:
     """rollouts/ and evaluation/."""
     make_rollouts(folder, 10, 0.4, hostile)
     make_rollouts(folder, steps, 0.8, hostile)
-    make_evaluation(folder, hostile)
+    make_evaluation(folder, hostile, boxes)

@@ -60,7 +60,8 @@ def check(path: Path, lines: list[dict[str, Any]]) -> None:
     for file in sorted((path / "rollouts").iterdir()):
         for group in map(json.loads, file.read_text().splitlines()):
             assert all(one["total"] is not None for one in group["rollouts"])
-            assert not [one for one in group["rollouts"] if one["rating"] == "abstain"]
+            verdicts = [verdict for one in group["rollouts"] for verdict in one["verdicts"]]
+            assert not [verdict for verdict in verdicts if verdict["rating"] == "abstain"]
 
 
 def test_five_steps(vllm: Vllm, data: Path, tmp_path: Path) -> None:
