@@ -236,7 +236,7 @@ def write_file(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            value = np.ascontiguousarray(fetch(name))
+            value = np.asarray(fetch(name), order="C")
             if (value.dtype.name, value.shape) != tensors[name]:
                 raise ValueError(f"{name} is {value.dtype} {value.shape}, announced as {tensors[name]}")
             file.write(value.reshape(-1).view(np.uint8).data)

@@ -55,7 +55,7 @@ def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_here = {"hf": False, "shard_mb": 1, "folder": tmp_path}
+    run_here = {"hf": False, "shard_mb": 1, "folder": tmp_path, "vocab": 16384}  # a table of 2 MB
     monkeypatch.setattr(convert, "apart", convert.measure)  # a process each takes a minute
     before = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     report = run.report(monkeypatch, convert, tmp_path / "out.json", **run.MODEL | run_here)
