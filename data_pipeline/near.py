@@ -132,14 +132,15 @@ def _keypoints(flat: Floats) -> tuple[Floats, NDArray[np.uint8]]:
         sift.detect_and_extract(np.clip(flat / 8 + 0.5, 0, 1).astype(np.float32))
     except RuntimeError:  # scikit-image's way to say that there is no keypoint
         return np.zeros((0, 4), np.float32), np.zeros((0, 128), np.uint8)
-    rows, columns = sift.keypoints.T
-    free = gaussian((flat != 0).astype(np.float32), SIDE / 40)[rows, columns] > 0.8
-    chosen = np.flatnonzero(free)
-    chosen = chosen[np.argsort(-sift.sigmas[chosen], kind="stable")][:POINTS]
+    places, sizes, angles, descriptors = map(
+        np.asarray, (sift.positions, sift.sigmas, sift.orientations, sift.descriptors)
+    )
+    rows, columns = places.round().astype(int).T
+    free = np.flatnonzero(gaussian((flat != 0).astype(np.float32), SIDE / 40)[rows, columns] > 0.8)
+    chosen = free[np.argsort(-sizes[free], kind="stable")][:POINTS]
     longest = max(flat.shape)
-    place = (sift.positions[chosen][:, ::-1] + 0.5) / longest
-    points = np.c_[place, sift.sigmas[chosen] / longest, sift.orientations[chosen]]
-    return points.astype(np.float32), sift.descriptors[chosen]
+    points = np.c_[(places[chosen, ::-1] + 0.5) / longest, sizes[chosen] / longest, angles[chosen]]
+    return points.astype(np.float32), descriptors[chosen]
 
 
 def kind(match: Match) -> str:
