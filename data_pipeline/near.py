@@ -33,10 +33,10 @@ TRIES = 3  # maps that are tried for each side
 ROUGH, FINE = 0.04, 0.015  # how far a spot may lie from where a map puts it, in longest sides
 LARGEST = 4.0  # a map that enlarges more than this is none
 # Spots that a map must explain -> correlation of local contrast that makes two pictures one eye.
-# Different eyes reached 0.31 among photographs and, with 12 spots, 0.64 among drawn OCT scans; another
-# photograph of one eye 0.58 to 0.93, and copies 0.69 with 9 spots and more. Above SAME_PICTURE it is one
-# photograph.
-SAME_EYE = {8: 0.66, 20: 0.45}
+# Different eyes reached 0.31 among photographs and, among drawn OCT scans, 0.68 with 9 spots and 0.64 with
+# 12; other photographs of one eye 0.58 to 0.93 with 32 spots and more, copies 0.71 with 13 but for one of
+# 820. Above SAME_PICTURE it is one photograph.
+SAME_EYE = {10: 0.68, 20: 0.45}
 SAME_PICTURE = 0.95
 SMALLEST = 0.1  # share of the coarser picture over which the other must lie
 
