@@ -65,6 +65,7 @@ def study(pictures: list[Image.Image], folder: Path) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_recall_and_precision_on_phantoms(tmp_path: Path) -> None:
     recall, precision = study([retina(100 + number) for number in range(100)], tmp_path)
     assert recall >= 0.99
@@ -72,6 +73,7 @@ def test_recall_and_precision_on_phantoms(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_recall_and_precision_on_photographs(shared_data: Path, tmp_path: Path) -> None:
     """IDRiD's 103 test photographs; what occurs among them twice counts against the precision."""
     folder = shared_data / "idrid" / "B. Disease Grading" / "1. Original Images" / "b. Testing Set"
