@@ -26,7 +26,7 @@ INDEXED = 96  # keypoints of a picture that look for neighbours and are found, t
 PROBES = 2  # cells that a keypoint looks into
 NEAREST = 8  # neighbours that a keypoint votes for
 MOST = 24  # candidates of a picture
-BLOCK = 1 << 14  # keypoints that are sorted into cells at a time
+BLOCK = 1 << 12  # keypoints that are sorted into cells at a time
 
 Prints = Sequence[NDArray[np.void]]  # one array of `near.PRINT` a shard, usually mapped from disk
 

@@ -122,6 +122,7 @@ def _look(
     inputs = [jobs.ShardInput(entry.name, files.digest([entry.name, whole]), (entry,)) for entry in entries]
     table = out / f"table-{whole[:16]}"
     process = functools.partial(_compare, made=made, table=table)
+    config |= {"same": [*map(list, near.SAME_EYE.items()), near.SAME_PICTURE]}
     jobs.run(jobs.Job("pairs", config), inputs, process, paired, **parts)
     if not _finished(paired, inputs):
         return None

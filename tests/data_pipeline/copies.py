@@ -61,3 +61,23 @@ COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
         50,
     ),
 }
+
+
+def changed(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """One to five changes at random, up to a fifth cut off each side, a quarter of the size, quality 30."""
+    flips = [T.FLIP_LEFT_RIGHT, T.FLIP_TOP_BOTTOM, T.ROTATE_180]
+    light = np.exp(rng.uniform(-0.5, 0.5)), rng.uniform(0.6, 1.4), rng.uniform(-0.12, 0.12)
+    scale = np.exp(rng.uniform(np.log(0.25), np.log(2)))
+    sides, flip, quality = rng.uniform(0, 0.2, 4), flips[rng.integers(3)], int(rng.integers(30, 96))
+    steps: list[Callable[[Image.Image], Image.Image]] = [
+        lambda one: cropped(one, *sides),
+        lambda one: one.transpose(flip),
+        lambda one: lit(one, *light),
+        lambda one: scaled(one, scale, scale),
+        lambda one: jpeg(one, quality),
+    ]
+    chosen = rng.random(len(steps)) < rng.choice([0.2, 0.4, 1.0])
+    chosen[rng.integers(len(steps))] = True
+    for step in (step for step, taken in zip(steps, chosen, strict=True) if taken):
+        image = step(image)
+    return image
