@@ -55,7 +55,7 @@ _DEFAULTS = (768, 12, 12, 4, 2048, 16384, 384, 8, 6, 1024, "float32")  # 106 M p
 def define_model_flags(changes: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Declares the sizes of the model; those of Qwen2.5-VL 3B are 2048, 36, 16, 2, 11008, 151936, 1280, 32,
     16, 3420."""
-    values = dict(zip(SIZES, _DEFAULTS, strict=True)) | changes
+    values: dict[str, Any] = {**dict(zip(SIZES, _DEFAULTS, strict=True)), **changes}
     for name in (*MODEL, *VISION):
         flags.DEFINE_integer(name, values[name], f"The model's {name.replace('_', ' ')}.", lower_bound=1)
     flags.DEFINE_enum("dtype", values["dtype"], ["float32", "bfloat16"], "Type of the weights.")

@@ -80,8 +80,8 @@ def run(args: Any) -> dict[str, Any]:
         for name in ("logits", "logprobs"):
             row: dict[str, Any] = {"rows": kind, "result": name, "shape": list(inputs.batch.tokens.shape)}
             if reference is not None:
-                found = [side[name]() for side in sides.values()]
-                row["difference"] = common.agree(f"{kind}: {name}", *found, BOUND[args.dtype])
+                found, expected = (sides[side][name]() for side in ("ours", "hf"))
+                row["difference"] = common.agree(f"{kind}: {name}", found, expected, BOUND[args.dtype])
             row |= common.in_turns(
                 {key: common.silent(side[name]) for key, side in sides.items()}, args.repeats
             )

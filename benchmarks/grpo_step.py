@@ -27,7 +27,7 @@ from fundus_jax.findings import FINDINGS
 from fundus_jax.grpo.advantages import group_advantages
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge
-from fundus_jax.grpo.rewards import score_rollout
+from fundus_jax.grpo.rewards import assess, score_rollouts
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.train import draw, snapshot
 from fundus_jax.grpo.update import Samples, make_score, make_update
@@ -63,8 +63,9 @@ def make_judge(vocab: int, config: GrpoConfig) -> Judged:
             said = tokenizer.decode(tokens[place].tolist())
             answer = "Drusen" if tokens[place][-1] % 2 else "Normal"
             text = f"<think>{said}</think><answer>{answer}</answer>"
-            score = score_rollout(text, example, findings, {}, RulesJudge(), config, finished=True)
-            rewards[place] = score.total or 0.0
+            found.append(assess(text, example, findings, {}, config, finished=True))
+        scores = score_rollouts(found, RulesJudge(), config)
+        rewards = np.reshape([score.total or 0.0 for score in scores], tokens.shape[:2]).astype(np.float32)
         return np.asarray(group_advantages(rewards, np.ones(rewards.shape, bool), scale=config.scale))
 
     return judge

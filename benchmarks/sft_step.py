@@ -106,10 +106,10 @@ def run(args: Any) -> dict[str, Any]:
             sides["hf"] = theirs(common.in_torch(model), inputs)
         row: dict[str, Any] = {"rows": kind, "shape": list(inputs.batch.tokens.shape)}
         if args.hf:
-            losses = [[step() for _ in range(3)] for step in sides.values()]
-            row["difference"] = common.agree(f"{kind}: losses of 3 steps", *losses, BOUND[args.dtype])
-            if not losses[0][2] < losses[0][0]:
-                raise RuntimeError(f"the loss does not fall: {losses[0]}; nothing is learned")
+            found, expected = ([sides[side]() for _ in range(3)] for side in ("ours", "hf"))
+            row["difference"] = common.agree(f"{kind}: losses of 3 steps", found, expected, BOUND[args.dtype])
+            if not found[2] < found[0]:
+                raise RuntimeError(f"the loss does not fall: {found}; nothing is learned")
         row |= common.in_turns({name: common.silent(step) for name, step in sides.items()}, args.repeats)
         if args.hf:
             row["ratio"] = row["hf"]["median"] / row["ours"]["median"]
