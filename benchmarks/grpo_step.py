@@ -58,8 +58,8 @@ def make_judge(vocab: int, config: GrpoConfig) -> Judged:
     findings = Findings(example="1", present=("drusen",), votes={}, n=0, origin="pixels")
 
     def judge(tokens: np.ndarray) -> np.ndarray:
-        rewards = np.zeros(tokens.shape[:2], np.float32)
-        for place in np.ndindex(*rewards.shape):
+        found = []
+        for place in np.ndindex(*tokens.shape[:2]):
             said = tokenizer.decode(tokens[place].tolist())
             answer = "Drusen" if tokens[place][-1] % 2 else "Normal"
             text = f"<think>{said}</think><answer>{answer}</answer>"

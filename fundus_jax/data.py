@@ -132,8 +132,8 @@ class Pool:
 
 
 def open_pool(directory: str | Path, split: str) -> Pool:
-    """Read `directory`/{examples,findings,traces,knowledge}; only `split` of the examples, and where they were
-    decontaminated (`directory`/clean) only what was left of them."""
+    """Read `directory`/{examples,findings,traces,knowledge}; only `split` of the examples, and where they
+    were decontaminated (`directory`/clean) only what was left of them."""
     directory = Path(directory)
     source = directory / ("clean" if (directory / "clean").is_dir() else "examples")
     examples = tuple(e for e in read_stage(source, Example) if e.split == split)

@@ -73,7 +73,8 @@ def open_array(path: Path, name: str) -> Any:
     uncompressed; else its values, since every slice would have to unpack all of it."""
     place = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
     array = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
-    return array if array.codec.to_json().get("compressor") is None else array.read().result()
+    codec = array.codec  # of zarr, there always is one
+    return array if codec and codec.to_json().get("compressor") is None else array.read().result()
 
 
 def read(array: Any) -> np.ndarray:

@@ -34,7 +34,7 @@ from launch.config import RunConfig, names, rates
 
 
 def prepare_data(config: RunConfig, work: Workdir) -> None:
-    """Ingest -> knowledge -> findings -> traces with the quality check -> decontaminate, into workdir/data."""
+    """Ingest -> knowledge -> findings -> traces with the quality check -> decontaminate, in workdir/data."""
     data, folder = config.data, work.path / "data"
     examples, knowledge, found = (folder / name for name in ("examples", "knowledge", "findings"))
     phantom = PhantomConfig(seed=data.seed, size=data.size, train=data.train, val=0, test=data.test)

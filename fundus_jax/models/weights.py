@@ -127,7 +127,7 @@ def _entries(path: Path) -> dict[str, Entry]:
     found = {}
     for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start = 8 + length + facts["data_offsets"][0]
-        dtype = DTYPES.get(facts["dtype"], facts["dtype"])
+        dtype = str(DTYPES.get(facts["dtype"], facts["dtype"]))
         found[name] = Entry(path.name, start, tuple(facts["shape"]), dtype)
     return found
 
