@@ -12,11 +12,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from fundus_jax.findings import FINDINGS, Mentions, contradictions, parse_mentions
+from fundus_jax.findings import FINDINGS, Mentions, contradictions, observations, parse_mentions
 from fundus_jax.records import DataError, Findings, Knowledge, Verdict
 
-# What follows here is the answer, no observation: "the answer is Drusen" must not count as having seen any.
-_CONCLUSION = re.compile(r"\b(?:answer|diagnosis|label) (?:is|must be|should be)\b[^.!?\n]*", re.IGNORECASE)
 # Denies every finding at once. "No other lesion" does not, nor does "no lesion in the macula".
 _CLEAN = re.compile(
     r"\bno (?:(?:visible|retinal|obvious|apparent|pathological) ){0,2}"
@@ -76,7 +74,7 @@ class RulesJudge:
         *,
         about: Collection[str] | None = None,
     ) -> Verdict:
-        trace = _CONCLUSION.sub(" ", trace)
+        trace = observations(trace)
         claims, clean = parse_mentions(trace), _CLEAN.search(trace) is not None
         named = clean or bool(claims.present or claims.absent)
         if isinstance(reference, Knowledge):
