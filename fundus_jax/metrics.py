@@ -20,6 +20,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from fundus_jax import hosts
 from fundus_jax.files import write_atomic
 from fundus_jax.records import ConfigError, DataError
 
@@ -67,6 +68,18 @@ class Metrics:
         board = self._board(stage)
         for name, number in numbers.items():
             board.add_scalar(name, math.nan if number is None else number, step)
+
+    def past(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of a stage, as logged; with several processes all get the first one's.
+
+        Raises DataError for a line that is not what this class writes; names file and line.
+        """
+        found = []
+        if self._file is not None:
+            for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
+                if _stage_and_step(line, f"{self.path}:{number}")[0] == stage:
+                    found.append(json.loads(line))
+        return hosts.gather(found)[0]
 
     def rewind(self, stage_steps: Mapping[str, int]) -> None:
         """Drop the lines that a run resumed from a checkpoint will write again.

@@ -24,8 +24,9 @@ from fundus_jax.evaluation.benchmarks import PhantomBenchmark
 from fundus_jax.evaluation.items import Item, Selection
 from fundus_jax.evaluation.run import Prediction, compare, evaluate, predict, table, write
 from fundus_jax.files import write_atomic
+from fundus_jax.grpo import own_rewards
 from fundus_jax.grpo.judge import RulesJudge
-from fundus_jax.grpo.rewards import score_rollout
+from fundus_jax.grpo.rewards import score_rollout, with_own
 from fundus_jax.workdir import Workdir
 from launch.config import RunConfig, names
 from launch.stages import Trainer
@@ -114,17 +115,12 @@ def _answers(
 def _rewards(answers: Sequence[Prediction], pool: Any, config: RunConfig) -> np.ndarray:
     """[answers, 4] reward parts of sampled answers; an abstention counts nowhere (NaN)."""
     examples = {example.id: example for example in pool.examples}
-    judge, rows = RulesJudge(), []
+    judge, own, rows = RulesJudge(), own_rewards.load(config.grpo.rewards), []
     for one in answers:
-        score = score_rollout(
-            one.response,
-            examples[one.item.id],
-            pool.findings.get(one.item.id),
-            pool.knowledge,
-            judge,
-            config.grpo,
-            finished=one.finished,
-        )
+        known = examples[one.item.id], pool.findings.get(one.item.id), pool.knowledge
+        score = score_rollout(one.response, *known, judge, config.grpo, finished=one.finished)
+        facts = own_rewards.facts_of(one.response, *known, finished=one.finished, tokens=one.tokens)
+        score = with_own(score, [function(facts) for function in own])
         rows.append(
             [
                 np.nan if part is None else part

@@ -1,4 +1,5 @@
-"""Scores rollouts: reward = answer + format + process (paper, section 3.3), each part weighted by the config.
+"""Scores rollouts: reward = answer + format + process (paper, section 3.3), each part weighted by the config,
+and what functions of the user's own add to it (`own_rewards.py`).
 
 Answer and format are binary. The process part depends on the answer: a trace that led to the right one is
 judged against the findings of the image, a trace that led to a wrong one against the knowledge of the label
@@ -16,7 +17,7 @@ The loop calls `score_rollout` for each rollout, `check_abstentions` and `reward
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fundus_jax import dialog
 from fundus_jax.findings import parse_mentions
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import Judge
+from fundus_jax.grpo.own_rewards import Part
 from fundus_jax.records import RATINGS, ConfigError, DataError, Example, Findings, Knowledge, Verdict
 
 KnowledgeBase = Mapping[tuple[str, str], Knowledge]  # (label, modality) -> what the label looks like there
@@ -34,7 +36,8 @@ KnowledgeBase = Mapping[tuple[str, str], Knowledge]  # (label, modality) -> what
 class Score:
     """The score of one rollout.
 
-    `process` and `total` are None where the judge abstained; `verdict` is None where none was due.
+    `process` is None where the judge abstained, `total` where it or a function of the user's did; `verdict`
+    is None where none was due. `own`: what the user's functions say (`own_rewards.py`).
     """
 
     answer: float
@@ -42,6 +45,7 @@ class Score:
     process: float | None
     total: float | None
     verdict: Verdict | None
+    own: tuple[Part, ...] = ()
 
     @property
     def valid(self) -> bool:
@@ -54,7 +58,14 @@ def from_dict(facts: Mapping[str, Any]) -> Score:
     verdict = facts["verdict"]
     if verdict is not None:
         verdict = Verdict(**{**verdict, "reasons": tuple(verdict["reasons"])})
-    return Score(**{**facts, "verdict": verdict})
+    return Score(**{**facts, "verdict": verdict, "own": tuple(Part(**part) for part in facts["own"])})
+
+
+def with_own(score: Score, own: Sequence[Part]) -> Score:
+    """The score with the parts of the user's functions in its total; an abstention takes the total away."""
+    values = [None if part.value is None else part.weight * part.value for part in own]
+    known = [value for value in (score.total, *values) if value is not None]
+    return replace(score, own=tuple(own), total=sum(known) if len(known) == 1 + len(values) else None)
 
 
 def score_rollout(
@@ -134,8 +145,9 @@ def reward_metrics(scores: Sequence[Sequence[Score]]) -> dict[str, float]:
     """Returns what `metrics.jsonl` records of the scores of a step.
 
     Means: `answer` and `format` over all rollouts, `process` over those with a rating, `total` over the valid
-    ones. Shares of all rollouts: `not_applicable`, and `rated_X` for each rating X, abstain among them. Means
-    over nothing are left out.
+    ones. Shares of all rollouts: `not_applicable`, and `rated_X` for each rating X, abstain among them. For
+    each function F of the user's, `F` over the rollouts on which it gave a number, and `F_abstained`, the
+    number of the others. Means over nothing are left out.
     """
     flat = [score for group in scores for score in group]
     columns = {
@@ -151,7 +163,15 @@ def reward_metrics(scores: Sequence[Sequence[Score]]) -> dict[str, float]:
         columns[f"rated_{rating}"] = [
             score.verdict is not None and score.verdict.rating == rating for score in flat
         ]
-    return {name: float(np.mean(values)) for name, values in columns.items() if values}
+    own = [part for score in flat for part in score.own]
+    names = dict.fromkeys(part.name for part in own)
+    columns |= {
+        name: [part.value for part in own if part.name == name and part.value is not None] for name in names
+    }
+    lost = {
+        f"{name}_abstained": sum(part.name == name and part.value is None for part in own) for name in names
+    }
+    return {name: float(np.mean(values)) for name, values in columns.items() if values} | lost
 
 
 def check_abstentions(scores: Sequence[Sequence[Score]], config: GrpoConfig) -> None:

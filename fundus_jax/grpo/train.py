@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +21,9 @@ from jax.sharding import Mesh
 
 from fundus_jax import dialog, hosts, stop, training
 from fundus_jax.data import Pool, batches, ladder, round_up
-from fundus_jax.files import write_atomic
+from fundus_jax.grpo import own_rewards, signs
 from fundus_jax.grpo.advantages import group_advantages, group_stats
+from fundus_jax.grpo.alarms import Alarm
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import Judge
 from fundus_jax.grpo.rewards import (
@@ -33,16 +33,16 @@ from fundus_jax.grpo.rewards import (
     reward_arrays,
     reward_metrics,
     score_rollout,
+    with_own,
 )
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.sampler import Counts, sample
+from fundus_jax.grpo.show import note, open_alarms, show, tell
 from fundus_jax.grpo.update import Samples, make_score, make_update
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Example
 from fundus_jax.sft import LENGTH_STEP, PromptConfig
 from fundus_jax.workdir import Stopwatch, Workdir
-
-SHOWN = 4  # groups of a step that are written to rollouts/ for people to read
 
 
 class Prompts:
@@ -59,7 +59,7 @@ class Prompts:
         buckets: int = 1,
         batch: int = 1,
     ) -> None:
-        self.pool, self.processor = pool, processor
+        self.pool, self.processor, self.think = pool, processor, prompt.think
         kept, sizes, dropped = [], [], 0
         for example in pool.examples:
             messages = dialog.messages(example, prompt.style, prompt.think, instruct=prompt.instruct)
@@ -161,6 +161,7 @@ def train(
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
     key = jax.random.key(config.seed)
     mine = training.rows_here(config.prompts_per_step, mesh)
+    own = own_rewards.load(config.rewards)
     with jax.set_mesh(mesh), work.stoppable("grpo") as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
@@ -169,6 +170,7 @@ def train(
         iterator = batches(count, config.prompts_per_step, build, seed=config.seed, groups=prompts.groups)
         state, done = work.resume("grpo", state, iterator)
         progress, watch = work.progress("grpo", done), Stopwatch()
+        alarms = open_alarms(work, config, own, done)
         for step in range(done + 1, config.steps + 1):
             keep(step - 1, state, iterator)
             with watch("data"):
@@ -185,6 +187,8 @@ def train(
             with watch("judge"):
                 texts, scores = score_together(prompts, index, rollout, judge, config)
                 check_abstentions(scores, config)
+                parts = own_rewards.grade(own, prompts, index, texts, rollout)
+                scores = [list(map(with_own, *group)) for group in zip(scores, parts, strict=True)]
                 advantages = np.asarray(group_advantages(*totals(scores), scale=config.scale), np.float32)
             with watch("update"):
                 samples = Samples.of(batch, rollout, training.place(advantages[mine], mesh), old, ref)
@@ -193,11 +197,19 @@ def train(
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
             values |= describe(scores, rollout) | counts.metrics()
-            work.metrics.log("grpo", step, values | watch.lap())
-            progress.update(note=f"reward {values['reward/total']:.3f}")
-            if step == config.steps or (config.save_every and step % config.save_every == 0):
-                show(work, step, prompts, index, texts, scores, advantages)
+            values |= signs.measure(texts, rollout, think=prompts.think)
+            begun = alarms.check(step, values)
+            work.metrics.log("grpo", step, values | alarms.metrics() | watch.lap())
+            progress.update(note=note(values, alarms))
+            tell(work, begun)
+            halt = bool(begun) and config.alarms.stop
+            due = halt or step == config.steps or (config.save_every and step % config.save_every == 0)
+            if due or begun or (config.show_every and step % config.show_every == 0):
+                show(work, step, prompts, index, texts, scores, advantages, config)
+            if due:
                 work.save("grpo", step, state, iterator)
+            if halt:
+                raise stopped_by(begun)
     progress.close()
     return training.join(state.params, frozen)
 
@@ -238,38 +250,10 @@ def describe(scores: Sequence[Sequence[Score]], rollout: Rollout) -> dict[str, f
     }
 
 
-def show(
-    work: Workdir,
-    step: int,
-    prompts: Prompts,
-    index: np.ndarray,
-    texts: Any,
-    scores: Any,
-    advantages: np.ndarray,
-) -> None:
-    """Write a few groups of a step to rollouts/<step>.jsonl: example, texts, reward parts, verdicts,
-    advantages."""
-    if not hosts.is_first():
-        return
-    lines = []
-    for row, i in list(enumerate(index))[:SHOWN]:
-        example = prompts.rows[i][0]
-        rollouts = [
-            {
-                "text": text,
-                "answer": score.answer,
-                "format": score.format,
-                "process": score.process,
-                "total": score.total,
-                "rating": score.verdict.rating if score.verdict else None,
-                "reasons": list(score.verdict.reasons) if score.verdict else [],
-                "advantage": float(advantage),
-            }
-            for text, score, advantage in zip(texts[row], scores[row], advantages[row], strict=True)
-        ]
-        lines.append(
-            json.dumps({"step": step, "example": example.id, "rollouts": rollouts}, ensure_ascii=False)
-        )
-    folder = work.path / "rollouts"
-    folder.mkdir(exist_ok=True)
-    write_atomic(folder / f"{step:06d}.jsonl", "\n".join(lines) + "\n")
+def stopped_by(alarms: Sequence[Alarm]) -> ConfigError:
+    """What ends a run at its alarms; its state is saved."""
+    reasons = "; ".join(f"{alarm.name}: {alarm.reason}" for alarm in alarms)
+    return ConfigError(
+        f"grpo.alarms.stop: stopped after step {alarms[0].step} ({reasons}); look at its page in rollouts/. "
+        "The same command goes on from here"
+    )

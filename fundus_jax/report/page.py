@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 import jinja2
 
-from fundus_jax.records import GRID
-from fundus_jax.report import cases, curves, figures
+from fundus_jax.records import GRID, Example
+from fundus_jax.report import claims, curves, figures, rollouts
+from fundus_jax.report.cases import sample_cases
 from fundus_jax.report.collect import Run
 
 TEMPLATES = resources.files("fundus_jax.report") / "templates"
 DATASETS = {"phantom": "phantoms (drawn)", "idrid": "IDRiD"}
 
 
-def render(run: Run) -> str:
-    """The report of a run as one HTML document."""
+def templates() -> jinja2.Environment:
+    """The templates, everything in braces escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (TEMPLATES / name).read_text(encoding="utf-8")),
         autoescape=True,
@@ -32,12 +34,32 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "count": lambda value: f"{value:,}", "duration": curves.duration, "clean": cases.clean,
+        "count": lambda value: f"{value:,}", "duration": curves.duration, "clean": claims.clean,
         "number": figures.number, "signed": figures.signed,
     }  # fmt: skip
-    grpo = run.config.get("grpo", {})
-    weights = {name: grpo.get(f"{name}_weight", 1.0) for name in ("answer", "format", "process")}
-    most = sum(weights.values()) or 1.0
+    return environment
+
+
+def render_rollouts(run: Run, step: int, examples: Mapping[str, Example]) -> str:
+    """The page of the rollouts of one step, as one HTML document."""
+    weights = rollouts.weights_of(run)
+    before = [page for page in run.pages if page < step]
+    context = {
+        "run": run,
+        "step": step,
+        "groups": rollouts.rollout_groups(run, examples),
+        "weights": weights,
+        "most_reward": rollouts.most(weights),
+        "alarms": [alarm for alarm in run.alarms if alarm.get("step") == step],
+        "before": before[-1] if before else None,
+    }
+    return templates().get_template("rollouts.html.jinja").render(context)
+
+
+def render(run: Run) -> str:
+    """The report of a run as one HTML document."""
+    weights = rollouts.weights_of(run)
+    most = rollouts.most(weights)
     context = {
         "run": run,
         "stage_names": figures.STAGE_NAMES,
@@ -45,13 +67,14 @@ def render(run: Run) -> str:
         "statements": statements(run),
         "verdict": verdict(run),
         "cards": figures.cards(run.summary, most),
-        "cases": cases.sample_cases(run),
+        "cases": sample_cases(run),
         "rollouts": [
             (step, list(groups))
-            for step, groups in itertools.groupby(cases.rollout_groups(run), lambda one: one.step)
+            for step, groups in itertools.groupby(rollouts.rollout_groups(run), lambda one: one.step)
         ],
         "weights": weights,
         "most_reward": most,
+        "watched": any(name.startswith("alarm/") for line in run.metrics.get("grpo", ()) for name in line),
         "grid": GRID,
         "curves": curves.panels(run.metrics),
         "tables": {mode: figures.tables(run.summary, mode) for mode in ("greedy", "sampled")},
@@ -60,7 +83,7 @@ def render(run: Run) -> str:
         "settings": settings(run.config),
         "commands": commands(run),
     }
-    return environment.get_template("report.html.jinja").render(context)
+    return templates().get_template("report.html.jinja").render(context)
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
