@@ -211,3 +211,27 @@ def test_box_text_is_the_agreed_one() -> None:
 )
 def test_malformed_boxes_are_none(text: str) -> None:
     assert dialog.parse_boxes(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<think>a</think> <answer>b</answer>", ""),
+        ("so <think>a</think> then <answer>b</answer> end", "so then end"),
+        ("no tags", "no tags"),
+        ("<think>cut off", ""),
+        ("<think>a <answer>b</answer> c</think> d", "d"),
+        ("a</think> b <answer>c", "a b"),
+        ("<think>a</answer> b", ""),
+        ("", ""),
+    ],
+)
+def test_what_stands_outside_of_the_blocks(text: str, left: str) -> None:
+    assert " ".join(dialog.outside(text).split()) == left
+
+
+def test_looking_outside_takes_linear_time() -> None:
+    start = time.process_time()
+    for piece in ("<think>", "</think>", "<think></think>", "<think></answer>", "a ", "<"):
+        dialog.outside(piece * (200_000 // len(piece)))
+    assert time.process_time() - start < 2.0

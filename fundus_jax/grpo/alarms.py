@@ -1,6 +1,7 @@
 """Early signs that a policy games its reward, as alarms on what metrics.jsonl records of each step.
 
-A rule compares the means of the last `window` steps with those of the first, or with a bound. It says that
+A rule compares the medians of the last `window` steps with those of the first, or with a bound: one odd step
+raises nothing. It says that
 somebody should look at the rollouts, not that something is wrong: an answer that needs more words may get
 them. All rules are in `RULES`; the bounds are ours, wide enough for the demo to raise none (docs/log.md), and
 fields of the config. Nothing here knows a file or an array: a resumed run reads its steps in again.
@@ -16,10 +17,11 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 from fundus_jax.records import ConfigError
 
-Means = Mapping[str, float]  # metric -> mean over a window
+Middle = Mapping[str, float]  # metric -> median over a window
 Values = Mapping[str, float | None]  # what metrics.jsonl holds of one step
 
 
@@ -27,12 +29,13 @@ Values = Mapping[str, float | None]  # what metrics.jsonl holds of one step
 class AlarmConfig:
     """When an alarm is raised; 0 takes a rule away.
 
-    window: steps that are averaged, at the start and at the end; 0 for no alarm at all. length: so many times
-    as long, or as short, as at the start. repetition, empty_think, outside: rise of a share since the start
-    (`signs.py` says of what). malformed: fall of the share of replies in the format. answer: fall of the
-    share of right answers while the reward rises. kl: nats a token from the reference. entropy: below this
-    part of what it was at the start. failing: share of the rollouts on which a reward function of the user's
-    gives no number. stop: whether the run saves a bundle and stops at an alarm; the same command goes on.
+    window: steps that are looked at together, at the start and now; 0 for no alarm at all. length: so many
+    times as long, or as short, as at the start. repetition, empty_think, outside: rise of a share since the
+    start (`signs.py` says of what). malformed: fall of the share of replies in the format. answer: fall of
+    the share of right answers while the reward rises by more than that. kl: nats a token from the reference.
+    entropy: below this part of what it was at the start. failing: share of the rollouts on which a reward
+    function of the user's gives no number. stop: whether the run saves a bundle and stops at an alarm; the
+    same command goes on.
     """
 
     window: int = 10
@@ -77,18 +80,18 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`name` is raised where `met` holds of the means at the start, those of now, and the bound, the field
+    """`name` is raised where `met` holds of the medians at the start, those of now, and the bound, the field
     `bound` of the config; where one of the `metrics` is not logged, never. `says` is filled in with "was" and
     "now" of the first metric, and the bound."""
 
     name: str
     bound: str
     metrics: tuple[str, ...]
-    met: Callable[[Means, Means, float], bool]
+    met: Callable[[Middle, Middle, float], bool]
     says: str
 
 
-def _rise(metric: str) -> Callable[[Means, Means, float], bool]:
+def _rise(metric: str) -> Callable[[Middle, Middle, float], bool]:
     return lambda was, now, bound: now[metric] - was[metric] > bound
 
 
@@ -123,7 +126,8 @@ RULES = (
     Rule(
         "hollow_reward", "answer", ("reward/answer", "reward/total"),
         lambda was, now, bound: (
-            was["reward/answer"] - now["reward/answer"] > bound and now["reward/total"] > was["reward/total"]
+            was["reward/answer"] - now["reward/answer"] > bound
+            and now["reward/total"] - was["reward/total"] > bound
         ),
         "{now:.0%} of the answers are right, {was:.0%} at the start, and yet the reward has risen",
     ),
@@ -161,8 +165,8 @@ class Alarms:
     ) -> None:
         self.config = config
         self.rules = tuple(rule for rule in rules if config.window and getattr(config, rule.bound))
-        self._first: list[Means] = []
-        self._last: deque[Means] = deque(maxlen=config.window or 1)
+        self._first: list[Middle] = []
+        self._last: deque[Middle] = deque(maxlen=config.window or 1)
         self._quiet = {rule.name: config.window for rule in self.rules}  # steps since it was last met
         self.met: dict[str, str] = {}
         for values in past:
@@ -180,7 +184,7 @@ class Alarms:
         self.met, begun = {}, []
         if len(self._last) < self.config.window:
             return []
-        was, now = _means(self._first), _means(self._last)
+        was, now = _middle(self._first), _middle(self._last)
         for rule in self.rules:
             bound = getattr(self.config, rule.bound)
             shown = rule.metrics[0]
@@ -199,10 +203,10 @@ class Alarms:
         return {f"alarm/{rule.name}": float(rule.name in self.met) for rule in self.rules}
 
 
-def _means(steps: Iterable[Means]) -> dict[str, float]:
-    """Of each metric, over the steps that have it."""
+def _middle(steps: Iterable[Middle]) -> Middle:
+    """Of each metric, the median over the steps that have it."""
     columns: dict[str, list[float]] = {}
     for step in steps:
         for name, value in step.items():
             columns.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in columns.items()}
+    return {name: median(values) for name, values in columns.items()}

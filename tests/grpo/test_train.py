@@ -17,6 +17,7 @@ from fundus_jax.data import round_up
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge
+from fundus_jax.grpo.show import SHOWN
 from fundus_jax.records import ConfigError, Verdict
 from fundus_jax.sft import LENGTH_STEP, PromptConfig
 from launch.stages import Trainer
@@ -50,6 +51,11 @@ METRICS = {
     "reward/format",
     "reward/total",
     "reward/not_applicable",
+    "signs/repetition",
+    "signs/empty_think",
+    "signs/outside",
+    "alarm/kl",
+    "alarm/length_growth",
     "time/data",
     "time/rollout",
     "time/score",
@@ -100,13 +106,15 @@ def test_groups_are_written_for_people(source: Path, tmp_path: Path) -> None:
     config = replace(SMALL, steps=3, save_every=2, prompts_per_step=6, micro_batch=12)
     trainer, _, _ = run(tmp_path, source, config)
     names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
-    assert names == ["000002.jsonl", "000003.jsonl"]
-    groups = [json.loads(line) for line in (tmp_path / "rollouts" / names[0]).read_text().splitlines()]
-    assert len(groups) == grpo.SHOWN
+    assert names == ["000002.html", "000002.jsonl", "000003.html", "000003.jsonl"]
+    groups = [json.loads(line) for line in (tmp_path / "rollouts" / "000002.jsonl").read_text().splitlines()]
+    assert len(groups) == SHOWN
     ids = {example.id for example in trainer.pool.examples}
     for group in groups:
         assert group["step"] == 2
         assert group["example"] in ids
+        assert group["weights"] == {"answer": 1.0, "format": 1.0, "process": 1.0}
+        assert group["findings"] == list(trainer.pool.findings[group["example"]].present)
         assert len(group["rollouts"]) == config.group_size
         for one in group["rollouts"]:
             assert {
@@ -114,6 +122,8 @@ def test_groups_are_written_for_people(source: Path, tmp_path: Path) -> None:
                 "answer",
                 "format",
                 "process",
+                "own",
+                "why",
                 "total",
                 "rating",
                 "reasons",
