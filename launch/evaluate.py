@@ -26,7 +26,7 @@ from fundus_jax.evaluation.run import Prediction, compare, evaluate, predict, ta
 from fundus_jax.files import write_atomic
 from fundus_jax.grpo import own_rewards
 from fundus_jax.grpo.judge import RulesJudge
-from fundus_jax.grpo.rewards import score_rollout, with_own
+from fundus_jax.grpo.rewards import score_rollout
 from fundus_jax.workdir import Workdir
 from launch.config import RunConfig, names
 from launch.stages import Trainer
@@ -120,7 +120,7 @@ def _rewards(answers: Sequence[Prediction], pool: Any, config: RunConfig) -> np.
         known = examples[one.item.id], pool.findings.get(one.item.id), pool.knowledge
         score = score_rollout(one.response, *known, judge, config.grpo, finished=one.finished)
         facts = own_rewards.facts_of(one.response, *known, finished=one.finished, tokens=one.tokens)
-        score = with_own(score, [function(facts) for function in own])
+        score = score.plus([function(facts) for function in own])
         rows.append(
             [
                 np.nan if part is None else part

@@ -165,16 +165,22 @@ def digests(text: str) -> dict[str, str]:
 
 
 def grade(
-    own: Sequence[OwnReward], prompts: Any, index: np.ndarray, texts: Sequence[Sequence[str]], rollout: Any
-) -> list[list[list[Part]]]:
-    """What the functions say of every rollout: B groups of G lists, each in the order of `own`.
+    own: Sequence[OwnReward],
+    prompts: Any,
+    index: np.ndarray,
+    texts: Sequence[Sequence[str]],
+    rollout: Any,
+    scores: list[list[Any]],
+) -> list[list[Any]]:
+    """The scores, B groups of G, with what the functions say of every rollout.
 
     prompts: a `train.Prompts`, of which `index` [B] were asked; texts: the replies, B groups of G; rollout:
-    their tokens and mask [B,G,N]. The prompts are dealt out to the processes. Abstentions are logged. Raises
-    Stopped where the run is to stop: a function that takes for ever is not waited for.
+    their tokens and mask [B,G,N]; scores: `rewards.Score`s. The prompts are dealt out to the processes.
+    Abstentions are logged. Raises Stopped where the run is to stop: a function that takes for ever is not
+    waited for.
     """
     if not own:
-        return [[[] for _ in group] for group in texts]
+        return scores
     tokens, lengths = hosts.fetch(rollout.tokens), hosts.fetch(rollout.mask).sum(axis=-1)
     count = jax.process_count()
 
@@ -194,7 +200,10 @@ def grade(
     dealt = [told[row % count][row // count] for row in range(len(index))]
     found = [[[Part(*part) for part in one] for one in group] for group in dealt]
     _tell([part for group in found for one in group for part in one])
-    return found
+    return [
+        [score.plus(one) for score, one in zip(*both, strict=True)]
+        for both in zip(scores, found, strict=True)
+    ]
 
 
 def _tell(parts: Sequence[Part]) -> None:

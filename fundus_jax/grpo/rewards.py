@@ -52,6 +52,12 @@ class Score:
         """Whether the rollout takes part in the statistics of its group."""
         return self.total is not None
 
+    def plus(self, own: Sequence[Part]) -> "Score":
+        """The score with what the user's functions say in its total; where one abstains there is none."""
+        values = [None if part.value is None else part.weight * part.value for part in own]
+        known = [value for value in (self.total, *values) if value is not None]
+        return replace(self, own=tuple(own), total=sum(known) if len(known) == 1 + len(values) else None)
+
 
 def from_dict(facts: Mapping[str, Any]) -> Score:
     """The score whose `dataclasses.asdict` went through JSON, as from another process."""
@@ -59,13 +65,6 @@ def from_dict(facts: Mapping[str, Any]) -> Score:
     if verdict is not None:
         verdict = Verdict(**{**verdict, "reasons": tuple(verdict["reasons"])})
     return Score(**{**facts, "verdict": verdict, "own": tuple(Part(**part) for part in facts["own"])})
-
-
-def with_own(score: Score, own: Sequence[Part]) -> Score:
-    """The score with the parts of the user's functions in its total; an abstention takes the total away."""
-    values = [None if part.value is None else part.weight * part.value for part in own]
-    known = [value for value in (score.total, *values) if value is not None]
-    return replace(score, own=tuple(own), total=sum(known) if len(known) == 1 + len(values) else None)
 
 
 def score_rollout(

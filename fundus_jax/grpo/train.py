@@ -23,7 +23,6 @@ from fundus_jax import dialog, hosts, stop, training
 from fundus_jax.data import Pool, batches, ladder, round_up
 from fundus_jax.grpo import own_rewards, signs
 from fundus_jax.grpo.advantages import group_advantages, group_stats
-from fundus_jax.grpo.alarms import Alarm
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import Judge
 from fundus_jax.grpo.rewards import (
@@ -33,11 +32,10 @@ from fundus_jax.grpo.rewards import (
     reward_arrays,
     reward_metrics,
     score_rollout,
-    with_own,
 )
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.sampler import Counts, sample
-from fundus_jax.grpo.show import note, open_alarms, show, tell
+from fundus_jax.grpo.show import Diary
 from fundus_jax.grpo.update import Samples, make_score, make_update
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Example
@@ -149,7 +147,7 @@ def train(
     bundle of stage `grpo`, which holds the trained ones.
 
     `model` is the policy to start from, and the reference. Raises ConfigError when the judge abstains too
-    often, DataError when gradients stay non-finite.
+    often, or at an alarm that is to stop the run; DataError when gradients stay non-finite.
     """
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
@@ -169,8 +167,7 @@ def train(
         build, count = functools.partial(prompts.build, mine=mine), len(prompts.rows)
         iterator = batches(count, config.prompts_per_step, build, seed=config.seed, groups=prompts.groups)
         state, done = work.resume("grpo", state, iterator)
-        progress, watch = work.progress("grpo", done), Stopwatch()
-        alarms = open_alarms(work, config, own, done)
+        diary, watch = Diary(work, config, prompts, own, done), Stopwatch()
         for step in range(done + 1, config.steps + 1):
             keep(step - 1, state, iterator)
             with watch("data"):
@@ -187,8 +184,7 @@ def train(
             with watch("judge"):
                 texts, scores = score_together(prompts, index, rollout, judge, config)
                 check_abstentions(scores, config)
-                parts = own_rewards.grade(own, prompts, index, texts, rollout)
-                scores = [list(map(with_own, *group)) for group in zip(scores, parts, strict=True)]
+                scores = own_rewards.grade(own, prompts, index, texts, rollout, scores)
                 advantages = np.asarray(group_advantages(*totals(scores), scale=config.scale), np.float32)
             with watch("update"):
                 samples = Samples.of(batch, rollout, training.place(advantages[mine], mesh), old, ref)
@@ -197,20 +193,10 @@ def train(
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
             values |= describe(scores, rollout) | counts.metrics()
-            values |= signs.measure(texts, rollout, think=prompts.think)
-            begun = alarms.check(step, values)
-            work.metrics.log("grpo", step, values | alarms.metrics() | watch.lap())
-            progress.update(note=note(values, alarms))
-            tell(work, begun)
-            halt = bool(begun) and config.alarms.stop
-            due = halt or step == config.steps or (config.save_every and step % config.save_every == 0)
-            if due or begun or (config.show_every and step % config.show_every == 0):
-                show(work, step, prompts, index, texts, scores, advantages, config)
-            if due:
+            values |= signs.measure(texts, rollout, think=prompts.think) | watch.lap()
+            if diary.write(step, values, index, texts, scores, advantages):
                 work.save("grpo", step, state, iterator)
-            if halt:
-                raise stopped_by(begun)
-    progress.close()
+            diary.halt()
     return training.join(state.params, frozen)
 
 
@@ -248,12 +234,3 @@ def describe(scores: Sequence[Sequence[Score]], rollout: Rollout) -> dict[str, f
         "length": float(lengths.mean()),
         "length_max": float(lengths.max()),
     }
-
-
-def stopped_by(alarms: Sequence[Alarm]) -> ConfigError:
-    """What ends a run at its alarms; its state is saved."""
-    reasons = "; ".join(f"{alarm.name}: {alarm.reason}" for alarm in alarms)
-    return ConfigError(
-        f"grpo.alarms.stop: stopped after step {alarms[0].step} ({reasons}); look at its page in rollouts/. "
-        "The same command goes on from here"
-    )

@@ -23,7 +23,7 @@ from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.alarms import RULES, AlarmConfig
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge
-from fundus_jax.grpo.show import open_alarms
+from fundus_jax.grpo.show import Diary
 from fundus_jax.models import read_config
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.layers import Options
@@ -232,7 +232,7 @@ def test_what_a_resumed_run_will_see_again_is_taken_back(source: Path, tmp_path:
             file.write(json.dumps({"name": "kl", "step": step, "reason": "far away"}) + "\n")
     for step in range(1, 4):
         trainer.work.metrics.log("grpo", step, {"reward/broken_abstained": 32.0})
-    alarms = open_alarms(trainer.work, stage, own_rewards.load(stage.rewards), 3)
+    alarms = Diary(trainer.work, stage, None, own_rewards.load(stage.rewards), 3).alarms
     trainer.work.close()
     assert [one["step"] for one in told(tmp_path / "run")] == [2]
     (begun,) = alarms.check(4, {"reward/broken_abstained": 32.0})

@@ -19,7 +19,7 @@ from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge
 from fundus_jax.grpo.own_rewards import Part, facts_of
-from fundus_jax.grpo.rewards import Score, from_dict, reward_metrics, with_own
+from fundus_jax.grpo.rewards import Score, from_dict, reward_metrics
 from fundus_jax.records import ConfigError, Example, Findings
 from fundus_jax.workdir import Workdir
 from launch.config import as_json
@@ -97,7 +97,7 @@ def test_anything_else_is_an_abstention_with_its_reason(tmp_path: Path, body: st
     assert part.value is None
     assert part.why.startswith(why)
     assert len(part.why) <= own_rewards.LONGEST
-    assert with_own(GOOD, [part]).total is None
+    assert GOOD.plus([part]).total is None
 
 
 def test_a_run_that_is_to_stop_stops_within_a_function(tmp_path: Path) -> None:
@@ -110,15 +110,15 @@ def test_a_run_that_is_to_stop_stops_within_a_function(tmp_path: Path) -> None:
 
 def test_parts_join_the_total_with_their_weights() -> None:
     parts = [Part("a", 0.2, 5.0), Part("b", -1.0, 0.5)]
-    assert with_own(GOOD, parts).total == pytest.approx(3.5)
-    assert with_own(GOOD, []) == GOOD
-    assert with_own(replace(GOOD, total=None), parts).total is None, "the judge abstained"
-    score = with_own(GOOD, [*parts, Part("c", 1.0, None, "returned None")])
+    assert GOOD.plus(parts).total == pytest.approx(3.5)
+    assert GOOD.plus([]) == GOOD
+    assert replace(GOOD, total=None).plus(parts).total is None, "the judge abstained"
+    score = GOOD.plus([*parts, Part("c", 1.0, None, "returned None")])
     assert score.total is None
     assert not score.valid
     through = json.loads(json.dumps(asdict(score)))
     assert from_dict(through) == score
-    metrics = reward_metrics([[with_own(GOOD, parts[:1]), with_own(GOOD, [Part("a", 0.2, None, "x")])]])
+    metrics = reward_metrics([[GOOD.plus(parts[:1]), GOOD.plus([Part("a", 0.2, None, "x")])]])
     assert (metrics["a"], metrics["a_abstained"], metrics["total"]) == (5.0, 1, 4.0)
 
 
@@ -277,6 +277,6 @@ def test_of_several_processes_each_grades_its_own(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(own_rewards.stop, "interruptible", lambda action: action())
     mask = np.tril(np.ones((4, 4), bool))[:, None]  # lengths 1 to 4
     rollout = grpo.Rollout(np.ones((4, 1, 4), int), mask, mask)  # type: ignore[arg-type]
-    found = own_rewards.grade(own, Prompts, np.arange(4), [["x"]] * 4, rollout)
-    assert [group[0][0].value for group in found] == [0.0, 2.0, -2.0, 4.0]
+    found = own_rewards.grade(own, Prompts, np.arange(4), [["x"]] * 4, rollout, [[GOOD]] * 4)
+    assert [group[0].own[0].value for group in found] == [0.0, 2.0, -2.0, 4.0]
     assert len(asked[0]) == 2
