@@ -43,6 +43,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_enum("stage", "all", ("all", *STAGES), "Run one stage only; those before it must have finished.")
 flags.DEFINE_string("workdir", None, "Directory of the run, seen by all hosts; runs/NAME by default.")
+flags.DEFINE_string(
+    "wandb", "", "Log to this project of Weights & Biases too; WANDB_MODE=offline and the like say how."
+)
 flags.DEFINE_enum("multihost", "auto", distributed.KINDS, "Who knows the other processes: docs/hosts.md.")
 flags.DEFINE_string("coordinator", "", "explicit: HOST:PORT of process 0; else JAX_COORDINATOR_ADDRESS.")
 flags.DEFINE_integer("processes", 0, "explicit: how many processes; else NNODES.", lower_bound=0)
@@ -70,11 +73,16 @@ def timed(work: Workdir, stage: str, about: dict[str, str]):
 
 
 def run(
-    config: RunConfig, workdir: str | Path, mesh_text: str, stage: str = "all", command: str = ""
+    config: RunConfig,
+    workdir: str | Path,
+    mesh_text: str,
+    stage: str = "all",
+    command: str = "",
+    wandb: str = "",
 ) -> Path:
     """Run `stage` (or all) of `config` in `workdir` and return the path of report.html.
 
-    `command` is what the report gives as the way to repeat the run.
+    `command` is what the report gives as the way to repeat the run; `wandb`: a project of Weights & Biases.
 
     Raises ConfigError or DataError with what to change.
     """
@@ -92,6 +100,8 @@ def run(
     logging.info("%s: %s, mesh %s", work.path, device, about["mesh"])
     wanted = STAGES if stage == "all" else (stage,)
     try:
+        if wandb:
+            work.metrics.join_wandb(wandb, resolved)
         if "data" in wanted:
             with timed(work, "data", about):
                 hosts.on_first(lambda: stages.prepare_data(config, work))
@@ -136,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
         )
         stop.install(args.grace)
         command = shlex.join(["python", *sys.argv])
-        report = run(config, workdir, args.mesh, args.stage, command)
+        report = run(config, workdir, args.mesh, args.stage, command, args.wandb)
     except (ConfigError, DataError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     except SystemExit as stopped:  # by fundus_jax.stop, here or on another process
