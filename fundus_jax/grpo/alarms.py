@@ -15,12 +15,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from fundus_jax.records import ConfigError
 
+OF_TOKENS = ("kl", "entropy")  # means over the tokens of the update; 0 where all groups were dropped
 Middle = Mapping[str, float]  # metric -> median over a window
 Values = Mapping[str, float | None]  # what metrics.jsonl holds of one step
 
@@ -176,8 +177,9 @@ class Alarms:
         """Read a step in and return the alarms that begin with it. One that is met again within a window is
         still the old one. `self.met`: the rules that are met now, with the reasons."""
         wanted = {metric for rule in self.rules for metric in rule.metrics}
-        known = {name: value for name in wanted if (value := values.get(name)) is not None}
-        known = {name: float(value) for name, value in known.items() if math.isfinite(value)}
+        wanted -= {*OF_TOKENS} if values.get("tokens") == 0 else set()
+        numbers = {name: value for name in wanted if (value := values.get(name)) is not None}
+        known = {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
         if len(self._first) < self.config.window:
             self._first.append(known)
         self._last.append(known)
@@ -203,10 +205,8 @@ class Alarms:
         return {f"alarm/{rule.name}": float(rule.name in self.met) for rule in self.rules}
 
 
-def _middle(steps: Iterable[Middle]) -> Middle:
-    """Of each metric, the median over the steps that have it."""
-    columns: dict[str, list[float]] = {}
-    for step in steps:
-        for name, value in step.items():
-            columns.setdefault(name, []).append(value)
-    return {name: median(values) for name, values in columns.items()}
+def _middle(steps: Sequence[Middle]) -> Middle:
+    """Of each metric that at least half of the steps have, the median over these."""
+    names = {name for step in steps for name in step}
+    columns = {name: [step[name] for step in steps if name in step] for name in names}
+    return {name: median(values) for name, values in columns.items() if 2 * len(values) >= len(steps)}

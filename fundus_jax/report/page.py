@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from fundus_jax.records import GRID, Example
-from fundus_jax.report import claims, curves, figures, rollouts
+from fundus_jax.report import charts, claims, curves, figures, rollouts
 from fundus_jax.report.cases import sample_cases
 from fundus_jax.report.collect import Run
 
@@ -36,6 +36,7 @@ def templates() -> jinja2.Environment:
     environment.filters |= {
         "count": lambda value: f"{value:,}", "duration": curves.duration, "clean": claims.clean,
         "number": figures.number, "signed": figures.signed,
+        "short": charts.short,
     }  # fmt: skip
     return environment
 

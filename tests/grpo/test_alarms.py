@@ -82,6 +82,14 @@ def test_one_odd_step_is_no_alarm() -> None:
     assert raised(lines) == []
 
 
+def test_a_step_that_updates_nothing_says_nothing_of_tokens() -> None:
+    """Where all groups are flat and dropped, entropy and KL are means over no token: 0."""
+    lines = series(60)
+    for line in lines[20:]:
+        line.update(tokens=0, entropy=0.0, kl=0.0)
+    assert raised(lines) == []
+
+
 def test_missing_and_undefined_values_are_left_out() -> None:
     lines = series(80, kl=2.0)
     for line in lines[::2]:

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 from fundus_jax import stop
+from fundus_jax.data import open_pool
+from fundus_jax.evaluation.items import Item
+from fundus_jax.evaluation.run import Prediction
 from fundus_jax.grpo import own_rewards
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.config import GrpoConfig
@@ -22,6 +25,7 @@ from fundus_jax.grpo.own_rewards import Part, facts_of
 from fundus_jax.grpo.rewards import Score, from_dict, reward_metrics
 from fundus_jax.records import ConfigError, Example, Findings
 from fundus_jax.workdir import Workdir
+from launch import evaluate
 from launch.config import as_json
 from tests import small
 
@@ -280,3 +284,20 @@ def test_of_several_processes_each_grades_its_own(tmp_path: Path, monkeypatch: p
     found = own_rewards.grade(own, Prompts, np.arange(4), [["x"]] * 4, rollout, [[GOOD]] * 4)
     assert [group[0].own[0].value for group in found] == [0.0, 2.0, -2.0, 4.0]
     assert len(asked[0]) == 2
+
+
+def test_the_evaluation_scores_with_them_too(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pool = open_pool(small.data(tmp_path_factory) / "data", "train")
+    example = next(one for one in pool.examples if one.task == "disease")
+    reply = f"<think>So it is.</think> <answer>{example.answer}</answer>"
+    item = Item(
+        id=example.id, image="", messages=(), options=(), answers=(), level="L4", task="disease", part="",
+        modality=example.modality, unit="p",
+    )  # fmt: skip
+    answers = [Prediction(item=item, response=reply, tokens=tokens) for tokens in (7, 8)]
+    path = written(tmp_path / "mine.py", "def mine(facts): return [None, facts.tokens][facts.tokens > 7]\n")
+    config = small.config(grpo=replace(small.config().grpo, process_weight=0.0, rewards=f"{path}:mine*0.5"))
+    parts = evaluate._rewards(answers, pool, config)
+    np.testing.assert_array_equal(parts, [[np.nan, 1, 1, 0], [6, 1, 1, 0]])
