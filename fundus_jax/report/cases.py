@@ -25,7 +25,8 @@ CASES = 8
 class Reply:
     """A response, read: its parts, whether its answer is right, its findings against the image's (`claims`).
 
-    `think`: the trace in pieces; the whole response, unmarked, where it has no readable blocks.
+    `think`: the trace in pieces; the whole response, unmarked, where it has no readable blocks. `outside`:
+    what stands outside of its blocks.
     """
 
     think: tuple[Piece, ...]
@@ -34,6 +35,7 @@ class Reply:
     well_formed: bool
     finished: bool
     missed: tuple[str, ...]
+    outside: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ def read_reply(
         right=right,
         well_formed=parsed.well_formed,
         finished=bool(scored.get("finished", True)),
+        outside="" if whole else clean(" ".join(dialog.outside(text).split()), 300),
         missed=missed(parsed.think or "", task, there),
     )
 

@@ -61,13 +61,13 @@ def rollout_groups(run: Run, examples: Mapping[str, Example] | None = None) -> l
 
 
 def weights_of(run: Run) -> dict[str, float]:
-    """Part of the reward -> its weight, in the order of the bars: the config's, then the user's own."""
+    """Part of the reward -> its weight, if any, in the order of the bars: the config's, then the user's."""
     grpo = run.config.get("grpo", {})
     found = {name: _number(grpo.get(f"{name}_weight", 1.0)) for name in ("answer", "format", "process")}
     for _, groups in run.rollouts:
         for group in groups:
             found |= {str(name): _number(weight) for name, weight in _dict(group.get("weights")).items()}
-    return found
+    return {name: weight for name, weight in found.items() if weight}
 
 
 def most(weights: Mapping[str, float]) -> float:

@@ -294,7 +294,7 @@ def test_the_evaluation_scores_with_them_too(
     reply = f"<think>So it is.</think> <answer>{example.answer}</answer>"
     item = Item(
         id=example.id, image="", messages=(), options=(), answers=(), level="L4", task="disease", part="",
-        modality=example.modality, unit="p",
+        modality=example.modality, unit="p", lettered=False,
     )  # fmt: skip
     answers = [Prediction(item=item, response=reply, tokens=tokens) for tokens in (7, 8)]
     path = written(tmp_path / "mine.py", "def mine(facts): return [None, facts.tokens][facts.tokens > 7]\n")

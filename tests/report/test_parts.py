@@ -64,6 +64,9 @@ def test_claims_are_compared_with_the_findings() -> None:
     denied = cases.read_reply(f"<think>No haemorrhage.</think> {answer}", EXAMPLE)
     assert denied.right is True
     assert marked(denied) == [("haemorrhage", "contradicted")]
+    outside = cases.read_reply(f"So: <think>No haemorrhage.</think> {answer}\x00 <b>end", EXAMPLE)
+    assert outside.outside == "So: \ufffd <b>end"
+    assert denied.outside == ""
     both = cases.read_reply(f"<think>Drusen are seen. There are no drusen.</think> {answer}", EXAMPLE)
     assert marked(both) == [("Drusen", "contradicted"), ("drusen", "contradicted")]
     concluded = cases.read_reply(f"<think>The answer is drusen.</think> {answer}", EXAMPLE)
