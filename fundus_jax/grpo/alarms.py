@@ -10,8 +10,6 @@ Signs in the literature: length (Singhal et al. 2023, "A long way to go"; Dr. GR
 over-optimisation (Gao et al. 2023), entropy collapse (DAPO, 2025).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import deque
@@ -28,7 +26,7 @@ Values = Mapping[str, float | None]  # what metrics.jsonl holds of one step
 
 @dataclass(kw_only=True, slots=True)
 class AlarmConfig:
-    """When an alarm is raised; 0 takes a rule away.
+    """When an alarm is raised; 0 takes a rule away. Annotations are plain types, as in `config.py`.
 
     window: steps that are looked at together, at the start and now; 0 for no alarm at all. length: so many
     times as long, or as short, as at the start. repetition, empty_think, outside: rise of a share since the
