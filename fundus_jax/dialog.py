@@ -142,6 +142,21 @@ def _only_block(text: str, tags: list[re.Match[str]], name: str) -> str | None:
     return text[tags[opening[0]].end() : tags[closing[0]].start()].strip() or None
 
 
+def outside(text: str) -> str:
+    """What of a reply stands in none of its blocks, in linear time. A block that is not closed reaches to the
+    end, and a closing tag that closes nothing is passed over."""
+    pieces, begun, block = [], 0, ""
+    for tag in _TAG.finditer(text):
+        name = tag.group().strip("</>")
+        if not block:
+            pieces.append(text[begun : tag.start()])
+            block = "" if tag.group().startswith("</") else name
+        elif tag.group() == f"</{block}>":
+            block = ""
+        begun = tag.end()
+    return " ".join(pieces + ([] if block else [text[begun:]]))
+
+
 def same_answer(a: str, b: str) -> bool:
     """Whether two answers are the same text, whatever their case, white space and trailing full stop."""
     return _plain(a) == _plain(b)

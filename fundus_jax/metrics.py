@@ -1,4 +1,5 @@
-"""Writes what a run measures: `metrics.jsonl`, always, and TensorBoard files; and shows how far it is.
+"""Writes what a run measures: `metrics.jsonl` and TensorBoard files, always, and to Weights & Biases where
+asked; and shows how far it is.
 
 The JSONL file is the record that reports are made from, so it survives a kill: lines are appended whole, a
 torn last line is dropped, and `rewind` takes back what a resumed run will measure again. Process 0 writes,
@@ -7,10 +8,12 @@ the others do nothing. Neighbours: the loops log here; `report.py` reads the fil
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from fundus_jax import hosts
 from fundus_jax.files import write_atomic
 from fundus_jax.records import ConfigError, DataError
 
@@ -38,10 +42,48 @@ class Metrics:
         self.path = Path(workdir) / "metrics.jsonl"
         self._boards: dict[str, SummaryWriter] = {}
         self._purge: dict[str, int] = {}  # stage -> first step that a board has to forget
+        self._wandb: Any = None
         self._file = None
         if jax.process_index() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
+
+    def join_wandb(self, project: str, config: Mapping[str, Any]) -> None:
+        """Log to Weights & Biases too, from here on; a workdir is one run there, also when it is resumed.
+
+        Its own variables say how: WANDB_MODE=offline, WANDB_API_KEY, WANDB_ENTITY, ... It takes nothing back:
+        what a resumed run does again is there twice.
+
+        Args:
+            project: its name there.
+            config: what the run is shown with.
+
+        Raises:
+            ConfigError: the package, which is optional, is missing.
+        """
+        if self._file is None:
+            return
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ConfigError(
+                f"Weights & Biases was asked for (project {project!r}), but its package can not be imported "
+                f"({error}); pip install wandb, or leave --wandb out"
+            ) from error
+        folder = self.path.parent
+        known = folder / "wandb_run.txt"
+        if not known.exists():
+            write_atomic(known, uuid.uuid4().hex[:16] + "\n")
+        self._wandb = wandb.init(
+            project=project,
+            name=folder.name,
+            id=known.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(folder),
+            config=dict(config),
+        )
+        for stage in STAGES:
+            self._wandb.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
     def log(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one line, safe from a kill of this process when it returns.
@@ -67,6 +109,21 @@ class Metrics:
         board = self._board(stage)
         for name, number in numbers.items():
             board.add_scalar(name, math.nan if number is None else number, step)
+        if self._wandb is not None:
+            known = {f"{stage}/{name}": number for name, number in numbers.items() if number is not None}
+            self._wandb.log({f"{stage}/step": int(step), **known})
+
+    def past(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of a stage, as logged; with several processes all get the first one's.
+
+        Raises DataError for a line that is not what this class writes; names file and line.
+        """
+        found = []
+        if self._file is not None:
+            for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
+                if _stage_and_step(line, f"{self.path}:{number}")[0] == stage:
+                    found.append(json.loads(line))
+        return hosts.gather(found)[0]
 
     def rewind(self, stage_steps: Mapping[str, int]) -> None:
         """Drop the lines that a run resumed from a checkpoint will write again.
@@ -114,6 +171,9 @@ class Metrics:
         for board in self._boards.values():
             board.close()
         self._boards.clear()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
 
     def _open(self) -> None:
         """Open for appending, after cutting off a last line that a kill left half written."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
+from fundus_jax.grpo import own_rewards
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge_server import JudgeConfig
 from fundus_jax.models import read_config
@@ -171,5 +172,7 @@ def rates(text: str) -> dict[str, float] | None:
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as JSON values, for config.json and its hash."""
-    return dataclasses.asdict(config)
+    """The resolved configuration as JSON values, for config.json and its hash; with the sha256 of the user's
+    files of rewards, so that a workdir refuses to go on with one that has changed."""
+    files = own_rewards.digests(config.grpo.rewards)
+    return dataclasses.asdict(config) | ({"reward_files": files} if files else {})

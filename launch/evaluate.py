@@ -24,6 +24,7 @@ from fundus_jax.evaluation.benchmarks import PhantomBenchmark
 from fundus_jax.evaluation.items import Item, Selection
 from fundus_jax.evaluation.run import Prediction, compare, compare_places, evaluate, predict, table, write
 from fundus_jax.files import write_atomic
+from fundus_jax.grpo import own_rewards
 from fundus_jax.grpo.judge import RulesJudge
 from fundus_jax.grpo.rewards import assess, score_rollouts
 from fundus_jax.workdir import Workdir
@@ -112,22 +113,18 @@ def _answers(
 def _rewards(answers: Sequence[Prediction], pool: Any, config: RunConfig) -> np.ndarray:
     """[answers, 5] reward parts of sampled answers; an abstention, and what does not apply, is NaN."""
     examples = {one.id: dialog.positioned(one, config.prompt.boxes) for one in pool.examples}
-    found = [
-        assess(
-            one.response,
-            examples[one.item.id],
-            pool.findings.get(one.item.id),
-            pool.knowledge,
-            config.grpo,
-            finished=one.finished,
-            think=config.prompt.think,
-        )
-        for one in answers
+    own, think = own_rewards.load(config.grpo.rewards), config.prompt.think
+    found, facts = [], []
+    for one in answers:
+        known = examples[one.item.id], pool.findings.get(one.item.id), pool.knowledge
+        found.append(assess(one.response, *known, config.grpo, finished=one.finished, think=think))
+        told = {"finished": one.finished, "tokens": one.tokens, "think": think}
+        facts.append(own_rewards.facts_of(one.response, *known, **told))
+    scored = score_rollouts(found, RulesJudge(), config.grpo)
+    whole = [
+        score.plus([function(fact) for function in own]) for score, fact in zip(scored, facts, strict=True)
     ]
-    rows = [
-        [np.nan if (part := getattr(score, name)) is None else part for name in PARTS]
-        for score in score_rollouts(found, RulesJudge(), config.grpo)
-    ]
+    rows = [[np.nan if (part := getattr(score, name)) is None else part for name in PARTS] for score in whole]
     return np.asarray(rows, float)
 
 

@@ -49,6 +49,9 @@ flags.DEFINE_string("workdir", None, "Directory of the run, seen by all hosts; r
 flags.DEFINE_string(
     "parent", "", "Workdir of another run whose finished stages are taken over where they agree."
 )
+flags.DEFINE_string(
+    "wandb", "", "Log to this project of Weights & Biases too; WANDB_MODE=offline and the like say how."
+)
 flags.DEFINE_enum("multihost", "auto", distributed.KINDS, "Who knows the other processes: docs/hosts.md.")
 flags.DEFINE_string("coordinator", "", "explicit: HOST:PORT of process 0; else JAX_COORDINATOR_ADDRESS.")
 flags.DEFINE_integer("processes", 0, "explicit: how many processes; else NNODES.", lower_bound=0)
@@ -82,11 +85,12 @@ def run(
     stage: str = "all",
     command: str = "",
     parent: str | Path = "",
+    wandb: str = "",
 ) -> Path:
     """Run `stage` (or all) of `config` in `workdir` and return the path of report.html.
 
     `command` is what the report gives as the way to repeat the run; `parent` the workdir of another run whose
-    finished stages are taken over where they are the same.
+    finished stages are taken over where they are the same; `wandb` a project of Weights & Biases.
 
     Raises ConfigError or DataError with what to change.
     """
@@ -107,6 +111,8 @@ def run(
     wanted = STAGES if stage == "all" else (stage,)
     heir = inherit.Heir(work, resolved, Path(parent)) if parent else None
     try:
+        if wandb:
+            work.metrics.join_wandb(wandb, resolved)
         if "data" in wanted:
             with timed(work, "data", about | (heir.take_data() if heir else {})):
                 hosts.on_first(lambda: stages.prepare_data(config, work))
@@ -164,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
         )
         stop.install(args.grace)
         command = shlex.join(["python", *sys.argv])
-        report = run(config, workdir, args.mesh, args.stage, command, args.parent)
+        report = run(config, workdir, args.mesh, args.stage, command, args.parent, args.wandb)
     if hosts.is_first():
         print(f"report: {report.resolve()}")
 

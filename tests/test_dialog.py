@@ -314,3 +314,27 @@ def test_boxes_are_asked_for_only_where_a_trace_says_them() -> None:
     ):
         (turn,) = dialog.messages(one, "open", **options)
         assert (asked in turn["content"][1]["text"]) is there
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<think>a</think> <answer>b</answer>", ""),
+        ("so <think>a</think> then <answer>b</answer> end", "so then end"),
+        ("no tags", "no tags"),
+        ("<think>cut off", ""),
+        ("<think>a <answer>b</answer> c</think> d", "d"),
+        ("a</think> b <answer>c", "a b"),
+        ("<think>a</answer> b", ""),
+        ("", ""),
+    ],
+)
+def test_what_stands_outside_of_the_blocks(text: str, left: str) -> None:
+    assert " ".join(dialog.outside(text).split()) == left
+
+
+def test_looking_outside_takes_linear_time() -> None:
+    start = time.process_time()
+    for piece in ("<think>", "</think>", "<think></think>", "<think></answer>", "a ", "<"):
+        dialog.outside(piece * (200_000 // len(piece)))
+    assert time.process_time() - start < 2.0

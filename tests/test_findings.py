@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fundus_jax import findings
-from fundus_jax.findings import FINDINGS, canonical, parse_mentions
+from fundus_jax.findings import FINDINGS, canonical, find_mentions, parse_mentions
 from fundus_jax.records import MODALITIES, ConfigError
 
 MA, RH, HE, CWS = "microaneurysm", "haemorrhage", "hard exudate", "cotton-wool spot"
@@ -119,6 +119,18 @@ def test_canonical(text: str, name: str | None) -> None:
 def test_parse_mentions(text: str, present: set, absent: set) -> None:
     mentions = parse_mentions(text)
     assert (mentions.present, mentions.absent) == (present, absent)
+
+
+def test_each_mention_has_its_place() -> None:
+    text = "A hemorrhage and Cotton-wool spots, no IRF.\nSo the answer is drusen. Haemorrhage is absent."
+    said = [(text[one.start : one.end], one.name, one.denied) for one in find_mentions(text)]
+    assert said == [
+        ("hemorrhage", RH, False), ("Cotton-wool spots", CWS, False), ("IRF", IRF, True),
+        ("drusen", DR, False), ("Haemorrhage", RH, True),
+    ]  # fmt: skip
+    observed = findings.observations(text)
+    assert len(observed) == len(text)
+    assert [one.name for one in find_mentions(observed)] == [RH, CWS, IRF, RH]
 
 
 SUBSETS = st.sets(st.sampled_from(findings.vocabulary("CFP")), min_size=1)

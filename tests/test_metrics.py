@@ -228,3 +228,68 @@ def test_progress_of_other_processes_is_silent(
         progress.update()
         progress.close()
     assert caplog.messages == []
+
+
+class StandIn:
+    """The seam to wandb where it is not installed: notes what it is called with, and is no test of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def init(self, **named: Any) -> StandIn:
+        self.calls.append(("init", named))
+        return self
+
+    def define_metric(self, name: str, **named: Any) -> None:
+        self.calls.append((name, named["step_metric"]))
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.calls.append(("log", values))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+def test_the_calls_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", there)  # type: ignore[arg-type]
+    for step in (1, 2):
+        metrics = Metrics(tmp_path / "demo")
+        metrics.join_wandb("fundus", {"seed": 7})
+        metrics.log("grpo", step, {"kl": 0.5, "reward/total": jnp.nan, "alarm/kl": 1.0})
+        metrics.close()
+    begun = [named for name, named in there.calls if name == "init"]
+    assert begun[0] == begun[1], "a resumed workdir goes on with the same run"
+    assert {name: begun[0][name] for name in ("project", "name", "resume", "config")} == {
+        "project": "fundus", "name": "demo", "resume": "allow", "config": {"seed": 7}
+    }  # fmt: skip
+    assert ("grpo/*", "grpo/step") in there.calls
+    logged = [values for name, values in there.calls if name == "log"]
+    assert logged == [{"grpo/step": step, "grpo/kl": 0.5, "grpo/alarm/kl": 1.0} for step in (1, 2)]
+    assert there.calls[-1][0] == "finish"
+
+
+def test_without_wandb_the_flag_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # type: ignore[arg-type]
+    metrics = Metrics(tmp_path)
+    with pytest.raises(ConfigError, match="project 'fundus'.*pip install wandb, or leave --wandb out"):
+        metrics.join_wandb("fundus", {})
+    metrics.log("grpo", 1, {"kl": 0.5})
+    metrics.close()
+    assert len(lines(tmp_path)) == 1
+
+
+def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is optional and not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    metrics = Metrics(tmp_path)
+    metrics.join_wandb("fundus", {"seed": 7})
+    metrics.log("grpo", 1, {"kl": 0.5})
+    metrics.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    for _ in range(100):  # a process of its own writes it
+        if b"grpo/kl" in file.read_bytes():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{file.name} does not hold what was logged")

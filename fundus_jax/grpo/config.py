@@ -13,6 +13,8 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from fundus_jax.grpo import own_rewards
+from fundus_jax.grpo.alarms import AlarmConfig
 from fundus_jax.optim import OptimConfig
 from fundus_jax.records import ConfigError
 
@@ -39,7 +41,7 @@ class GrpoConfig:
     rollouts (whole groups, which share the work on their prompt). `slots` prompts are decoded at a time, and
     the next take the places of those that have ended (0: all prompts of the step at once); this bounds the
     memory of the caches and changes no token. `steps` of these make the stage. Every `save_every` steps a
-    bundle is saved and a few groups are written to rollouts/ (0: only at the end). `seed` fixes prompts and
+    bundle is saved (0: only at the end). `seed` fixes prompts and
     sampling. `buckets`: prompts are sorted by length into at most so many shapes, and those of a step are of
     one shape, so that short prompts are not padded to the longest; each shape that occurs compiles the
     programs of a step once more.
@@ -116,6 +118,13 @@ class GrpoConfig:
     # The run stops when the judge has no verdict on a larger share of what it is asked in so many steps.
     max_abstain: float = 0.2
     abstain_window: int = 50
+    # Functions of the user's own: "FILE.py:FUNCTION*WEIGHT,..." (own_rewards.py).
+    rewards: str = ""
+
+    # What people see while it runs: a page of a few groups every `show_every` steps, with each bundle and at
+    # each alarm (0: with bundles and alarms only), and when an alarm is raised (alarms.py).
+    show_every: int = 0
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
 
     def validate(self) -> None:
         """Raises ConfigError that names the field, its value, what is allowed and what to do."""
@@ -140,14 +149,16 @@ class GrpoConfig:
         _require(0 <= self.max_abstain < 1, "max_abstain", self.max_abstain, "must be at least 0 and below 1")
         self._validate_together()
         self.optim.validate()
+        self.alarms.validate()
+        own_rewards.load(self.rewards)
 
     def _validate_together(self) -> None:
         weights = (self.answer_weight, self.format_weight, self.process_weight)
         _require(
-            any(weights),
+            any(weights) or bool(self.rewards),
             "answer_weight",
             self.answer_weight,
-            "and the other two are 0, so nothing is rewarded: raise one",
+            "and the other two are 0, and rewards names none, so nothing is rewarded: raise one",
         )
         ordered = self.flawed <= self.tenuous <= self.plausible
         _require(ordered, "tenuous", self.tenuous, "must lie between flawed and plausible")
@@ -233,6 +244,7 @@ _AT_LEAST = {
     "mu": 1,
     "micro_batch": 1,
     "save_every": 0,
+    "show_every": 0,
     "seed": 0,
     "buckets": 1,
     "dual_clip": 0,

@@ -12,11 +12,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fundus_jax.findings import FINDINGS, Mentions, contradictions, parse_mentions
+from fundus_jax.findings import FINDINGS, Mentions, contradictions, observations, parse_mentions
 from fundus_jax.records import ConfigError, DataError, Findings, Knowledge, Verdict
 
-# What follows here is the answer, no observation: "the answer is Drusen" must not count as having seen any.
-_CONCLUSION = re.compile(r"\b(?:answer|diagnosis|label) (?:is|must be|should be)\b[^.!?\n]*", re.IGNORECASE)
 # Denies every finding at once. "No other lesion" does not, nor does "no lesion in the macula".
 _CLEAN = re.compile(
     r"\bno (?:(?:visible|retinal|obvious|apparent|pathological) ){0,2}"
@@ -95,7 +93,7 @@ class RulesJudge:
 
     def rate(self, request: Request) -> Verdict:
         """The verdict on one request; raises as the call does."""
-        trace, reference = _CONCLUSION.sub(" ", request.trace), request.reference
+        trace, reference = observations(request.trace), request.reference
         modality, about = request.modality, request.about
         claims, clean = parse_mentions(trace), _CLEAN.search(trace) is not None
         named = clean or bool(claims.present or claims.absent)

@@ -1,5 +1,6 @@
 """Scores rollouts: reward = answer + format + process (paper, section 3.3), each part weighted by the config;
-and, where its weight is not 0, + localisation: how well the trace's boxes agree with those of the masks.
+where its weight is not 0, + localisation: how well the trace's boxes agree with those of the masks; and what
+functions of the user's own add to it (`own_rewards.py`).
 
 Answer and format are binary. The process part depends on the answer: a trace that led to the right one is
 judged against the findings of the image, a trace that led to a wrong one against the knowledge of the label
@@ -30,6 +31,7 @@ from fundus_jax import dialog, localisation
 from fundus_jax.findings import parse_mentions
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import Judge, Request, RulesJudge
+from fundus_jax.grpo.own_rewards import Part
 from fundus_jax.records import RATINGS, DataError, Example, Findings, Knowledge, Verdict
 
 KnowledgeBase = Mapping[tuple[str, str], Knowledge]  # (label, modality) -> what the label looks like there
@@ -54,10 +56,10 @@ class Score:
     """The score of one rollout.
 
     `verdicts` has none where none was due, and two where both references were (findings, then knowledge).
-    `process` and `total` are None where the judge abstained on one of them. `asked`: how many of the verdicts
-    a judge gave. `agreed`: for each of those, unless it is an abstention, whether the rules say the same; ()
-    where the rules themselves are the judge. `localisation` is None where it does
-    not apply.
+    `process` is None where the judge abstained on one of them, `total` where it or a function of the user's
+    did. `localisation` is None where it does not apply. `own`: what the user's functions say. `asked`: how
+    many of the verdicts a judge gave. `agreed`: for each of those, unless it is an abstention, whether the
+    rules say the same; () where the rules themselves are the judge.
     """
 
     answer: float
@@ -66,6 +68,7 @@ class Score:
     total: float | None
     verdicts: tuple[Verdict, ...] = ()
     localisation: float | None = None
+    own: tuple[Part, ...] = ()
     asked: int = 0
     agreed: tuple[bool, ...] = ()
 
@@ -74,11 +77,18 @@ class Score:
         """Whether the rollout takes part in the statistics of its group."""
         return self.total is not None
 
+    def plus(self, own: Sequence[Part]) -> "Score":
+        """The score with what the user's functions say in its total; where one abstains there is none."""
+        values = [None if part.value is None else part.weight * part.value for part in own]
+        known = [value for value in (self.total, *values) if value is not None]
+        return replace(self, own=tuple(own), total=sum(known) if len(known) == 1 + len(values) else None)
+
 
 def from_dict(facts: Mapping[str, Any]) -> Score:
     """The score whose `dataclasses.asdict` went through JSON, as from another process."""
     verdicts = tuple(Verdict(**{**one, "reasons": tuple(one["reasons"])}) for one in facts["verdicts"])
-    return Score(**{**facts, "verdicts": verdicts, "agreed": tuple(facts["agreed"])})
+    own, agreed = tuple(Part(**part) for part in facts["own"]), tuple(facts["agreed"])
+    return Score(**{**facts, "verdicts": verdicts, "own": own, "agreed": agreed})
 
 
 def assess(
@@ -227,7 +237,9 @@ def reward_metrics(scores: Sequence[Sequence[Score]]) -> dict[str, float]:
     Means: `answer` and `format` over all rollouts, `process` over those with a rating, `localisation` over
     those it applies to, `total` over the valid ones. Shares of all rollouts: `not_applicable`, and `rated_X`
     for each rating X, abstain among them (in the mode "sum" a rollout may have two). `agreement`: share of
-    the ratings of another judge that the rules give too. Means over nothing are left out.
+    the ratings of another judge that the rules give too. For each function F of the user's, `F` over the
+    rollouts on which it gave a number, and `F_abstained`, the number of the others. Means over nothing are
+    left out.
     """
     flat = [score for group in scores for score in group]
     columns = {
@@ -243,7 +255,15 @@ def reward_metrics(scores: Sequence[Sequence[Score]]) -> dict[str, float]:
         columns[f"rated_{rating}"] = [
             any(verdict.rating == rating for verdict in score.verdicts) for score in flat
         ]
-    return {name: float(np.mean(values)) for name, values in columns.items() if values}
+    own = [part for score in flat for part in score.own]
+    names = dict.fromkeys(part.name for part in own)
+    columns |= {
+        name: [part.value for part in own if part.name == name and part.value is not None] for name in names
+    }
+    lost = {
+        f"{name}_abstained": sum(part.name == name and part.value is None for part in own) for name in names
+    }
+    return {name: float(np.mean(values)) for name, values in columns.items() if values} | lost
 
 
 def _against_findings(trace: str, example: Example, findings: Findings) -> Request | Verdict:

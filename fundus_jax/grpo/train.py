@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,22 +22,22 @@ from jax.sharding import Mesh
 
 from fundus_jax import dialog, hosts, stop, training
 from fundus_jax.data import Pool, batches, ladder, round_up
-from fundus_jax.files import write_atomic
+from fundus_jax.grpo import own_rewards, signs
 from fundus_jax.grpo.abstentions import Abstentions
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.credit import credit
 from fundus_jax.grpo.judge import Judge, JudgeError
+from fundus_jax.grpo.own_rewards import OwnReward
 from fundus_jax.grpo.redraw import Draw, redraw
 from fundus_jax.grpo.rewards import Score, assess, from_dict, reward_arrays, reward_metrics, score_rollouts
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.sampler import Counts, sample
+from fundus_jax.grpo.show import Diary
 from fundus_jax.grpo.update import Samples, make_score, make_update
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Example
 from fundus_jax.sft import LENGTH_STEP, PromptConfig
 from fundus_jax.workdir import Stopwatch, Workdir
-
-SHOWN = 4  # groups of a step that are written to rollouts/ for people to read
 
 
 class Prompts:
@@ -152,6 +151,7 @@ class Examiner:
     prompts: Prompts
     iterator: Any
     judge: Judge
+    own: Sequence[OwnReward]
     config: GrpoConfig
     mesh: Mesh
     policy: Callable[[training.Params], Any]
@@ -178,6 +178,7 @@ class Examiner:
             old = self.score(params, batch, rollout.tokens, self.frozen) if config.mu > 1 else None
         with watch("judge"):
             texts, scores = score_together(self.prompts, index, said, self.judge, config)
+            scores = own_rewards.grade(self.own, self.prompts, index, texts, said, scores)
         return Draw(index, batch, rollout, said, ref, old, texts, scores, scores, counts)
 
     def put(self, index: np.ndarray, rows: Any) -> tuple[Any, Any]:
@@ -203,7 +204,8 @@ def train(
     bundle of stage `grpo`, which holds the trained ones.
 
     `model` is the policy to start from, and the reference. Raises JudgeError when the judge abstains too
-    often or is lost, after saving what is there; DataError when gradients stay non-finite.
+    often or is lost, after saving what is there; ConfigError at an alarm that is to stop the run; DataError
+    when gradients stay non-finite.
     """
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
@@ -217,6 +219,7 @@ def train(
     optimizer = training.make_optimizer(config.optim, config.steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
     mine = training.rows_here(config.prompts_per_step, mesh)
+    own = own_rewards.load(config.rewards)
     with jax.set_mesh(mesh), work.stoppable("grpo", on=JudgeError) as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
@@ -224,10 +227,10 @@ def train(
         build, count = functools.partial(prompts.build, mine=mine), len(prompts.rows)
         iterator = batches(count, config.prompts_per_step, build, seed=config.seed, groups=prompts.groups)
         state, done = work.resume("grpo", state, iterator)
-        progress, watch = work.progress("grpo", done), Stopwatch()
+        diary, watch = Diary(work, config, prompts, own, done), Stopwatch()
         abstentions = Abstentions(config, work.metrics.path, done)
         examiner = Examiner(
-            prompts=prompts, iterator=iterator, judge=judge, config=config, mesh=mesh, policy=policy,
+            prompts=prompts, iterator=iterator, judge=judge, own=own, config=config, mesh=mesh, policy=policy,
             score=score, reference=reference, frozen=frozen, watch=watch,
         )  # fmt: skip
         for step in range(done + 1, config.steps + 1):
@@ -243,14 +246,11 @@ def train(
                     state, metrics = update(state, samples, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
-            values |= describe(drawn) | credited | told | judged
-            work.metrics.log("grpo", step, values | watch.lap())
-            progress.update(note=f"reward {values['reward/total']:.3f}")
-            if step == config.steps or (config.save_every and step % config.save_every == 0):
-                show(work, step, prompts, drawn, advantages)
+            values |= describe(drawn, think=prompts.think) | credited | told | judged | watch.lap()
+            if diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages):
                 work.save("grpo", step, state, iterator)
+            diary.halt()
             del drawn, samples  # the next step's prompts need their room
-    progress.close()
     return training.join(state.params, frozen)
 
 
@@ -282,43 +282,14 @@ def credit_of(drawn: Draw, config: GrpoConfig) -> tuple[np.ndarray, dict[str, fl
     return credit(*reward_arrays(drawn.scores), logprobs, mask, ref, config)
 
 
-def describe(drawn: Draw) -> dict[str, float]:
-    """What metrics.jsonl records of a draw: reward parts and ratings, lengths, the sampler's work."""
+def describe(drawn: Draw, *, think: bool) -> dict[str, float]:
+    """What metrics.jsonl records of a draw: reward parts and ratings, lengths, signs of a gamed reward, the
+    sampler's work."""
     lengths = drawn.said.mask.sum(axis=-1)
     return {
         **{f"reward/{name}": value for name, value in reward_metrics(drawn.scores).items()},
         "length": float(lengths.mean()),
         "length_max": float(lengths.max()),
+        **signs.measure(drawn.texts, drawn.said, think=think),
         **drawn.counts.metrics(),
     }
-
-
-def show(work: Workdir, step: int, prompts: Prompts, drawn: Draw, advantages: np.ndarray) -> None:
-    """Write a few groups of a step to rollouts/<step>.jsonl: example, texts, reward parts, verdicts,
-    advantages."""
-    if not hosts.is_first():
-        return
-    lines = []
-    for row, i in list(enumerate(drawn.index))[:SHOWN]:
-        example = prompts.rows[i][0]
-        rollouts = [
-            {
-                "text": text,
-                "answer": score.answer,
-                "format": score.format,
-                "process": score.process,
-                "localisation": score.localisation,
-                "total": score.total,
-                "verdicts": [dataclasses.asdict(verdict) for verdict in score.verdicts],
-                "advantage": float(advantage),
-            }
-            for text, score, advantage in zip(
-                drawn.texts[row], drawn.scores[row], advantages[row], strict=True
-            )
-        ]
-        lines.append(
-            json.dumps({"step": step, "example": example.id, "rollouts": rollouts}, ensure_ascii=False)
-        )
-    folder = work.path / "rollouts"
-    folder.mkdir(exist_ok=True)
-    write_atomic(folder / f"{step:06d}.jsonl", "\n".join(lines) + "\n")

@@ -7,14 +7,26 @@ reads a workdir, and works for one that is not finished. Neighbours: the run's e
     write_report(Path("runs/demo"))
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fundus_jax.files import write_atomic
-from fundus_jax.records import ConfigError
-from fundus_jax.report.collect import collect
-from fundus_jax.report.page import render
+from fundus_jax.records import ConfigError, Example
+from fundus_jax.report.collect import collect, collect_rollouts
+from fundus_jax.report.page import render, render_rollouts
 
-__all__ = ["write_report"]
+__all__ = ["write_report", "write_rollouts"]
+
+
+def write_rollouts(workdir: Path, step: int, examples: Mapping[str, Example]) -> Path:
+    """Write `workdir`/rollouts/<step>.html, which shows the jsonl beside it, and return its path.
+
+    examples: by their id, those of the groups.
+    """
+    target = Path(workdir) / "rollouts" / f"{step:06d}.html"
+    page = render_rollouts(collect_rollouts(Path(workdir), step), step, examples)
+    write_atomic(target, page.encode("utf-8", errors="replace"))
+    return target
 
 
 def write_report(workdir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Chooses the sample cases and the rollouts of the report, and puts together what is shown of each.
+"""Chooses the sample cases of the report, and puts together what is shown of each.
 
 Cases are spread over modalities and classes in the order of the hash of their id, so nobody picked them by
 how well they went. Neighbours: `collect` has read the files, `pictures` encodes, the template shows.
@@ -7,32 +7,18 @@ how well they went. Neighbours: `collect` has read the files, `pictures` encodes
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fundus_jax import dialog, localisation
 from fundus_jax.data import load_image
-from fundus_jax.findings import parse_mentions
 from fundus_jax.records import MODALITIES, DataError, Example, Knowledge, Trace
+from fundus_jax.report.claims import DIAGNOSES, Piece, clean, mark, missed
 from fundus_jax.report.collect import Run, find, raw
 from fundus_jax.report.pictures import data_uri
 
 CASES = 8
-DIAGNOSES = ("disease", "dr_grade")  # tasks whose answer obliges the trace to name every finding
-LONGEST = 1200  # characters of a response that are shown
-# Control characters, halves of surrogate pairs, and marks that turn the direction of the text around them.
-_UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mark:
-    """A finding that a text claims, denies or leaves out, and whether that is right (None: nobody knows)."""
-
-    name: str
-    says: str  # "claimed", "denied" or "missed"
-    right: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +37,20 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A response, read: its parts, whether its answer is right, its findings and boxes against the masks."""
+    """A response, read: its parts, whether its answer is right, its findings against the image's (`claims`), its
+    boxes against the masks'.
 
-    think: str
+    `think`: the trace in pieces; the whole response, unmarked, where it has no readable blocks. `outside`:
+    what stands outside of its blocks.
+    """
+
+    think: tuple[Piece, ...]
     answer: str | None
     right: bool | None
     well_formed: bool
     finished: bool
-    marks: tuple[Mark, ...]
+    missed: tuple[str, ...]
+    outside: str
     places: Places | None = None
 
 
@@ -83,18 +75,6 @@ class Case:
     replies: dict[str, Reply] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """The rollouts of one prompt; each is (its dictionary of scores, its text read)."""
-
-    step: int
-    example: Example | None
-    name: str
-    shot: Shot
-    rollouts: list[tuple[dict[str, Any], Reply]]
-    widest: float  # largest |advantage|, at least a little
-
-
 def sample_cases(run: Run, count: int = CASES) -> list[Case]:
     """Up to `count` cases of the test split; those with a prediction where there are any."""
     asked = set().union(*(run.predictions.get(stage, {}) for stage in run.shown))
@@ -110,63 +90,49 @@ def sample_cases(run: Run, count: int = CASES) -> list[Case]:
     return [_case(run, examples[name], traces.get(name)) for name in chosen if name in examples]
 
 
-def rollout_groups(run: Run) -> list[Group]:
-    """The groups of the first and the last rollout file, with their pictures."""
-    wanted = {str(group.get("example")) for _, groups in run.rollouts for group in groups}
-    examples = find(run, "examples", Example, wanted) if wanted else {}
-    found = []
-    for step, groups in run.rollouts:
-        for group in groups:
-            name = str(group.get("example"))
-            example, scores = examples.get(name), group.get("rollouts", [])
-            replies = [
-                (one, read_reply(str(one.get("text", "")), example, think=asks_for_trace(run)))
-                for one in scores
-            ]
-            widest = max([1e-6, *(abs(one.get("advantage") or 0.0) for one in scores)])
-            shot = (
-                _shot(run, example) if example else Shot(uri="", problem="no such example in data/examples")
-            )
-            found.append(
-                Group(step=step, example=example, name=name, shot=shot, rollouts=replies, widest=widest)
-            )
-    return found
-
-
 def asks_for_trace(run: Run) -> bool:
     """Whether the prompts of a run ask for a trace before the answer."""
     return bool(run.config.get("prompt", {}).get("think", True))
+
+
+def boxes_asked(run: Run) -> int:
+    """How many boxes of a finding the traces of a run say; 0 where they say none."""
+    return int(run.config.get("prompt", {}).get("boxes") or 0)
 
 
 def read_reply(
     text: str,
     example: Example | None,
     scored: Mapping[str, Any] | None = None,
+    there: Collection[str] | None = None,
     *,
     think: bool = True,
     boxes: int = 0,
 ) -> Reply:
-    """A response in parts. `scored`: its line of predictions.jsonl, which says what is right and claimed.
-    think: whether a trace was asked for; where it was not, none is missing. boxes: the trace was asked for so
-    many of a finding; they are compared, and left out of its text."""
+    """A response in parts. `scored`: its line of predictions.jsonl, which says what is right. `there`: the
+    findings of the image, where they are not the example's. think: whether a trace was asked for; where it
+    was not, none is missing. boxes: the trace was asked for so many of a finding; they are compared, and left
+    out of its text."""
     scored, parsed = scored or {}, dialog.parse(text, think=think)
-    mentions = parse_mentions(parsed.think or "")
-    claimed = mentions.present if scored.get("claimed") is None else frozenset(scored["claimed"])
     answer, right = parsed.answer, scored.get("correct")
     if answer is None and scored.get("extracted"):
         answer = ", ".join(scored["extracted"])
     if right is None and example is not None:
         right = answer is not None and dialog.same_answer(answer, example.answer)
+    modality, task = (example.modality, example.task) if example is not None else ("", "")
+    there = example.findings if there is None and example is not None else there
     whole = (parsed.think is None and think) or parsed.answer is None
-    places = _places(parsed.think or "", example, boxes) if example and boxes else None
-    shown = text if whole else parsed.think or ""
+    trace = parsed.think or ""
+    places = _places(trace, example, boxes) if example and boxes else None
+    said = dialog.without_boxes(trace) if places else trace
     return Reply(
-        think=clean(dialog.without_boxes(shown) if places else shown),
+        think=(Piece(clean(text)),) if whole else mark(said, modality, there),
         answer=None if answer is None else clean(answer),
         right=right,
         well_formed=parsed.well_formed,
         finished=bool(scored.get("finished", True)),
-        marks=tuple(_marks(claimed, mentions.absent, example)) if think else (),
+        outside="" if whole else clean(" ".join(dialog.outside(text).split()), 300),
+        missed=missed(trace, task, there) if think else (),
         places=places,
     )
 
@@ -196,25 +162,6 @@ def _places(think: str, example: Example, most: int) -> Places | None:
         findings=tuple((clean(name), scores[name]) for name in order),
         malformed=tuple(clean(f"{name}: {reason}" if name else reason) for name, reason in said.malformed),
     )
-
-
-def clean(text: str, longest: int = LONGEST) -> str:
-    """A text of anyone's, fit to be shown: at most `longest` characters, and none that controls or turns the
-    text around it."""
-    rest = len(text) - longest
-    more = f" … ({rest:,} more characters)" if rest > 0 else ""
-    return _UNSHOWABLE.sub("\ufffd", text[:longest]) + more
-
-
-def _marks(present: Iterable[str], absent: Iterable[str], example: Example | None) -> list[Mark]:
-    there = None if example is None or example.findings is None else frozenset(example.findings)
-    claimed, denied = frozenset(present), frozenset(absent)
-    says = [(name, "claimed", None if there is None else name in there) for name in sorted(claimed)]
-    if there is not None and example is not None:
-        says += [(name, "denied", False) for name in sorted(there & denied - claimed)]
-        if example.task in DIAGNOSES:
-            says += [(name, "missed", False) for name in sorted(there - claimed - denied)]
-    return [Mark(name=name, says=word, right=right) for name, word, right in says]
 
 
 def _spread(lines: Sequence[dict[str, Any]], count: int) -> list[str]:
@@ -256,19 +203,15 @@ def _case(run: Run, example: Example, trace: Trace | None) -> Case:
             replies[stage] = read_reply(text, example, line, **asked, boxes=boxes_asked(run))
     return Case(
         example=example,
-        shot=_shot(run, example),
+        shot=shot_of(run, example),
         knowledge=known[0] if known else None,
         trace=trace,
         replies=replies,
     )
 
 
-def boxes_asked(run: Run) -> int:
-    """How many boxes of a finding the traces of a run say; 0 where they say none."""
-    return int(run.config.get("prompt", {}).get("boxes") or 0)
-
-
-def _shot(run: Run, example: Example) -> Shot:
+def shot_of(run: Run, example: Example) -> Shot:
+    """The picture of an example with its boxes; where it can not be read, why."""
     try:
         uri = data_uri(load_image(run.path / "data" / "examples", example.image))
     except (DataError, OSError, SyntaxError, ValueError) as error:

@@ -51,7 +51,8 @@ class Run:
         jobs: stage directory of data/ -> counts. census: of the examples.
         knowledge: (label, modality) -> record. traces: data/traces/summary.json.
         summary: evaluation/summary.json. predictions: stage -> item id -> greedy prediction.
-        rollouts: (step, groups) of the first and last file. parameters: of the policy.
+        rollouts: (step, groups) of the first and last file. pages: steps that have a page in rollouts/.
+        alarms: lines of alarms.jsonl. parameters: of the policy.
         problems: what could not be read, and why.
     """
 
@@ -67,6 +68,8 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     predictions: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     rollouts: list[tuple[int, list[dict[str, Any]]]] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    alarms: list[dict[str, Any]] = field(default_factory=list)
     parameters: int | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -103,7 +106,17 @@ def collect(workdir: Path) -> Run:
     files = sorted(path for path in (workdir / "rollouts").glob("*.jsonl") if path.stem.isdigit())
     for path in [*files[:1], *files[1:][-1:]]:
         run.rollouts.append((int(path.stem), list(_lines(run, path))))
+    _read_signs(run)
     run.parameters = _parameters(run)
+    return run
+
+
+def collect_rollouts(workdir: Path, step: int) -> Run:
+    """What the page of one step's rollouts needs, and no more: it is made while the run waits."""
+    run = Run(path=workdir)
+    run.config = _json(run, workdir / "config.json").get("config", {})
+    run.rollouts = [(step, list(_lines(run, workdir / "rollouts" / f"{step:06d}.jsonl")))]
+    _read_signs(run)
     return run
 
 
@@ -126,6 +139,12 @@ def raw(run: Run, job: str) -> Iterator[tuple[str, dict[str, Any]]]:
         name = str(entry.get("name"))
         if Path(name).name == name:
             yield from _texts(run, folder / f"{name}.jsonl")
+
+
+def _read_signs(run: Run) -> None:
+    pages = (run.path / "rollouts").glob("*.html")
+    run.pages = sorted(int(path.stem) for path in pages if path.stem.isdigit())
+    run.alarms = list(_lines(run, run.path / "alarms.jsonl"))
 
 
 def _read_data(run: Run, folder: Path) -> None:

@@ -58,6 +58,9 @@ PANELS: dict[str, tuple[Spec, ...]] = {
         Spec(("entropy",), "Entropy", "nats a token", "Falls as the policy commits itself."),
         Spec(("clip_low", "clip_high"), "Clipped", "share of tokens", "Ratios outside the trust region."),
         Spec(("length",), "Response length", "tokens", "Mean of the rollouts of a step.", "free"),
+        Spec(("signs/repetition",), "Repetition", "share of phrases", "Said in the same reply before."),
+        Spec(("signs/empty_think",), "Empty traces", "share of replies", "An answer without a trace."),
+        Spec(("signs/outside",), "Outside the tags", "share of replies", "Words outside of the blocks."),
         Spec(
             ("zero_variance",), "Zero-variance groups", "share of groups", "Equal rewards: nothing to learn."
         ),
@@ -83,7 +86,7 @@ def panels(metrics: Mapping[str, Lines]) -> dict[str, list[Panel]]:
     found: dict[str, list[Panel]] = {}
     for stage, rows in PANELS.items():
         lines = metrics.get(stage, ())
-        for spec in rows:
+        for spec in (*rows, *_own(lines)):
             points = [
                 (float(line.get("step") or 0), _sum(line, spec.names))
                 for line in lines
@@ -178,6 +181,14 @@ def moment(seconds: Any) -> str:
     except (TypeError, ValueError, OverflowError, OSError):
         return "unknown"
     return f"{when.day} {when:%B %Y, %H:%M} UTC"
+
+
+def _own(lines: Lines) -> list[Spec]:
+    """A curve for each reward of the user's own: those whose abstentions are counted."""
+    counted = {name for line in lines for name in line if name.startswith("reward/")}
+    names = sorted(name.removesuffix("_abstained") for name in counted if name.endswith("_abstained"))
+    what = "Of your own; mean where it gave a number."
+    return [Spec((name,), name.removeprefix("reward/"), "mean", what, "free") for name in names]
 
 
 def _sum(line: Mapping[str, Any], names: Sequence[str]) -> float | None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 import jinja2
 
 from fundus_jax import dialog
-from fundus_jax.records import GRID
-from fundus_jax.report import cases, curves, figures
+from fundus_jax.records import GRID, Example
+from fundus_jax.report import charts, claims, curves, figures, rollouts
+from fundus_jax.report.cases import boxes_asked, sample_cases
 from fundus_jax.report.collect import Run
 
 TEMPLATES = resources.files("fundus_jax.report") / "templates"
@@ -30,8 +32,8 @@ PROCESS = {  # what grpo.process says
 OPENING = {"base": "The base policy", "sft": "After SFT the policy", "grpo": "After GRPO the policy"}
 
 
-def render(run: Run) -> str:
-    """The report of a run as one HTML document."""
+def templates() -> jinja2.Environment:
+    """The templates, everything in braces escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (TEMPLATES / name).read_text(encoding="utf-8")),
         autoescape=True,
@@ -40,15 +42,34 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "count": lambda value: f"{value:,}", "duration": curves.duration, "clean": cases.clean,
+        "count": lambda value: f"{value:,}", "duration": curves.duration, "clean": claims.clean,
         "unboxed": dialog.without_boxes,
         "number": figures.number, "signed": figures.signed,
+        "short": charts.short,
     }  # fmt: skip
-    grpo = run.config.get("grpo", {})
-    weights = {name: grpo.get(f"{name}_weight", 1.0) for name in ("answer", "format", "process")}
-    if grpo.get("localisation_weight"):
-        weights["localisation"] = grpo["localisation_weight"]
-    most = most_reward(grpo, weights)
+    return environment
+
+
+def render_rollouts(run: Run, step: int, examples: Mapping[str, Example]) -> str:
+    """The page of the rollouts of one step, as one HTML document."""
+    weights = rollouts.weights_of(run)
+    before = [page for page in run.pages if page < step]
+    context = {
+        "run": run,
+        "step": step,
+        "groups": rollouts.rollout_groups(run, examples),
+        "weights": weights,
+        "most_reward": rollouts.most(run, weights),
+        "alarms": [alarm for alarm in run.alarms if alarm.get("step") == step],
+        "before": before[-1] if before else None,
+    }
+    return templates().get_template("rollouts.html.jinja").render(context)
+
+
+def render(run: Run) -> str:
+    """The report of a run as one HTML document."""
+    weights = rollouts.weights_of(run)
+    most = rollouts.most(run, weights)
     context = {
         "run": run,
         "stage_names": figures.STAGE_NAMES,
@@ -56,14 +77,15 @@ def render(run: Run) -> str:
         "statements": statements(run),
         "verdict": verdict(run),
         "cards": figures.cards(run.summary, run.shown, weights, most),
-        "cases": cases.sample_cases(run),
-        "boxes": cases.boxes_asked(run),
+        "cases": sample_cases(run),
+        "boxes": boxes_asked(run),
         "rollouts": [
             (step, list(groups))
-            for step, groups in itertools.groupby(cases.rollout_groups(run), lambda one: one.step)
+            for step, groups in itertools.groupby(rollouts.rollout_groups(run), lambda one: one.step)
         ],
         "weights": weights,
         "most_reward": most,
+        "watched": any(name.startswith("alarm/") for line in run.metrics.get("grpo", ()) for name in line),
         "grid": GRID,
         "curves": curves.panels(run.metrics),
         "tables": {mode: figures.tables(run.summary, mode) for mode in ("greedy", "sampled")},
@@ -72,14 +94,7 @@ def render(run: Run) -> str:
         "settings": settings(run.config),
         "commands": commands(run),
     }
-    return environment.get_template("report.html.jinja").render(context)
-
-
-def most_reward(grpo: dict[str, Any], weights: dict[str, float]) -> float:
-    """What a perfect rollout gets, by the weights of the parts and by what its trace is judged against."""
-    findings, knowledge = grpo.get("plausible", 1.0), grpo.get("knowledge_plausible", 0.5)
-    most = {"knowledge": knowledge, "sum": findings + knowledge}.get(str(grpo.get("process")), findings)
-    return sum({**weights, "process": weights["process"] * most}.values()) or 1.0
+    return templates().get_template("report.html.jinja").render(context)
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

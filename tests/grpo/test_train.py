@@ -17,6 +17,7 @@ from fundus_jax.data import round_up
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge
+from fundus_jax.grpo.show import SHOWN
 from fundus_jax.records import ConfigError, Verdict
 from fundus_jax.sft import LENGTH_STEP, PromptConfig
 from launch.stages import Trainer
@@ -52,6 +53,11 @@ METRICS = {
     "reward/not_applicable",
     "judge/asked",
     "judge/abstained",
+    "signs/repetition",
+    "signs/empty_think",
+    "signs/outside",
+    "alarm/kl",
+    "alarm/length_growth",
     "time/data",
     "time/rollout",
     "time/score",
@@ -102,16 +108,18 @@ def test_groups_are_written_for_people(source: Path, tmp_path: Path) -> None:
     config = replace(SMALL, steps=3, save_every=2, prompts_per_step=6, micro_batch=12)
     trainer, _, _ = run(tmp_path, source, config)
     names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
-    assert names == ["000002.jsonl", "000003.jsonl"]
-    groups = [json.loads(line) for line in (tmp_path / "rollouts" / names[0]).read_text().splitlines()]
-    assert len(groups) == grpo.SHOWN
+    assert names == ["000002.html", "000002.jsonl", "000003.html", "000003.jsonl"]
+    groups = [json.loads(line) for line in (tmp_path / "rollouts" / "000002.jsonl").read_text().splitlines()]
+    assert len(groups) == SHOWN
     ids = {example.id for example in trainer.pool.examples}
     for group in groups:
         assert group["step"] == 2
         assert group["example"] in ids
+        assert group["weights"] == {"answer": 1.0, "format": 1.0, "process": 1.0}
+        assert group["findings"] == list(trainer.pool.findings[group["example"]].present)
         assert len(group["rollouts"]) == config.group_size
         for one in group["rollouts"]:
-            parts = {"answer", "format", "process", "localisation", "total"}
+            parts = {"answer", "format", "process", "localisation", "own", "why", "total"}
             assert parts | {"text", "verdicts", "advantage"} == one.keys()
             assert all({"rating", "reference", "reasons"} == verdict.keys() for verdict in one["verdicts"])
         assert sum(one["advantage"] for one in group["rollouts"]) == pytest.approx(0, abs=1e-5)

@@ -25,6 +25,7 @@ from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge
 from fundus_jax.grpo.rewards import Score, assess, score_rollouts
 from fundus_jax.records import Example, Trace
+from fundus_jax.report import write_rollouts
 from fundus_jax.workdir import Workdir
 from launch.config import as_json
 
@@ -155,9 +156,13 @@ def make_rollouts(work: Path, step: int, skill: float, hostile: bool) -> None:
             }
             for text, one in zip(texts, found, strict=True)
         ]  # fmt: skip
-        lines.append(json.dumps({"step": step, "example": example.id, "rollouts": rollouts}))
+        found = pool.findings[example.id].present
+        weights = {"answer": 1.0, "format": 1.0, "process": 1.0}
+        group = {"example": example.id, "findings": list(found), "weights": weights, "rollouts": rollouts}
+        lines.append(json.dumps({"step": step, **group}))
     (work / "rollouts").mkdir(exist_ok=True)
     (work / "rollouts" / f"{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+    write_rollouts(work, step, {example.id: example for example in pool.examples})
 
 
 def make_metrics(work: Workdir, steps: dict[str, int]) -> None:
@@ -188,7 +193,8 @@ def make_metrics(work: Workdir, steps: dict[str, int]) -> None:
                     "length": 33 + noise,
                 }
                 values |= {"zero_variance": 0.3 + 0.2 * t, "sampler_gap": 2.3e-7 + 1e-9 * noise}
-                values["time/rollout"] = 0.7
+                values |= {f"signs/{name}": 0.01 for name in ("repetition", "empty_think", "outside")}
+                values |= {"alarm/kl": 0.0, "time/rollout": 0.7}
             work.metrics.log(
                 stage,
                 step,

@@ -12,12 +12,15 @@ import jax
 import pytest
 from flax import nnx
 
+from fundus_jax.data import open_pool
 from fundus_jax.models import read_config
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.records import ConfigError
-from fundus_jax.report import cases, curves, write_report
-from tests.report.made import make_answers, make_run
+from fundus_jax.report import cases, curves, write_report, write_rollouts
+from tests.report.made import make_answers, make_rollouts, make_run
 
+# What a page may point to: pictures within it, places on it, and the pages of the same run.
+OWN = re.compile(r"data:image/jpeg;base64,|#|(rollouts/)?\d{6}\.html$|\.\./report\.html$")
 SECTIONS = ("results", "pipeline", "cases", "rollouts", "curves", "evaluation", "time", "setup")
 
 
@@ -75,7 +78,7 @@ def loads_nothing(page: Page) -> bool:
     policies = [one.get("content") or "" for one in page.named("meta") if one.get("http-equiv")]
     return (
         not names & {"script", "link", "iframe", "object", "embed", "form", "base"}
-        and all(one.startswith(("data:image/jpeg;base64,", "#")) for one in addresses)
+        and all(OWN.match(one) for one in addresses)
         and not any(key.startswith("on") or "url(" in value for key, value in attributes)
         and not re.search(r"url\(|@import", page.text)
         and any("default-src 'none'" in one for one in policies)
@@ -255,3 +258,73 @@ def test_damage_is_reported_and_nothing_else_is_lost(copied: Path) -> None:
 def test_no_workdir_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no directory"):
         write_report(tmp_path / "nothing")
+
+
+def rollout_page(workdir: Path, step: int = 30) -> Page:
+    """A page of rollouts, parsed."""
+    return Page((workdir / "rollouts" / f"{step:06d}.html").read_text(encoding="utf-8"))
+
+
+def test_a_step_has_a_page_of_its_own(finished: Path) -> None:
+    page = rollout_page(finished)
+    assert loads_nothing(page)
+    groups = [json.loads(line) for line in (finished / "rollouts" / "000030.jsonl").read_text().splitlines()]
+    assert len(page.named("article")) == len(page.named("img")) == len(groups) == 3
+    marks = {one["class"] for one in page.named("mark")}
+    assert {"supported", "unsupported"} <= marks <= {"supported", "unsupported", "contradicted"}
+    for text in (
+        "Rollouts of step 30",
+        "Which disease",
+        "advantage",
+        "answer 1 · format 1 · process 1",
+        "Judge:",
+    ):
+        assert text in page.text, text
+    links = [one["href"] for one in page.named("a")]
+    assert links == ["000010.html", "../report.html"]
+    report = [one["href"] or "" for one in page_of(finished).named("a")]
+    assert [one for one in report if ".html" in one] == ["rollouts/000010.html", "rollouts/000030.html"]
+
+
+def test_alarms_are_told(copied: Path) -> None:
+    assert "No alarm was raised" in page_of(copied).text
+    alarms = [
+        {"name": "kl", "step": 30, "reason": "the policy is 0.71 nats a token from the reference"},
+        {"name": "<b>", "step": 12, "reason": "<script>alert(3)</script>"},
+    ]
+    (copied / "alarms.jsonl").write_text("".join(json.dumps(one) + "\n" for one in alarms))
+    report = page_of(copied)
+    assert "2 alarms during GRPO: kl, <b>" in report.text
+    assert "0.71 nats" in report.text
+    assert loads_nothing(report)
+    make_rollouts(copied, 30, 0.8, False)
+    page = rollout_page(copied)
+    assert "Alarms that began here" in page.text
+    assert "0.71 nats" in page.text
+    assert "alert(3)" not in page.text, "an alarm of another step"
+
+
+def test_a_page_of_hostile_rollouts(copied: Path) -> None:
+    make_rollouts(copied, 30, 0.8, True)
+    path = copied / "rollouts" / "000030.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["weights"]['"><script>x</script>'] = 2
+        for one in line["rollouts"]:
+            one["own"] = {'"><script>x</script>': 3e9}
+            one["why"] = {"format": "<img src=x onerror=alert(4)>"}
+            one["reasons"] = ["</article><script>alert(5)</script>"]
+            one["rating"] = "<i>"
+    lines.append({"example": "<a href=x>", "rollouts": [{}, {"text": "\ud800", "own": [], "total": "x"}]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    examples = {one.id: one for one in open_pool(copied / "data", "train").examples}
+    text = write_rollouts(copied, 30, examples).read_text(encoding="utf-8")
+    page = Page(text)
+    assert loads_nothing(page)
+    assert text.count("<article") == text.count("</article>") == 4
+    for said in ('alert("x")', "alert(4)", "alert(5)", "<i>", "<a href=x>"):
+        assert said in page.text, said
+    assert not re.search("[\x00\u202e]", text)
+    widths = [float(one) for one in re.findall(r"width:([\d.]+)%", text)]
+    assert widths
+    assert max(widths) <= 100

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fundus_jax.records import Example
-from fundus_jax.report import cases, charts, curves, figures
+from fundus_jax.report import cases, charts, claims, curves, figures
 from fundus_jax.report.pictures import LARGEST, data_uri
 
 
@@ -42,21 +43,54 @@ EXAMPLE = Example(
 )  # fmt: skip
 
 
-def test_findings_are_compared_with_the_masks() -> None:
-    example = EXAMPLE
+def marked(reply: cases.Reply) -> list[tuple[str, str]]:
+    """The pieces of a trace that name a finding, and what is known of it."""
+    return [(piece.text, piece.kind) for piece in reply.think if piece.kind]
+
+
+def test_claims_are_compared_with_the_findings() -> None:
     said = cases.read_reply(
-        "<think>There is drusen and a haemorrhage.</think> <answer>pdr.</answer>", example
+        "<think>There is drusen and a hemorrhage, but no large cup. IRF, too.</think> <answer>pdr.</answer>",
+        EXAMPLE,
     )
-    assert {(mark.name, mark.says, mark.right) for mark in said.marks} == {
-        ("drusen", "claimed", False), ("haemorrhage", "claimed", True), ("microaneurysm", "missed", False),
-    }  # fmt: skip
+    assert marked(said) == [
+        ("drusen", "unsupported"), ("hemorrhage", "supported"),
+        ("large cup", "supported"), ("IRF", "contradicted"),
+    ]  # fmt: skip
+    assert "".join(piece.text for piece in said.think).startswith("There is drusen and a hemorrhage, but")
+    assert said.missed == ("microaneurysm",)
     assert said.right is False
-    denied = cases.read_reply(f"<think>No haemorrhage.</think> <answer>{example.answer}</answer>", example)
+    answer = f"<answer>{EXAMPLE.answer}</answer>"
+    denied = cases.read_reply(f"<think>No haemorrhage.</think> {answer}", EXAMPLE)
     assert denied.right is True
-    assert ("haemorrhage", "denied", False) in {(mark.name, mark.says, mark.right) for mark in denied.marks}
+    assert marked(denied) == [("haemorrhage", "contradicted")]
+    outside = cases.read_reply(f"So: <think>No haemorrhage.</think> {answer}\x00 <b>end", EXAMPLE)
+    assert outside.outside == "So: \ufffd <b>end"
+    assert denied.outside == ""
+    both = cases.read_reply(f"<think>Drusen are seen. There are no drusen.</think> {answer}", EXAMPLE)
+    assert marked(both) == [("Drusen", "contradicted"), ("drusen", "contradicted")]
+    concluded = cases.read_reply(f"<think>The answer is drusen.</think> {answer}", EXAMPLE)
+    assert marked(concluded) == []
     unreadable = cases.read_reply("<think>" + "x" * 5000, None)
     assert (unreadable.answer, unreadable.right, unreadable.well_formed) == (None, None, False)
-    assert len(unreadable.think) < 1300
+    assert len(unreadable.think[0].text) < 1300
+
+
+def test_the_findings_of_a_vote_take_the_place_of_masks() -> None:
+    unknown = replace(EXAMPLE, findings=None, boxes=())
+    text = "<think>Drusen and a haemorrhage.</think> <answer>PDR</answer>"
+    assert {kind for _, kind in marked(cases.read_reply(text, unknown))} == {"unknown"}
+    voted = cases.read_reply(text, unknown, there=("drusen",))
+    assert marked(voted) == [("Drusen", "supported"), ("haemorrhage", "unsupported")]
+
+
+@given(
+    st.text()
+    | st.lists(st.sampled_from(["no ", "drusen", " IRF, ", "\x00", "\u202e", "x" * 700])).map("".join)
+)
+def test_marking_loses_nothing_of_a_text(text: str) -> None:
+    pieces = claims.mark(text, "CFP", ("drusen",))
+    assert "".join(piece.text for piece in pieces) == claims.clean(text)
 
 
 def test_cases_are_spread_over_modalities_and_classes() -> None:
