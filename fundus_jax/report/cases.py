@@ -37,8 +37,8 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A response, read: its parts, whether its answer is right, its findings against the image's (`claims`), its
-    boxes against the masks'.
+    """A response, read: its parts, whether its answer is right, its findings against the image's (`claims`),
+    its boxes against the masks'.
 
     `think`: the trace in pieces; the whole response, unmarked, where it has no readable blocks. `outside`:
     what stands outside of its blocks.
@@ -199,8 +199,8 @@ def _case(run: Run, example: Example, trace: Trace | None) -> Case:
     for stage, found in run.predictions.items():
         line = found.get(example.id)
         if line is not None:
-            text, asked = str(line.get("response", "")), {"think": asks_for_trace(run)}
-            replies[stage] = read_reply(text, example, line, **asked, boxes=boxes_asked(run))
+            text, think = str(line.get("response", "")), asks_for_trace(run)
+            replies[stage] = read_reply(text, example, line, think=think, boxes=boxes_asked(run))
     return Case(
         example=example,
         shot=shot_of(run, example),

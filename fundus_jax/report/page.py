@@ -18,7 +18,7 @@ import jinja2
 from fundus_jax import dialog
 from fundus_jax.records import GRID, Example
 from fundus_jax.report import charts, claims, curves, figures, rollouts
-from fundus_jax.report.cases import boxes_asked, sample_cases
+from fundus_jax.report.cases import asks_for_trace, boxes_asked, sample_cases
 from fundus_jax.report.collect import Run
 
 TEMPLATES = resources.files("fundus_jax.report") / "templates"
@@ -135,7 +135,7 @@ def training(run: Run) -> str:
     if not stages:
         return "none"
     parts = [" + ".join(name.upper() for name in stages)]
-    parts.append("with traces" if cases.asks_for_trace(run) else "without traces")
+    parts.append("with traces" if asks_for_trace(run) else "without traces")
     if "grpo" in stages:
         judged = PROCESS.get(str(grpo.get("process", "selective")), str(grpo.get("process")))
         parts.append(f"process reward {judged if grpo.get('process_weight', 1.0) else 'off'}")

@@ -91,8 +91,9 @@ def _group(run: Run, step: int, group: Mapping[str, Any], examples: Mapping[str,
     ]
     full = max([most(run, weights), *gains])  # what fills the bar: a part of the user's own knows no bound
     widest = max([1e-6, *(abs(_number(one.get("advantage"))) for one in scores)])
-    asked = {"think": asks_for_trace(run), "boxes": boxes_asked(run)}
-    replies = [read_reply(str(one.get("text", "")), example, there=there, **asked) for one in scores]
+    think, boxes = asks_for_trace(run), boxes_asked(run)
+    texts = [str(one.get("text", "")) for one in scores]
+    replies = [read_reply(text, example, there=there, think=think, boxes=boxes) for text in texts]
     shot = shot_of(run, example) if example else Shot(uri="", problem="no such example in data/examples")
     return Group(
         step=step,

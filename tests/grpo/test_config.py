@@ -204,11 +204,12 @@ def test_it_has_what_the_loss_reads():
 def test_every_field_can_be_set_from_the_command_line() -> None:
     """ml_collections parses `--config.grpo.alarms.kl=1` by annotations, which must not be strings."""
     values = absl_flags.FlagValues()
-    config_flags.DEFINE_config_dataclass("config", GrpoConfig(), flag_values=values)
     given = {
         "alarms.window": "5", "alarms.kl": "1", "alarms.stop": "true", "show_every": "20",
         "rewards": "mine.py:brief*0.2,other.py:long*-1",
     }  # fmt: skip
-    values(["program", *(f"--config.{name}={value}" for name, value in given.items())])
+    words = ["program", *(f"--config.{name}={value}" for name, value in given.items())]
+    config_flags.DEFINE_config_dataclass("config", GrpoConfig(), flag_values=values, sys_argv=words)
+    values(words)
     assert values.config.alarms == AlarmConfig(window=5, kl=1.0, stop=True)
     assert (values.config.show_every, values.config.rewards) == (20, given["rewards"])

@@ -37,7 +37,7 @@ EXAMPLE = Example(
 FOUND = Findings(example="e", present=("haemorrhage",), votes={}, n=0, origin="pixels")
 TEXT = "<think>A haemorrhage.</think> <answer>Moderate NPDR.</answer>"
 FACTS = facts_of(TEXT, EXAMPLE, FOUND, {}, finished=True, tokens=12)
-GOOD = Score(answer=1.0, format=1.0, process=1.0, total=3.0, verdict=None)
+GOOD = Score(answer=1.0, format=1.0, process=1.0, total=3.0)
 
 
 def written(path: Path, text: str) -> str:
