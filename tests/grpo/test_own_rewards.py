@@ -270,6 +270,7 @@ def test_of_several_processes_each_grades_its_own(tmp_path: Path, monkeypatch: p
         rows = [(replace(EXAMPLE, id=str(i)), "") for i in range(4)]
         pool = type("Pool", (), {"findings": {}, "knowledge": {}})
         processor = type("Processor", (), {"eos_ids": (9,)})
+        think = True
 
     def gather(share: Any) -> list[Any]:
         asked.append(share)
@@ -300,4 +301,4 @@ def test_the_evaluation_scores_with_them_too(
     path = written(tmp_path / "mine.py", "def mine(facts): return [None, facts.tokens][facts.tokens > 7]\n")
     config = small.config(grpo=replace(small.config().grpo, process_weight=0.0, rewards=f"{path}:mine*0.5"))
     parts = evaluate._rewards(answers, pool, config)
-    np.testing.assert_array_equal(parts, [[np.nan, 1, 1, 0], [6, 1, 1, 0]])
+    np.testing.assert_array_equal(parts, [[np.nan, 1, 1, 0, np.nan], [6, 1, 1, 0, np.nan]])

@@ -21,74 +21,18 @@ from fundus_jax.grpo.rewards import (
     reward_metrics,
     score_rollouts,
 )
-from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge, Verdict
-
-CONFIG = GrpoConfig()
-TRACE = "The image shows microaneurysms and haemorrhages."
-
-
-def make_example(**changes):
-    fields = {
-        "id": "e1",
-        "dataset": "phantom",
-        "split": "train",
-        "patient": "p1",
-        "eye": "OD",
-        "modality": "CFP",
-        "image": "images.array_record#0",
-        "labels": ("Moderate NPDR",),
-        "task": "disease",
-        "question": "Which disease does the image show?",
-        "options": ("Moderate NPDR", "Mild NPDR", "AMD", "Severe NPDR"),
-        "answer": "Moderate NPDR",
-        "findings": ("haemorrhage", "microaneurysm"),
-        "boxes": (),
-    }
-    return Example(**fields | changes)
-
-
-def make_knowledge(label, required, excluded=(), modality="CFP"):
-    return Knowledge(
-        label=label,
-        modality=modality,
-        text="text",
-        required=required,
-        supportive=(),
-        excluded=excluded,
-        passages=(),
-    )
-
-
-EXAMPLE = make_example()
-FINDINGS = Findings(example="e1", present=("haemorrhage", "microaneurysm"), votes={}, n=0, origin="pixels")
-ENTRIES = (
-    make_knowledge("Moderate NPDR", ("haemorrhage", "microaneurysm")),
-    make_knowledge("Mild NPDR", ("microaneurysm",), ("haemorrhage",)),
-    make_knowledge("AMD", ("drusen",)),
-    make_knowledge("Drusen", ("drusen",), modality="OCT"),
+from fundus_jax.records import DataError, Verdict
+from tests.grpo.scored import (
+    CONFIG,
+    EXAMPLE,
+    FINDINGS,
+    KNOWLEDGE,
+    TRACE,
+    SpyJudge,
+    make_example,
+    parts,
+    score,
 )
-KNOWLEDGE = {(entry.label, entry.modality): entry for entry in ENTRIES}
-
-
-class SpyJudge:
-    """Returns one verdict and remembers what it was asked; refuses to be asked when it has none."""
-
-    def __init__(self, rating=None):
-        self.rating, self.calls = rating, []
-
-    def __call__(self, requests):
-        assert self.rating is not None, "the judge must not be asked here"
-        self.calls += [(one.trace, one.reference, one.modality, one.about) for one in requests]
-        return [Verdict(rating=self.rating, reference=one.kind, reasons=("because",)) for one in requests]
-
-
-def score(text, *, example=EXAMPLE, findings=FINDINGS, judge=None, config=CONFIG, finished=True):
-    found = assess(text, example, findings, KNOWLEDGE, config, finished=finished)
-    return score_rollouts([found], judge or RulesJudge(), config)[0]
-
-
-def parts(result):
-    return (result.answer, result.format, result.process, result.total)
 
 
 def test_right_and_well_reasoned():
@@ -198,105 +142,6 @@ def test_without_a_trace_the_format_is_the_answer_alone(text, form):
     result = assess(text, EXAMPLE, FINDINGS, KNOWLEDGE, config, finished=True, think=False)
     assert (result.format, result.due) == (form, ())
     assert assess(text, EXAMPLE, FINDINGS, KNOWLEDGE, config, finished=False, think=False).format == 0
-
-
-# ---- what a trace is judged against: the paper's set-ups G (selective), H (findings), I (knowledge), J (sum)
-
-TENUOUS = "The image shows microaneurysms."  # half of what the image shows; all of what mild disease requires
-REFERENCES = {
-    # (trace, answer): process by selective, findings, knowledge, sum
-    (TRACE, "Moderate NPDR"): (1, 1, 0.5, 1.5),
-    (TENUOUS, "Moderate NPDR"): (0.5, 0.5, 0, 0.5),
-    ("The image shows drusen.", "Moderate NPDR"): (0, 0, 0, 0),
-    (TRACE, "Mild NPDR"): (0, 1, 0, 1),  # all that is there, which mild disease excludes
-    (TENUOUS, "Mild NPDR"): (0.5, 0.5, 0.5, 1),
-    ("The image shows drusen.", "AMD"): (0.5, 0, 0.5, 0.5),
-    (TRACE, "Severe NPDR"): (0, 1, 0, 1),  # of which nothing is known
-}
-
-
-@pytest.mark.parametrize(("said", "worth"), REFERENCES.items())
-def test_the_process_reward_of_each_mode(said, worth):
-    trace, answer = said
-    for mode, expected in zip(("selective", "findings", "knowledge", "sum"), worth, strict=True):
-        config = GrpoConfig(process=mode)
-        config.validate()
-        result = score(render(trace, answer), config=config)
-        assert result.process == expected, mode
-        assert result.total == (answer == "Moderate NPDR") + 1 + expected
-        against = [verdict.reference for verdict in result.verdicts]
-        right = "findings" if answer == "Moderate NPDR" else "knowledge"
-        assert against == {"selective": [right], "sum": ["findings", "knowledge"]}.get(mode, [mode])
-
-
-def test_without_an_answer_only_the_findings_can_be_met():
-    text = f"<think>{TRACE}</think>"
-    assert [score(text, config=GrpoConfig(process=mode)).process for mode in ("findings", "sum")] == [1, 1]
-    assert [score(text, config=GrpoConfig(process=mode)).process for mode in ("selective", "knowledge")] == [
-        0,
-        0,
-    ]
-
-
-class HalfJudge(SpyJudge):
-    """Abstains against one reference, and finds everything plausible against the other."""
-
-    def __init__(self, silent):
-        super().__init__("plausible")
-        self.silent = silent
-
-    def __call__(self, requests):
-        return [
-            dataclasses.replace(one, rating="abstain") if one.reference == self.silent else one
-            for one in super().__call__(requests)
-        ]
-
-
-@pytest.mark.parametrize("silent", ["findings", "knowledge"])
-@pytest.mark.parametrize("answer", ["Moderate NPDR", "Mild NPDR"])
-def test_in_a_sum_one_abstention_is_enough(silent, answer):
-    config = GrpoConfig(process="sum")
-    judge = HalfJudge(silent)
-    result = score(render(TRACE, answer), judge=judge, config=config)
-    assert len(judge.calls) == 2  # the other verdict is there to be seen
-    ratings = {verdict.reference: verdict.rating for verdict in result.verdicts}
-    assert ratings == {"findings": "plausible", "knowledge": "plausible"} | {silent: "abstain"}
-    assert (result.process, result.total, result.valid) == (None, None, False)
-    metrics = reward_metrics(
-        [[result, score(render(TRACE, answer), judge=SpyJudge("plausible"), config=config)]]
-    )
-    assert (metrics["rated_abstain"], metrics["rated_plausible"], metrics["process"]) == (0.5, 1, 1.5)
-
-
-def test_what_is_not_applicable_is_so_for_the_whole_group():
-    """The knowledge item needs a right answer that is a label, the findings item an image with findings."""
-    right, wrong = render(TRACE, "Moderate NPDR"), render("The image shows drusen.", "AMD")
-    for mode, worth in (("findings", (0, 0)), ("knowledge", (0.5, 0.5)), ("sum", (0.5, 0.5))):
-        config = GrpoConfig(process=mode)
-        assert tuple(score(t, findings=None, config=config).process for t in (right, wrong)) == worth
-    severe = make_example(answer="Severe NPDR", labels=("Severe NPDR",))  # nothing is known of it
-    for mode, count in (("findings", 1), ("knowledge", 0), ("sum", 1)):
-        config = GrpoConfig(process=mode)
-        for text in (render(TRACE, "Severe NPDR"), wrong):
-            result = score(text, example=severe, config=config)
-            assert [verdict.reference for verdict in result.verdicts] == ["findings"] * count
-    eye = make_example(
-        task="laterality", question="Which eye is it?", answer="Right eye", options=("Right eye",)
-    )
-    assert (
-        score(render(TRACE, "Right eye"), example=eye, config=GrpoConfig(process="knowledge")).verdicts == ()
-    )
-
-
-def test_a_score_survives_its_way_through_json():
-    result = score(render(TRACE, "Mild NPDR"), config=GrpoConfig(process="sum"))
-    assert len(result.verdicts) == 2
-    assert from_dict(json.loads(json.dumps(dataclasses.asdict(result)))) == result
-
-
-def test_an_unknown_mode_is_named():
-    with pytest.raises(ConfigError, match=r"grpo.process is 'both'; it must be one of selective, findings"):
-        GrpoConfig(process="both").validate()
 
 
 # ---- not applicable, and abstention -----------------------------------------------------------------------

@@ -277,7 +277,7 @@ def test_a_step_has_a_page_of_its_own(finished: Path) -> None:
         "Which disease",
         "advantage",
         "answer 1 · format 1 · process 1",
-        "Judge:",
+        "Judge, by the ",
     ):
         assert text in page.text, text
     links = [one["href"] for one in page.named("a")]
@@ -313,8 +313,8 @@ def test_a_page_of_hostile_rollouts(copied: Path) -> None:
         for one in line["rollouts"]:
             one["own"] = {'"><script>x</script>': 3e9}
             one["why"] = {"format": "<img src=x onerror=alert(4)>"}
-            one["reasons"] = ["</article><script>alert(5)</script>"]
-            one["rating"] = "<i>"
+            reasons = ["</article><script>alert(5)</script>"]
+            one["verdicts"] = [{"rating": "<i>", "reference": "<u>", "reasons": reasons}, "no verdict"]
     lines.append({"example": "<a href=x>", "rollouts": [{}, {"text": "\ud800", "own": [], "total": "x"}]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     examples = {one.id: one for one in open_pool(copied / "data", "train").examples}
@@ -322,7 +322,7 @@ def test_a_page_of_hostile_rollouts(copied: Path) -> None:
     page = Page(text)
     assert loads_nothing(page)
     assert text.count("<article") == text.count("</article>") == 4
-    for said in ('alert("x")', "alert(4)", "alert(5)", "<i>", "<a href=x>"):
+    for said in ('alert("x")', "alert(4)", "alert(5)", "<i>", "<u>", "<a href=x>"):
         assert said in page.text, said
     assert not re.search("[\x00\u202e]", text)
     widths = [float(one) for one in re.findall(r"width:([\d.]+)%", text)]
