@@ -5,7 +5,8 @@ CPU cores.
 
 DIR holds the publisher's folders "A. Segmentation" and "B. Disease Grading". This shows that the whole path
 works on real data, and what it gives; a few minutes of two cores on a few hundred images do not make the
-small policy a grader. For real results start from real weights: configs/fundus_r1_3b.py with
+small policy a grader. Some of these minutes go into knowing photographs again that stand in both halves
+(data.near). For real results start from real weights: configs/fundus_r1_3b.py with
 --config.data.dataset=idrid.
 """
 
@@ -51,6 +52,7 @@ def get_config(arg: str = "") -> RunConfig:
         evaluate=EvaluateConfig(before=50, sampled=100, samples=3, batch=50),
     )
     if arg == "quick":
+        config.data.near = False
         config.base.steps = config.sft.steps = 4
         config.grpo.steps, config.grpo.prompts_per_step, config.grpo.micro_batch = 2, 4, 16
         config.base.optim.warmup = config.sft.optim.warmup = config.grpo.optim.warmup = 1

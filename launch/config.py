@@ -35,9 +35,11 @@ class DataConfig:
     dataset, source: a row of data_pipeline's table and the publisher's folder ("" for phantoms). tasks:
     questions an image, e.g. "disease:1,modality:0.2" ("" takes ingest's own). max_side: larger images are
     reduced at ingest. against: benchmarks whose pictures are kept out of training, folders of images or
-    directories of Examples, comma-separated. train, test, seed, size: phantoms to draw. sft_part: share of
-    the patients that SFT learns from; GRPO draws its prompts from the rest, or from all where it is 1.
-    grpo_tasks, probe_tasks: tasks of GRPO's prompts and of the evaluation ("" takes all), comma-separated.
+    directories of Examples, comma-separated. near: pictures are known again by what they show (some
+    CPU-minutes a thousand), and not by their bytes and pixels alone. train, test, seed, size: phantoms to
+    draw. sft_part: share of the patients that SFT learns from; GRPO draws its prompts from the rest, or from
+    all where it is 1. grpo_tasks, probe_tasks: tasks of GRPO's prompts and of the evaluation ("" takes all),
+    comma-separated.
     """
 
     dataset: str = "phantom"
@@ -45,6 +47,7 @@ class DataConfig:
     tasks: str = ""
     max_side: int = 0
     against: str = ""
+    near: bool = True
     train: int = 15000
     test: int = 900
     seed: int = 0

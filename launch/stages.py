@@ -54,7 +54,7 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
         examples,
         folder / "clean",
         against=[Path(one) for one in names(data.against)],
-        alike=data.dataset != "phantom" or bool(data.against),  # phantoms are drawn one by one
+        alike=data.near and (data.dataset != "phantom" or bool(data.against)),  # no phantom is drawn twice
         workers=data.workers,
     )
 

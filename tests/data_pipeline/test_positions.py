@@ -12,7 +12,7 @@ from data_pipeline import findings, ingest, jobs, knowledge_base, quality, trace
 from data_pipeline.datasets import phantom
 from fundus_jax import dialog, localisation
 from fundus_jax.findings import parse_mentions
-from fundus_jax.grpo.judge import RulesJudge
+from fundus_jax.grpo.judge import Request, RulesJudge
 from fundus_jax.models.qwen2_5_vl.images import ImageConfig, image_patches
 from fundus_jax.records import Box, Example, Findings, Trace
 from tests.data_pipeline import mini_idrid
@@ -64,7 +64,8 @@ def test_every_phantom_gets_a_positioned_trace_that_passes(modality: str, label:
         if said.boxes:
             assert localisation.score(trace.think, dialog.positioned(one, most).boxes) == 1
         seen = Findings(example=one.id, present=one.findings or (), votes={}, n=0, origin="pixels")
-        assert RulesJudge()(trace.think, seen, modality).rating == "plausible"
+        request = Request(trace=trace.think, reference=seen, modality=modality)
+        assert RulesJudge().rate(request).rating == "plausible"
         plain = compose(one, 0).think
         assert parse_mentions(trace.think) == parse_mentions(plain)
 

@@ -72,6 +72,6 @@ def test_a_step_of_grpo_logs_and_shows_the_part(trainer: Trainer) -> None:
     folder: Path = trainer.work.path
     (line,) = (json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines())
     assert line["reward/localisation"] == 0, "a policy of no skill says no box"
-    (shown,) = (folder / "rollouts").iterdir()
+    (shown,) = (folder / "rollouts").glob("*.jsonl")
     rollouts = [one for text in shown.read_text().splitlines() for one in json.loads(text)["rollouts"]]
     assert {one["localisation"] for one in rollouts} <= {0.0, None}
