@@ -49,7 +49,8 @@ def prompts() -> Any:
         return f"<think>{SAYS[int(tokens[0]) % len(SAYS)]}</think> <answer>AMD</answer>"
 
     processor = SimpleNamespace(eos_ids=(0,), decode=decode)
-    return SimpleNamespace(rows=rows, processor=processor, pool=SimpleNamespace(findings=found, knowledge={}))
+    pool = SimpleNamespace(findings=found, knowledge={})
+    return SimpleNamespace(rows=rows, processor=processor, pool=pool, think=True)
 
 
 def main(coordinator: str, processes: str, process: str, *addresses: str) -> None:

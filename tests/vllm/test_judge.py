@@ -57,7 +57,7 @@ def check(path: Path, lines: list[dict[str, Any]]) -> None:
     assert [line["judge/abstained"] for line in lines] == [0] * len(lines)
     assert [line["abstain"] for line in lines] == [0] * len(lines)
     assert all(0 <= line["reward/agreement"] <= 1 for line in lines if line["judge/asked"])
-    for file in sorted((path / "rollouts").iterdir()):
+    for file in sorted((path / "rollouts").glob("*.jsonl")):
         for group in map(json.loads, file.read_text().splitlines()):
             assert all(one["total"] is not None for one in group["rollouts"])
             verdicts = [verdict for one in group["rollouts"] for verdict in one["verdicts"]]
