@@ -219,7 +219,7 @@ def test_trl_leaves_one_out_alike(beta):
         theirs = trl_rloo(rewards, valid, policy, reference, mask, beta)
         arrays = (array.reshape(shape) for array in (policy, mask, reference))
         ours, _ = credit(np.where(valid, rewards, np.nan), valid, *arrays, config)
-        np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=0)
+        np.testing.assert_allclose(ours, theirs, atol=1e-6, rtol=0)
         assert np.abs(theirs).max() > 1
 
 
