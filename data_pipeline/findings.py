@@ -1,118 +1,135 @@
 """Writes the Findings of each example: what its image is held to show.
 
-Paper, section 3.2.2. Here runs the embedded back end, called `pixels`: where the publisher gives masks, the
-findings are those of the masks, as the paper does for the 6 % of its data that has them. Examples without
-masks are outside this back end: nothing is written for them, and their number is logged. Neighbours:
-`jobs.py` runs the shards; the answers of a model, by majority of five, are another `FindingsSource`.
+Paper, section 3.2.2. `masks`: where the publisher gives masks, the findings are those of the masks (the
+embedded back end, `pixels.py`); nothing is written for the other examples, and their number is logged.
+`votes`: a vision-language model is asked, and the majority counts (`votes.py`). `both`: masks where they
+exist, votes elsewhere, as in the paper. Neighbours: `jobs.py` runs the shards.
 
     python -m data_pipeline.findings --examples=DIR --out=DIR
+    python -m data_pipeline.findings --examples=DIR --out=DIR --findings=both --knowledge=DIR \
+        --votes.server.address=http://HOST:8000/v1 --votes.server.model=NAME
+
+With --quality the model is asked about the images with masks alone, and the paper's Table 6 is printed: the
+sensitivity and specificity of its votes, by the masks. It stands in OUT/quality.json too.
 """
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
-from data_pipeline import jobs, manifest, stages
-from fundus_jax import findings
-from fundus_jax.records import ConfigError, Example, Findings
+from data_pipeline import agreement, jobs, manifest, stages
+from data_pipeline.pixels import PixelSource
+from data_pipeline.votes import VotesConfig, VoteSource, vocabulary
+from fundus_jax.records import ConfigError, DataError, Findings, Knowledge
+
+KINDS = ("masks", "votes", "both")
 
 
 class FindingsSource(Protocol):
-    """One way to come by the findings of images. A process pool pickles it."""
+    """A way to come by the findings of images. Where it asks nobody, a process pool pickles it."""
 
     name: str
 
     @property
-    def config(self) -> dict:
-        """Everything that determines the answers besides the examples, as JSON."""
+    def ways(self) -> list[dict]:
+        """Everything that determines the answers besides the examples, as JSON: an object for each way in
+        which answers are come by, with its name."""
         ...
 
-    def find(self, examples: Sequence[Example]) -> Iterable[Findings | jobs.Quarantine]:
-        """At most one answer an example, in any order; none for those outside this source."""
+    @property
+    def through(self) -> jobs.Through | None:
+        """What asks a server about the items of `inputs`; None where `find` takes the items themselves."""
+        ...
+
+    def inputs(self, examples: Path) -> list[jobs.ShardInput]:
+        """What it looks at, shard by shard, under the names of the examples' shards."""
+        ...
+
+    def find(self, items: Iterable[Any], side: Path) -> Iterator[Findings | jobs.Quarantine]:
+        """At most one answer an example, in any order; none for those outside this source. What else is worth
+        keeping goes to files that begin with `side`, a path."""
         ...
 
 
-class PixelSource:
-    """The findings of the publisher's masks."""
+def make_source(
+    kind: str, config: VotesConfig, knowledge: Path | None = None, *, only_masked: bool = False
+) -> FindingsSource:
+    """The source of a name: masks, votes or both.
 
-    name = "pixels"
-    config: dict = {}
+    Args:
+        kind: one of `KINDS`.
+        config: how images are voted on.
+        knowledge: finished directory of Knowledge, whose findings are voted on; None takes the core of the
+            table of findings.
+        only_masked: leave out images without masks.
 
-    def find(self, examples: Sequence[Example]) -> Iterator[Findings | jobs.Quarantine]:
-        for example in examples:
-            if example.findings is None:
-                continue
-            foreign = _foreign(example)
-            if foreign:
-                reason = f"the masks show {foreign}, which {example.modality} can not show; mend the builder"
-                yield jobs.Quarantine(example.id, reason)
-            else:
-                yield Findings(example=example.id, present=example.findings, votes={}, n=0, origin="pixels")
-
-
-def _foreign(example: Example) -> list[str]:
-    known = findings.vocabulary(example.modality, extended=True)
-    return sorted(set(example.findings or ()) - set(known))
-
-
-SOURCES = {"pixels": PixelSource}
+    Raises ConfigError for an unknown name or a setting that does not make sense.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"findings is {kind!r}; it must be one of {', '.join(KINDS)}")
+    if kind == "masks":
+        return PixelSource()
+    words = vocabulary(jobs.read(knowledge, Knowledge) if knowledge else ())
+    return VoteSource(config, words, masks=PixelSource() if kind == "both" else None, only_masked=only_masked)
 
 
 def run(
     examples: Path,
     out: Path,
     *,
-    sources: Sequence[FindingsSource] | None = None,
+    source: FindingsSource | None = None,
     limit: float = 0.02,
     workers: int = 1,
     shard: str = "0/1",
 ) -> jobs.Summary:
-    """Writes one Findings record for each example that a source knows, shard by shard.
+    """Writes one Findings record for each example that the source knows, shard by shard.
 
     Args:
         examples: finished directory of Examples.
         out: directory of the stage; its shards have the names of the examples' shards.
-        sources: asked in this order; a source sees only what those before it left. None means the masks.
+        source: None means the masks.
         limit, workers, shard: as in `jobs.run`.
     """
-    asked = tuple(sources) if sources is not None else (PixelSource(),)
-    if not asked:
-        raise ConfigError(f"no source of findings is given; known are {', '.join(SOURCES)}")
-    config = {"sources": [{"name": source.name, **source.config} for source in asked]}
-    process = functools.partial(_process, sources=asked)
-    inputs = stages.shards(examples, Example)
+    asked = source or PixelSource()
     summary = jobs.run(
-        jobs.Job("findings", config), inputs, process, out, limit=limit, workers=workers, shard=shard
+        jobs.Job("findings", {"sources": asked.ways}),
+        asked.inputs(examples),
+        functools.partial(_process, source=asked),
+        out,
+        limit=limit,
+        workers=workers,
+        shard=shard,
+        through=asked.through,
     )
-    names = "+".join(source.name for source in asked)
-    there = manifest.load(out).values()  # all parts of the job, as far as they are done
-    seen = sum(entry.items for entry in there)
-    without = seen - sum(entry.answers + entry.quarantined for entry in there)
+    names = "+".join(way["name"] for way in asked.ways)
     logging.info("findings (%s): %d records, %d quarantined", names, summary.answers, summary.quarantined)
-    logging.info("without_%s: %d of %d", names, without, seen)
+    if asked.through is None:
+        there = manifest.load(out).values()  # all parts of the job, as far as they are done
+        seen = sum(entry.items for entry in there)
+        without = seen - sum(entry.answers + entry.quarantined for entry in there)
+        logging.info("without_%s: %d of %d", names, without, seen)
     return summary
 
 
 def _process(
-    shard: jobs.ShardInput, folder: Path, *, sources: tuple[FindingsSource, ...]
+    shard: jobs.ShardInput, folder: Path, *, source: FindingsSource
 ) -> Iterator[Findings | jobs.Quarantine]:
-    del folder  # no side files
-    rest: Sequence[Example] = shard.items  # type: ignore[assignment]
-    for source in sources:
-        done = set()
-        for result in source.find(rest):
-            done.add(result.key if isinstance(result, jobs.Quarantine) else result.example)
-            yield result
-        rest = [example for example in rest if example.id not in done]
+    return source.find(shard.items, folder / shard.name)  # type: ignore[arg-type]
 
 
 def _define_flags() -> None:
     flags.DEFINE_string("examples", None, "Finished directory of Examples.", required=True)
     flags.DEFINE_string("out", None, "Directory for the Findings records.", required=True)
-    flags.DEFINE_integer("workers", 1, "Processes.")
+    flags.DEFINE_enum("findings", "masks", KINDS, "Where findings come from.")
+    flags.DEFINE_string("knowledge", None, "Finished directory of Knowledge, whose findings are voted on.")
+    config_flags.DEFINE_config_dataclass("votes", VotesConfig(), "How images are voted on.")
+    flags.DEFINE_bool("quality", False, "Ask about the images with masks alone, and print Table 6.")
+    flags.DEFINE_float("limit", 0.02, "Share of quarantined items that stops the job.", 0, 1)
+    flags.DEFINE_integer("workers", 1, "Processes, where no server is asked.")
     flags.DEFINE_string("shard", "0/1", "i/n: every n-th shard from the i-th on.")
 
 
@@ -120,7 +137,19 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     values = flags.FLAGS
-    run(Path(values.examples), Path(values.out), workers=values.workers, shard=values.shard)
+    examples, out = Path(values.examples), Path(values.out)
+    try:
+        source = make_source(
+            "votes" if values.quality else values.findings,
+            values.votes,
+            Path(values.knowledge) if values.knowledge else None,
+            only_masked=values.quality,
+        )
+        run(examples, out, source=source, limit=values.limit, workers=values.workers, shard=values.shard)
+        if values.quality and manifest.load(out).keys() >= stages.hashes(examples).keys():
+            print(agreement.measure(examples, out, source.ways[-1]))
+    except (ConfigError, DataError) as error:
+        raise SystemExit(f"findings: {error}") from error
 
 
 if __name__ == "__main__":

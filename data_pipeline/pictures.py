@@ -1,7 +1,7 @@
 """Every picture once, in shards: of a finished directory of Examples, or of a folder of image files.
 
 Several Examples ask about one picture; here it goes by the id of the first of them. A file goes by its path.
-User: `decontaminate`.
+Users: `decontaminate`, and `votes`.
 """
 
 import functools
@@ -63,6 +63,12 @@ def named(directory: Path, examples: Sequence[Example], *, foreign: bool = False
     return {f"{directory}/{one.id}" if foreign else one.id: one for one in first.values()}
 
 
+def of(directory: Path, example: Example, name: str = "") -> Picture:
+    """The picture that an Example of a directory asks about; it goes by the Example's id, or by `name`."""
+    file, _, index = example.image.partition("#")
+    return Picture(name or example.id, example.split, directory / file, int(index))
+
+
 def _of_stage(directory: Path, prefix: str) -> list[ShardInput]:
     """The key of each shard hashes its records and its images."""
     return [
@@ -76,11 +82,8 @@ def _of_stage(directory: Path, prefix: str) -> list[ShardInput]:
 
 
 def _recorded(directory: Path, shard: str, foreign: bool) -> list[Picture]:
-    pictures = []
-    for name, one in named(directory, stages.load(directory, shard, Example), foreign=foreign).items():
-        file, _, index = one.image.partition("#")
-        pictures.append(Picture(name, one.split, directory / file, int(index)))
-    return pictures
+    found = named(directory, stages.load(directory, shard, Example), foreign=foreign)
+    return [of(directory, one, name) for name, one in found.items()]
 
 
 def _of_folder(folder: Path, prefix: str) -> list[ShardInput]:

@@ -3,7 +3,8 @@
 Paper, section 3.2.3, where a language model looks for a wrong modality, required findings left out, findings
 that are redundant or wrong, and knowledge left out or misapplied. Here rules find the same faults: a trace's
 mentions are compared with the findings of the image and with the knowledge of the label. Traces of any writer
-can be checked. Neighbours: `writer.py` has the rule writer, `traces.py` keeps the verdicts.
+can be checked. Neighbours: `writer.py` has the rule writer, `trace_server.py` asks a model too, `traces.py`
+keeps the verdicts.
 """
 
 import re
@@ -82,7 +83,7 @@ def check(
     mentions = findings.parse_mentions(plain)
     reasons = [
         *_claims(example, found, plain, mentions),
-        *(_label(example, knowledge, plain, mentions) if example.task in LABEL_TASKS else ()),
+        *(_label(example, found, knowledge, plain, mentions) if example.task in LABEL_TASKS else ()),
         *_task(example, think, mentions),
         *_answer(example, plain, answer),
         *_places(think, there),
@@ -128,7 +129,9 @@ def _claims(example: Example, found: Findings | None, think: str, mentions: Ment
         yield f"{ABSENT}: {_MANY}"
 
 
-def _label(example: Example, knowledge: Knowledge | None, think: str, mentions: Mentions) -> Iterator[str]:
+def _label(
+    example: Example, found: Findings | None, knowledge: Knowledge | None, think: str, mentions: Mentions
+) -> Iterator[str]:
     """The trace against the knowledge of the label it argues for."""
     label = example.answer
     if knowledge is None or (knowledge.label, knowledge.modality) != (label, example.modality):
@@ -141,7 +144,8 @@ def _label(example: Example, knowledge: Knowledge | None, think: str, mentions: 
     if not any(_connects(sentence, knowledge) for sentence in _SENTENCE.findall(think)):
         yield f"{KNOWLEDGE}: no sentence connects the findings to {CONCEPTS.get(label, label)}"
     spread = EVERYWHERE in think.lower()
-    if label == SEVERE and not spread:
+    seen = found is not None and found.origin == "pixels"  # votes do not say how far a finding spreads
+    if label == SEVERE and seen and not spread:
         yield f"{LABEL}: {label} needs {_MANY}"
     if label in ("No DR", "Mild NPDR", "Moderate NPDR") and spread:
         yield f"{LABEL}: {_MANY} fit {SEVERE}, not {label}"

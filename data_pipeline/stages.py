@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from data_pipeline import manifest
+from data_pipeline import files, manifest
 from data_pipeline.jobs import ShardInput
 from fundus_jax import records
 from fundus_jax.records import DataError
@@ -28,11 +28,14 @@ def hashes(directory: Path) -> dict[str, str]:
     }
 
 
-def shards(directory: Path, cls: type[R]) -> list[ShardInput]:
-    """One input a shard; its records are loaded where it is processed, and its key is their hash."""
+def shards(directory: Path, cls: type[R], *, side_files: bool = False) -> list[ShardInput]:
+    """One input a shard; its records are loaded where it is processed, and its key is their hash, or with
+    `side_files` (images) that of all its files."""
+    keys = hashes(directory)
+    if side_files:
+        keys = {entry.name: files.digest(entry.files) for entry in manifest.complete(directory)}
     return [
-        ShardInput(name, key, functools.partial(load, directory, name, cls))
-        for name, key in hashes(directory).items()
+        ShardInput(name, key, functools.partial(load, directory, name, cls)) for name, key in keys.items()
     ]
 
 

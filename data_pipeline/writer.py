@@ -2,14 +2,14 @@
 
 Paper, section 3.2.3: a trace (i) summarises the visual findings, (ii) connects them to the knowledge, (iii)
 derives the answer. A positioned trace (FundusExpert's chain: region, finding, diagnosis) says where first. A
-language model writes the real ones; these are for machines without one and for learners of two million
-parameters, so words and sentences are few and always the same. Nothing is written that the records do not
-hold. Neighbours: `quality.py` checks what is written here too; `traces.py` runs both.
+language model writes the real ones (`trace_server.py`); these are for machines without one and for learners
+of two million parameters, so words and sentences are few and always the same. Nothing is written that the
+records do not hold. Neighbours: `quality.py` checks what is written, here and there; `composing.py` does
+both.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from fundus_jax import dialog, findings
 from fundus_jax.records import Box, Example, Findings, Knowledge
@@ -43,27 +43,11 @@ CONCEPTS = {
 }
 
 
-class TraceWriter(Protocol):
-    """Writes the think text of a trace. A process pool pickles it."""
-
-    name: str
-
-    @property
-    def config(self) -> dict:
-        """Everything that determines the text besides the records, as JSON."""
-        ...
-
-    def write(self, example: Example, found: Findings | None, knowledge: Knowledge | None) -> str:
-        """The think text, "" where there is nothing to write from. `found` is None for an unseen image."""
-        ...
-
-
 @dataclass
 class RuleWriter:
     """The deterministic writer. With `boxes`, a trace goes from regions to findings to the answer: it begins
     with at most so many boxes of each finding, and with the quadrants they lie in."""
 
-    name = "rules"
     boxes: int = 0
 
     @property
@@ -72,6 +56,7 @@ class RuleWriter:
         return {"version": 1} | ({"boxes": self.boxes, "places": 1} if self.boxes else {})
 
     def write(self, example: Example, found: Findings | None, knowledge: Knowledge | None) -> str:
+        """The think text, "" where there is nothing to write from. `found` is None for an unseen image."""
         if example.task == "modality":
             middle = [VIEWS[example.modality]]
         elif example.task == "laterality":

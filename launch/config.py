@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import findings, traces
+from data_pipeline.trace_server import WriterConfig
+from data_pipeline.votes import VotesConfig
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
 from fundus_jax.grpo import own_rewards
@@ -39,7 +42,9 @@ class DataConfig:
     CPU-minutes a thousand), and not by their bytes and pixels alone. train, test, seed, size: phantoms to
     draw. sft_part: share of the patients that SFT learns from; GRPO draws its prompts from the rest, or from
     all where it is 1. grpo_tasks, probe_tasks: tasks of GRPO's prompts and of the evaluation ("" takes all),
-    comma-separated.
+    comma-separated. findings: where they come from, "masks", "votes" of a model at votes.server, or "both",
+    votes where there are no masks. traces: who writes them, "rules", or a model at writer.server ("server").
+    limit: share of what these two may quarantine before they stop.
     """
 
     dataset: str = "phantom"
@@ -56,6 +61,28 @@ class DataConfig:
     sft_part: float = 1.0
     grpo_tasks: str = ""
     probe_tasks: str = ""
+    findings: str = "masks"
+    votes: VotesConfig = field(default_factory=VotesConfig)
+    traces: str = "rules"
+    writer: WriterConfig = field(default_factory=WriterConfig)
+    limit: float = 0.02
+
+    def validate(self) -> None:
+        """Raises ConfigError for the first field that does not make sense."""
+        if not 0 < self.sft_part <= 1:
+            raise ConfigError(f"data.sft_part is {self.sft_part}; it must be above 0 and at most 1")
+        if not 0 <= self.limit <= 1:
+            raise ConfigError(f"data.limit is {self.limit}; it must be from 0 to 1")
+        rates(self.tasks)
+        for name, known, parts in (
+            ("findings", findings.KINDS, {"votes": self.votes, "both": self.votes}),
+            ("traces", traces.KINDS, {"server": self.writer}),
+        ):
+            kind = getattr(self, name)
+            if kind not in known:
+                raise ConfigError(f"data.{name} is {kind!r}; it must be one of {', '.join(known)}")
+            if kind in parts:
+                parts[kind].validate()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -131,9 +158,7 @@ class RunConfig:
             )
         if self.attention not in ATTENTION:
             raise ConfigError(f"attention is {self.attention!r}; it must be one of {', '.join(ATTENTION)}")
-        if not 0 < self.data.sft_part <= 1:
-            raise ConfigError(f"data.sft_part is {self.data.sft_part}; it must be above 0 and at most 1")
-        rates(self.data.tasks)
+        self.data.validate()
         self.prompt.validate()
         if self.grpo.localisation_weight and not self.prompt.boxes:
             raise ConfigError(

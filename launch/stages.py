@@ -48,8 +48,10 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
         workers=data.workers,
     )
     knowledge_base.run(knowledge, examples=examples)
-    findings_job.run(examples, found)
-    traces.run(examples, found, knowledge, folder / "traces", boxes=config.prompt.boxes)
+    source = findings_job.make_source(data.findings, data.votes, knowledge)
+    findings_job.run(examples, found, source=source, limit=data.limit)
+    writer = traces.make_writer(data.traces, data.writer, config.prompt.boxes)
+    traces.run(examples, found, knowledge, folder / "traces", writer=writer, limit=data.limit)
     decontaminate.run(
         examples,
         folder / "clean",

@@ -3,19 +3,8 @@
 import pytest
 
 from data_pipeline import findings, jobs, stages
-from fundus_jax.records import ConfigError, DataError, Example, Findings
+from fundus_jax.records import DataError, Example, Findings
 from tests.data_pipeline.made import example, write_examples
-
-
-class Votes:
-    """Stands in for a model: says that every image shows drusen."""
-
-    name = "votes"
-    config: dict = {"model": "none"}
-
-    def find(self, examples):
-        for one in examples:
-            yield Findings(example=one.id, present=("drusen",), votes={"drusen": 4}, n=5, origin="votes")
 
 
 def test_pixels() -> None:
@@ -48,19 +37,6 @@ def test_the_stage_keeps_shard_names_and_resumes(tmp_path, caplog) -> None:
     assert sorted(stages.hashes(tmp_path / "out")) == ["a", "b"]
     assert [record.example for record in jobs.read(tmp_path / "out", Findings)] == ["1", "3"]
     assert findings.run(examples, tmp_path / "out").shards_skipped == 2
-
-
-def test_a_second_source_gets_what_the_first_left(tmp_path) -> None:
-    examples = write_examples(
-        tmp_path / "examples", {"a": [example(id="1"), example(id="2", findings=None, boxes=())]}
-    )
-    findings.run(examples, tmp_path / "out", sources=[findings.PixelSource(), Votes()])
-    origins = {record.example: record.origin for record in jobs.read(tmp_path / "out", Findings)}
-    assert origins == {"1": "pixels", "2": "votes"}
-    with pytest.raises(ConfigError, match="other settings"):
-        findings.run(examples, tmp_path / "out")
-    with pytest.raises(ConfigError, match="no source"):
-        findings.run(examples, tmp_path / "out", sources=[])
 
 
 def test_damaged_input_stops_the_stage(tmp_path) -> None:

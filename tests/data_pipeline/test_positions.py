@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline import findings, ingest, jobs, knowledge_base, quality, traces, writer
+from data_pipeline import composing, findings, ingest, jobs, knowledge_base, quality, traces, writer
 from data_pipeline.datasets import phantom
 from fundus_jax import dialog, localisation
 from fundus_jax.findings import parse_mentions
@@ -35,7 +35,7 @@ def compose(one: Example, boxes: int) -> Trace:
     found = next(iter(findings.PixelSource().find([one])))
     assert isinstance(found, Findings)
     known = NOTES.get((one.answer, one.modality))
-    return traces.compose(one, found, known, writer.RuleWriter(boxes), boxes=boxes)
+    return composing.compose(one, found, known, writer.RuleWriter(boxes), boxes=boxes)
 
 
 def check(think: str, **changes) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ def test_the_stage_writes_positions_and_its_old_traces_are_unchanged(tmp_path) -
     knowledge_base.run(tmp_path / "knowledge", examples=examples)
     parts = examples, tmp_path / "findings", tmp_path / "knowledge"
     traces.run(*parts, tmp_path / "plain")
-    traces.run(*parts, tmp_path / "where", boxes=2)
+    traces.run(*parts, tmp_path / "where", writer=composing.Rules(boxes=2))
     (plain,), (where,) = (list(jobs.read(tmp_path / name, Trace)) for name in ("plain", "where"))
     assert where.think == THINK
     assert THINK.endswith(plain.think)

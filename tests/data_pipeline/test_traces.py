@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from data_pipeline import findings, jobs, knowledge_base, questions, traces, writer
+from data_pipeline import composing, findings, jobs, knowledge_base, questions, traces, writer
 from data_pipeline.datasets import phantom
 from data_pipeline.knowledge.note import shipped_notes
 from fundus_jax import dialog
+from fundus_jax.findings import FINDINGS
 from fundus_jax.records import DataError, Example, Findings, Knowledge, Trace
 from tests.data_pipeline.made import GRADES, OPTIONS, SPOT, SPREAD, example, write_examples
 
@@ -31,7 +32,7 @@ def compose(one: Example) -> Trace:
     """The trace of an example whose findings are those of its masks."""
     found = next(iter(findings.PixelSource().find([one])), None)
     assert not isinstance(found, jobs.Quarantine)
-    return traces.compose(one, found, NOTES.get((one.answer, one.modality)), WRITER)
+    return composing.compose(one, found, NOTES.get((one.answer, one.modality)), WRITER)
 
 
 def drawn(index: int, modality: str, label: str, task: str = "disease") -> Example:
@@ -165,7 +166,7 @@ def test_the_wording(changes: dict, think: str) -> None:
 @pytest.mark.parametrize("task", ["lesion_presence", "lesion_location"])
 def test_the_questions_of_ingest_name_their_finding(finding: str, task: str) -> None:
     for wording in questions.WORDINGS[task]:
-        text = wording.format(findings.findings.FINDINGS[finding].plural)
+        text = wording.format(FINDINGS[finding].plural)
         assert writer.asked(example(question=text)) == finding
 
 

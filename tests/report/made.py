@@ -12,6 +12,7 @@ import numpy as np
 from configs.demo import get_config
 from data_pipeline import findings as findings_job
 from data_pipeline import ingest, knowledge_base, traces
+from data_pipeline.composing import Rules
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax import dialog
 from fundus_jax.base import policy
@@ -49,7 +50,7 @@ def make_data(folder: Path, train: int, test: int, boxes: int = 0) -> None:
     )
     knowledge_base.run(knowledge, examples=examples)
     findings_job.run(examples, found)
-    traces.run(examples, found, knowledge, folder / "traces", boxes=boxes)
+    traces.run(examples, found, knowledge, folder / "traces", writer=Rules(boxes))
 
 
 def invent(rng: np.random.Generator, example: Example, trace: Trace, skill: float) -> str:
