@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_pipeline import agreement, jobs, manifest, stages
+from data_pipeline import agreement, jobs, manifest, parts, stages
 from data_pipeline.pixels import PixelSource
 from data_pipeline.votes import VotesConfig, VoteSource, vocabulary
 from fundus_jax.records import ConfigError, DataError, Findings, Knowledge
@@ -130,7 +130,7 @@ def _define_flags() -> None:
     flags.DEFINE_bool("quality", False, "Ask about the images with masks alone, and print Table 6.")
     flags.DEFINE_float("limit", 0.02, "Share of quarantined items that stops the job.", 0, 1)
     flags.DEFINE_integer("workers", 1, "Processes, where no server is asked.")
-    flags.DEFINE_string("shard", "0/1", "i/n: every n-th shard from the i-th on.")
+    flags.DEFINE_string("shard", "", parts.HELP)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -145,7 +145,8 @@ def main(argv: Sequence[str]) -> None:
             Path(values.knowledge) if values.knowledge else None,
             only_masked=values.quality,
         )
-        run(examples, out, source=source, limit=values.limit, workers=values.workers, shard=values.shard)
+        part = parts.chosen(values.shard)
+        run(examples, out, source=source, limit=values.limit, workers=values.workers, shard=part)
         if values.quality and manifest.load(out).keys() >= stages.hashes(examples).keys():
             print(agreement.measure(examples, out, source.ways[-1]))
     except (ConfigError, DataError) as error:

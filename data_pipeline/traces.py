@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_pipeline import files, jobs, manifest, quality, stages
+from data_pipeline import files, jobs, manifest, parts, quality, stages
 from data_pipeline.composing import Case, Rules
 from data_pipeline.trace_server import TRIES, ServerWriter, WriterConfig
 from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge, Trace
@@ -180,7 +180,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("boxes", 0, "Say where each finding lies, with at most so many boxes.", 0)
     flags.DEFINE_float("limit", 0.02, "Share of quarantined examples that stops the job.", 0, 1)
     flags.DEFINE_integer("workers", 1, "Processes, where no server is asked.")
-    flags.DEFINE_string("shard", "0/1", "i/n: every n-th shard from the i-th on.")
+    flags.DEFINE_string("shard", "", parts.HELP)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -190,7 +190,8 @@ def main(argv: Sequence[str]) -> None:
     folders = (Path(getattr(values, name)) for name in ("examples", "findings", "knowledge", "out"))
     try:
         writer = make_writer(values.traces, values.writer, values.boxes)
-        run(*folders, writer=writer, limit=values.limit, workers=values.workers, shard=values.shard)
+        part = parts.chosen(values.shard)
+        run(*folders, writer=writer, limit=values.limit, workers=values.workers, shard=part)
     except (ConfigError, DataError) as error:
         raise SystemExit(f"traces: {error}") from error
 

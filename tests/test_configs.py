@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,9 +99,28 @@ def test_rates_are_parsed_or_refused() -> None:
         rates("modality:x")
 
 
+def test_every_field_can_be_overridden() -> None:
+    """ml_collections reads the type off the class: not where annotations are strings."""
+
+    def fields(value: Any, path: str) -> list[str]:
+        texts = []
+        for one in dataclasses.fields(value):
+            inner = getattr(value, one.name)
+            texts += fields(inner, f"{path}.{one.name}") if dataclasses.is_dataclass(inner) else []
+            texts += [f"{path}.{one.name}"] if isinstance(one.type, str) else []
+        return texts
+
+    assert fields(RunConfig(), "config") == []
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("--config.judge.kind=oracle", "judge.kind is 'oracle'"),
+        (
+            "--config.data.findings=guesses",
+            "data.findings is 'guesses'; it must be one of masks, votes, both",
+        ),
         ("--config.grpo.optim.lr=0", "optim.lr is 0"),
         ("--config.grpo.learning_rate=1", "learning_rate"),
         ("--config.lora.rank=-1", "lora.rank is -1"),

@@ -11,8 +11,6 @@ no glyph. The answer is one word of an enumeration, which the server's grammar e
 Neighbours: `chat` (the client), `rewards.py` (what a rating is worth), `abstentions.py`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json
