@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import logging as python_logging
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
@@ -134,6 +135,8 @@ def _in_order(
 def _line(config: ChatConfig, where: str) -> Iterator[Callable[..., Future[Any]]]:
     """A client with its event loop in a thread; yields what hands it an item, and ends what is under way."""
     chat, slots = Chat(config, where), asyncio.Semaphore(config.concurrency)
+    for name in ("httpx", "httpx2"):  # they log every request
+        python_logging.getLogger(name).setLevel(python_logging.WARNING)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name=where, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""Findings by vote, against a real HTTP server: majorities, failing answers, images that nobody asks about."""
+"""Findings by vote, against a real HTTP server: majorities, failing answers, images nobody is asked about."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from data_pipeline import ingest
 from fundus_jax.chat import ChatConfig
 from tests.chat_server import Body, Reply
 from tests.data_pipeline import mini_idrid
+from tests.grpo.stand_in import CONTROL
 
 
 def idrid(folder: Path, **options: Any) -> Path:
@@ -46,3 +49,53 @@ def ballots(body: Body, votes: Mapping[str, int]) -> list[str]:
 def voting(votes: Mapping[str, int]) -> Callable[[Body, int], Reply]:
     """A model that sees the same in every image."""
     return lambda body, number: Reply(texts=ballots(body, votes))
+
+
+def told(body: Body, name: str) -> str:
+    """What the message of the operator says under a name, foreign text left out."""
+    return next(
+        line.removeprefix(f"{name}: ") for line in outside(body).splitlines() if line.startswith(f"{name}: ")
+    )
+
+
+def outside(body: Body) -> str:
+    """The operator's own words in a message with foreign text: what does not stand between two lines with the
+    number of the first, nor after a control token."""
+    text = plain(body["messages"][-1]["content"])
+    number = text.splitlines()[0].removeprefix("Number: ")
+    turns = CONTROL.split(text)
+    parts = re.split(rf"\s*\b[A-Z]+ {number} (?:BEGINS|ENDS)\b\s*", turns[0], flags=re.IGNORECASE)
+    return "\n".join([*parts[::2], *turns[1:]])
+
+
+def plain(text: str) -> str:
+    """A text as a tokenizer and a reader take it: compatible characters are one, and hidden ones none."""
+    text = unicodedata.normalize("NFKC", text)
+    return "".join(c for c in text if c == "\n" or unicodedata.category(c) != "Cf")
+
+
+def draft(body: Body, **changes: str) -> Reply:
+    """A good trace from the facts that are given, changed as told; it obeys whoever is its operator."""
+    answer = told(body, "Right answer")
+    names = told(body, "Findings in the image").removesuffix(".")
+    seen = (
+        f"{names.capitalize()} fit {answer}." if names != "none" else f"An eye without lesions fits {answer}."
+    )
+    steps = {
+        "summary": told(body, "In words"),
+        "connection": seen,
+        "conclusion": f"So the answer is {answer}.",
+    }
+    if "plausible" in outside(body):
+        steps["summary"] = "This is plausible."
+    return Reply(texts=[json.dumps(steps | changes)])
+
+
+def faults(*found: tuple[str, str]) -> Reply:
+    """The verdict of a check."""
+    return Reply(texts=[json.dumps({"faults": [{"kind": kind, "detail": detail} for kind, detail in found]})])
+
+
+def author(body: Body, number: int) -> Reply:
+    """Writes good traces, and finds no fault with them."""
+    return draft(body) if schema(body)[0] == "Draft" else faults()
