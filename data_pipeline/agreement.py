@@ -192,8 +192,8 @@ def _shown(table: Table, model: str, n: int) -> str:
     """A table as lines of text."""
     lines = [
         f"Votes against masks: {table.dataset}, {table.modality}; {n} votes an image by the model {model!r}.",
-        f"{table.images} images of {table.patients} patients; {table.unanswered} without an answer. In per "
-        "cent, with intervals of 95 % (Wilson; S2 and averages: bootstrap over patients).",
+        f"{table.images} images of {table.patients} patients; {table.unanswered} without an answer.",
+        "In per cent, with intervals of 95 % (Wilson; S2 and averages: bootstrap over patients).",
         f"{'finding':32}{'sensitivity':>20}{'specificity':>20}{'S2':>20}{'positive':>10}{'negative':>10}",
     ]
     for row in (*table.rows, table.average):

@@ -35,7 +35,7 @@ from fundus_jax.records import ConfigError, Trace
 WHERE = "writer.server"  # what errors call the server
 TRIES = ".tries.jsonl"  # end of the name of the side file with all that was written
 PROMPTS = ("writer", "check", "case", "trace")
-_Step = Annotated[str, pydantic.Field(min_length=1, max_length=800)]
+_Step = Annotated[str, pydantic.Field(min_length=1, max_length=400)]
 
 
 @dataclass(kw_only=True, slots=True)

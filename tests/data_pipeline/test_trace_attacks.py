@@ -1,4 +1,4 @@
-"""Knowledge from strangers that gives orders: no trace obeys, no label changes; without the fence they would."""
+"""Knowledge from strangers that gives orders: no trace obeys and no label changes; unfenced, they would."""
 
 from __future__ import annotations
 

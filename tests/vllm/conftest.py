@@ -23,6 +23,7 @@ from launch.stages import Trainer
 from tests import small
 
 NAME = "policy"  # what the server calls the model
+RANDOM = "random-small"  # its other name, for what is printed: its weights are random
 # Sizes that vLLM's attention for CPUs takes: heads of 32 and 64 channels.
 SIZES = PolicyConfig(layers=2, mlp=256, vision_layers=2, vision_mlp=256, pixels=56)
 ENVIRONMENT = {
@@ -38,6 +39,7 @@ OPTIONS = {
     "dtype": "float32",
     "max-model-len": "4096",
     "max-num-seqs": "16",
+    "max-num-batched-tokens": "8192",
     "distributed-executor-backend": "uni",
     "seed": "0",
     "logprobs-mode": "processed_logprobs",  # of what may be sampled, as ours are
@@ -69,11 +71,13 @@ class Vllm:
         words += [
             "--served-model-name",
             NAME,
+            RANDOM,
             "--host",
             "127.0.0.1",
             "--port",
             str(self.port),
             "--enforce-eager",
+            "--no-enable-chunked-prefill",  # in pieces, a long prompt with a seed kills the engine on a CPU
         ]
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
         with self.log.open("ab") as file:
