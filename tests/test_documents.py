@@ -25,10 +25,14 @@ DOCUMENTS = (
     "docs/hosts.md",
     "docs/judge.md",
     "docs/data.md",
+    "docs/data_jobs.md",
     "docs/scaling.md",
     "docs/benchmarks.md",
 )
-COMMANDS_OF = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/hosts.md", "docs/judge.md", "docs/data.md")
+COMMANDS_OF = (
+    *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/hosts.md", "docs/judge.md"),
+    *("docs/data.md", "docs/data_jobs.md"),
+)
 
 
 def commands() -> list[tuple[str, str]]:
