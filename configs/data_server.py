@@ -4,7 +4,7 @@ traces that a model writes and checks. Everything else is configs/fundus_r1_3b.p
     python launch/run.py --config=configs/data_server.py --stage=data --config.data.dataset=idrid \
         --config.data.source=DIR --config.data.votes.server.address=http://HOST:8000/v1 \
         --config.data.writer.server.address=http://HOST:8001/v1
-    python launch/run.py --config=configs/data_server.py:lora ...     the same data; see configs/fundus_r1_3b.py
+    python launch/run.py --config=configs/data_server.py:lora ...     the same data, adapters
 
 Two vLLM servers, of which each may be several (addresses with commas between): a vision-language model that
 votes, and a language model that writes. In the paper these are Qwen2.5-VL-32B and Qwen3-Max. The fields

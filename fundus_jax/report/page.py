@@ -162,7 +162,13 @@ def statements(run: Run) -> list[str]:
             "stage stands in for Qwen2.5-VL's pre-training: real configurations start from real weights and "
             "skip it."
         )
-    writer, judge = str(run.traces.get("writer", "rules")), str(run.config.get("judge") or "rules")
+    data = run.config.get("data", {})
+    if data.get("findings", "masks") != "masks":
+        whose = "Findings of images without masks are" if data["findings"] == "both" else "Findings are"
+        model = data.get("votes", {}).get("server", {}).get("model", "")
+        found.append(f"{whose} the votes of a model, “{model}”, and have the errors that these have.")
+    writer = str(run.traces.get("writer", "rules"))
+    judge = str(run.config.get("judge", {}).get("kind", "rules"))
     passages = [passage for record in run.knowledge.values() for passage in record.passages]
     own = all(passage.source.startswith("notes") for passage in passages)
     judged = "grpo" in run.planned and run.config.get("grpo", {}).get("process_weight", 1.0)

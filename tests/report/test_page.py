@@ -241,6 +241,19 @@ def test_a_run_that_leaves_stages_out(
     assert len(page.named("img")) >= cases.CASES
 
 
+def test_who_wrote_and_judged_is_told(copied: Path) -> None:
+    assert "No language model wrote or judged them." in page_of(copied).text
+    stored = json.loads((copied / "config.json").read_text())
+    stored["config"]["judge"]["kind"] = "server"
+    stored["config"]["data"]["findings"] = "both"
+    stored["config"]["data"]["votes"]["server"]["model"] = "some-vlm"
+    (copied / "config.json").write_text(json.dumps(stored))
+    text = page_of(copied).text
+    assert "the judge of the process reward is “server”" in text
+    assert "Findings of images without masks are the votes of a model, “some-vlm”" in text
+    assert "No language model wrote" not in text
+
+
 def test_damage_is_reported_and_nothing_else_is_lost(copied: Path) -> None:
     (copied / "evaluation" / "summary.json").write_text("{")
     with (copied / "metrics.jsonl").open("a") as file:
