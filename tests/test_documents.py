@@ -30,8 +30,13 @@ DOCUMENTS = (
     "docs/benchmarks.md",
 )
 COMMANDS_OF = (
-    *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/hosts.md", "docs/judge.md"),
-    *("docs/data.md", "docs/data_jobs.md"),
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/hosts.md",
+    "docs/judge.md",
+    "docs/data.md",
+    "docs/data_jobs.md",
 )
 
 
