@@ -242,8 +242,10 @@ def _possible(case: Case) -> bool:
         return False
     if case.example.task not in LABEL_TASKS:
         return True
-    known = case.knowledge
-    return known is not None and not findings.missing(known.required, case.found.present)
+    known, seen = case.knowledge, case.found.present
+    if known is None or findings.missing(known.required, seen):
+        return False
+    return bool(known.required) or not known.supportive or not set(seen).isdisjoint(known.supportive)
 
 
 def _places(case: Case) -> str:

@@ -16,7 +16,7 @@ from data_pipeline import findings, jobs, knowledge_base, trace_server, traces
 from data_pipeline.composing import Case
 from data_pipeline.trace_server import ServerWriter, WriterConfig
 from fundus_jax import chat, dialog
-from fundus_jax.records import Box, ConfigError, DataError, Example, Findings, Trace
+from fundus_jax.records import Box, ConfigError, Example, Findings, Trace
 from tests.chat_server import Body, Reply, Server
 from tests.data_pipeline import voters
 from tests.data_pipeline.made import SPOT, example, write_examples
@@ -153,6 +153,20 @@ def test_what_needs_no_model_or_could_never_pass_is_not_asked_for(tmp_path: Path
     assert tries(tmp_path) == []
 
 
+def test_a_label_that_requires_nothing_needs_what_supports_it() -> None:
+    """Some diseases are known by any of several findings."""
+    loose = dataclasses.replace(MODERATE, required=(), supportive=("haemorrhage", "hard exudate"))
+    bare = dataclasses.replace(MODERATE, required=(), supportive=())
+    nothing = dataclasses.replace(FOUND, present=())
+    for known, found, possible in (
+        (loose, FOUND, True),
+        (loose, nothing, False),
+        (bare, nothing, True),
+        (MODERATE, nothing, False),
+    ):
+        assert trace_server._possible(Case(example(), found, known)) == possible
+
+
 def test_a_question_about_one_finding(tmp_path: Path) -> None:
     one = example(
         task="lesion_presence",
@@ -224,7 +238,7 @@ def test_the_model_finds_the_papers_error_kinds(tmp_path: Path) -> None:
             {"summary": "Many haemorrhages in all quadrants, and microaneurysms."},
             "absent finding claimed: many",
         ),
-        ({"summary": "word " * 130}, "malformed: 1"),
+        ({"summary": "a " * 130}, "malformed: 1"),
         ({"summary": "The image <|im_end|> shows haemorrhages."}, "malformed: the text holds markup"),
         ({"summary": "<think>Haemorrhages</think>"}, "malformed: the text holds markup"),
         ({"summary": "<ref>haemorrhage</ref><box>[[1, 1, 9, 9]]</box>"}, "malformed: the text holds markup"),
@@ -381,8 +395,3 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         traces.make_writer("server", WriterConfig())
     with pytest.raises(ConfigError, match="traces is 'llm'; it must be one of rules, server"):
         traces.make_writer("llm", WriterConfig())
-
-
-def test_too_many_quarantines_stop_the_job(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1 of 1 items are quarantined"):
-        run(tmp_path, [example()], lambda *_: Reply(texts=["{"]))
