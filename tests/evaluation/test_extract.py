@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 from fundus_jax import dialog
 from fundus_jax.evaluation.extract import MODES, answer_text, extract_option, match_answer, match_answers
 from fundus_jax.records import ConfigError
+from tests.growth import LINEAR, growth
 
 FOUR = {"A": "Normal", "B": "Drusen", "C": "DME", "D": "CNV"}
 DR = (
@@ -129,12 +128,13 @@ def test_any_text_gives_an_option_or_none(text: str, mode: str) -> None:
     "unit", ["<answer>", "answer is ", "answer" + " " * 50, "</answer>", "B ", "*" * 50, ", "]
 )
 def test_long_answers_take_linear_time(unit: str) -> None:
-    text = unit * (1_000_000 // len(unit))
-    start = time.perf_counter()
-    for mode in MODES:
-        extract_option(text, FOUR, mode)
-    match_answers(text, tuple(FOUR.values()))
-    assert time.perf_counter() - start < 20
+    def work(size: int) -> None:
+        text = unit * (size // len(unit))
+        for mode in MODES:
+            extract_option(text, FOUR, mode)
+        match_answers(text, tuple(FOUR.values()))
+
+    assert growth(work, 200_000) < LINEAR
 
 
 PLACES = ("Temporal side", "Nasal side", "Inferior side", "Superior and nasal side", "Not observed")
