@@ -36,8 +36,8 @@ _BETWEEN = (
 _OPTION = (
     "You read which of the given options a text chooses, and judge nothing. "
     + _BETWEEN
-    + "Answer with the letters of the options that the text chooses{most}; an empty list when it chooses none "
-    "of them, refuses, or does not decide."
+    + "Answer with the letters of the options that the text chooses{most}; an empty list when it chooses "
+    "none of them, refuses, or does not decide."
 )
 _FINDINGS = (
     "You read which findings a report on an image of the eye claims to be there and which it says are not "

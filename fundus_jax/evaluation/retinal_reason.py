@@ -204,6 +204,8 @@ def listed_options(question: str) -> tuple[str, ...]:
             marks = [mark]
         elif marks and mark.group(1) == chr(ord("A") + len(marks)):
             marks.append(mark)
+    if len(marks) < 2:
+        return ()
     ends = [mark.start() for mark in marks[1:]] + [len(question)]
     texts = [question[m.end() : end].strip(" \t\r\n,;") for m, end in zip(marks, ends, strict=True)]
-    return tuple(texts) if len(texts) > 1 and all(texts) else ()
+    return tuple(texts) if all(texts) else ()
