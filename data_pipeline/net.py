@@ -36,7 +36,8 @@ MOST_ADDRESSES = 4  # of one name, that are tried in turn
 LONGEST = 2048  # characters of an address
 BACKOFF = tenacity.wait_random_exponential(multiplier=1, max=30)  # seconds
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 behind IPv6-only networks
-_METADATA = frozenset({ipaddress.ip_address("168.63.129.16")})  # Azure's, the one that looks public
+# Metadata services of clouds that Python's tables may call public: Azure's, Oracle's.
+_METADATA = (ipaddress.ip_network("168.63.129.16/32"), ipaddress.ip_network("192.0.0.0/24"))
 
 Resolve = Callable[[str, int], list[str]]
 
@@ -83,7 +84,8 @@ def is_public(address: str) -> bool:
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
         if ip.sixtofour is not None or ip.teredo is not None:
             return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip in _METADATA)
+    inside = ip.is_multicast or ip.is_reserved or any(ip in network for network in _METADATA)
+    return ip.is_global and not inside
 
 
 def resolve(host: str, port: int) -> list[str]:

@@ -15,17 +15,18 @@ FETCHED = ("pmc", "eyewiki")
 class KnowledgeConfig:
     """Where passages come from, how they are found, and what makes a record of them.
 
-    extractor: "notes", the heads of our own notes, or "server", a language model at `server` whose claims have
-    to be quotations. sources: of the passages, comma-separated: notes, pmc, folder, eyewiki (only notes for
-    the extractor of that name). notes: a folder of notes in the place of the shipped ones. folder,
-    folder_licence: the user's own PDFs and web pages, and what is known of their licence. cache: a folder that
-    keeps what is fetched; a search is kept too. offline: nothing is fetched, what the cache lacks is an error.
-    email: NCBI asks for one. ncbi_key: the environment variable with a key of NCBI's. articles: PMC articles a
-    label and modality. licences: of PMC articles that are used. eyewiki_permission: states that you have the
-    publisher's permission (`eyewiki.py`). embeddings: "" ranks passages by BM25 alone; "minilm", by the
-    packaged model too; "server", by `embedding_model` at `embedding_address`; or a directory with a BERT.
-    embedding_key: as ChatConfig's key. passages: how many of them the extractor sees. answer_tokens: its
-    longest answer. overrides: a file of corrections, which are applied to the records (`corrections.py`).
+    extractor: "notes", the heads of our own notes, or "server", a language model at `server` whose claims
+    have to be quotations. sources: of the passages, comma-separated: notes, pmc, folder, eyewiki (only
+    notes for the extractor of that name). notes: a folder of notes in the place of the shipped ones.
+    folder, folder_licence: the user's own PDFs and web pages, and what is known of their licence. cache:
+    a folder that keeps what is fetched; a search is kept too. offline: nothing is fetched, what the cache
+    lacks is an error. email: NCBI asks for one. ncbi_key: the environment variable with a key of NCBI's.
+    articles: PMC articles a label and modality. licences: of PMC articles that are used.
+    eyewiki_permission: states that you have the publisher's permission (`eyewiki.py`). embeddings: ""
+    ranks passages by BM25 alone; "minilm", by the packaged model too; "server", by `embedding_model` at
+    `embedding_address`; or a directory with a BERT. embedding_key: as ChatConfig's key. passages: how
+    many of them the extractor sees. answer_tokens: its longest answer. overrides: a file of corrections,
+    which are applied to the records (`corrections.py`).
     """
 
     extractor: str = "notes"
