@@ -25,11 +25,12 @@ def fails(fetcher: Fetcher, address: str, kind: str, words: str, **more) -> Fetc
 @pytest.mark.parametrize(
     "address",
     [
-        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.100.100.200",
-        "168.63.129.16", "192.0.0.192", "224.0.0.1", "239.1.2.3", "255.255.255.255", "240.0.0.1", "198.18.0.1",
-        "::1", "::", "fe80::1", "fe80::1%eth0", "fd00:ec2::254", "fc00::1", "ff02::1", "2001:db8::1",
-        "::ffff:127.0.0.1", "::ffff:169.254.169.254", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe",
-        "2002:7f00:1::", "2001:0:7f00:1::1", "localhost", "", "1.2.3", "0x7f.1",
+        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0",  # noqa: S104
+        "100.100.100.200", "168.63.129.16", "192.0.0.192", "224.0.0.1", "239.1.2.3", "255.255.255.255",
+        "240.0.0.1", "198.18.0.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fd00:ec2::254", "fc00::1",
+        "ff02::1", "2001:db8::1", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "::ffff:10.0.0.1",
+        "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2001:0:7f00:1::1", "localhost", "", "1.2.3",
+        "0x7f.1",
     ],
 )  # fmt: skip
 def test_no_address_inside_is_public(address: str) -> None:
@@ -220,7 +221,7 @@ def test_bytes_are_bounded_as_they_come_and_as_they_are_unpacked(how: str) -> No
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n", "malformed", "HTTPException"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000 + b"\r\n\r\n", "malformed", "LineTooLong"),
         (b"ICY 200\r\n\r\n", "malformed", "BadStatusLine"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "failed|malformed", ""),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "failed|malformed", "Error|Read"),
         (answer(gzip.compress(b"abc" * 100)[:-9], Content_Encoding="gzip"), "malformed", "one whole gzip"),
         (answer(b"abc", Content_Encoding="gzip"), "malformed", "error"),
         (answer(b"abc", Content_Encoding="br"), "malformed", "not asked for"),

@@ -66,15 +66,17 @@ class Server:
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, plain: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # a client that has had enough leaves
-            with self.context.wrap_socket(plain, server_side=True) as connection:
-                head = b""
-                while b"\r\n\r\n" not in head and (more := connection.recv(65536)):
-                    head += more
-                if head:
-                    request = Request(head.partition(b"\r\n\r\n")[0])
-                    self.requests.append(request)
-                    self.handle(connection, request)
+        with (
+            contextlib.suppress(OSError),  # a client that has had enough leaves
+            self.context.wrap_socket(plain, server_side=True) as connection,
+        ):
+            head = b""
+            while b"\r\n\r\n" not in head and (more := connection.recv(65536)):
+                head += more
+            if head:
+                request = Request(head.partition(b"\r\n\r\n")[0])
+                self.requests.append(request)
+                self.handle(connection, request)
 
 
 def trusting() -> ssl.SSLContext:
