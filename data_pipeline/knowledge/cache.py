@@ -8,12 +8,16 @@ is named; it can be copied to machines without network. Neighbour: `net.py` fetc
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from data_pipeline import files
 from data_pipeline.net import Fetcher
 from fundus_jax.records import ConfigError, DataError, text_sha256
+
+
+class MissingError(ConfigError):
+    """A page that is not in the cache, and may not be fetched."""
 
 
 class Cache:
@@ -22,15 +26,25 @@ class Cache:
     def __init__(self, folder: Path, fetcher: Fetcher | None) -> None:
         self.folder, self.fetcher = folder, fetcher
 
-    def get(self, address: str, private: Mapping[str, str] | None = None) -> bytes:
-        """The body at an address; `private` parameters go out with the request and are kept nowhere.
+    def get(
+        self,
+        address: str,
+        private: Mapping[str, str] | None = None,
+        check: Callable[[bytes], object] = bytes,
+    ) -> bytes:
+        """The body at an address.
 
-        Raises FetchError, ConfigError for a page that is missing offline, DataError for one that was changed
-        on disk.
+        Args:
+          address: of the page.
+          private: parameters that go out with the request and are kept nowhere.
+          check: is given a body that was fetched, and raises where it should not be kept.
+
+        Raises FetchError, MissingError offline, DataError for a page that was changed on disk, and what
+        `check` raises.
         """
         entry = self.folder / "pages" / f"{text_sha256(address)}.json"
         if not entry.exists():
-            self._fetch(address, private, entry)
+            self._fetch(address, private, check, entry)
         try:
             noted = json.loads(entry.read_text(encoding="utf-8"))
             body = self.folder / "bodies" / noted["sha256"]
@@ -40,12 +54,15 @@ class Cache:
             raise DataError(f"{entry}: can not be read ({error}); delete it, it is fetched again") from None
         raise DataError(f"{entry}: its body is not the one that was fetched; delete both")
 
-    def _fetch(self, address: str, private: Mapping[str, str] | None, entry: Path) -> None:
+    def _fetch(
+        self, address: str, private: Mapping[str, str] | None, check: Callable[[bytes], object], entry: Path
+    ) -> None:
         if self.fetcher is None:
-            raise ConfigError(
+            raise MissingError(
                 f"{address} is not in {self.folder}; run once without offline, or copy the folder"
             )
         page = self.fetcher.get(address, private)
+        check(page.body)
         for name in ("pages", "bodies"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         digest = files.bytes_sha256(page.body)

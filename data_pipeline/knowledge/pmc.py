@@ -71,19 +71,21 @@ def term(label: str, modality: str) -> str:
 def search(cache: Cache, label: str, modality: str, most: int, private: Mapping[str, str]) -> list[str]:
     """The numbers of at most `most` articles, by relevance. Raises DataError for another answer."""
     query = {"db": "pmc", "term": term(label, modality), "retmax": most, "sort": "relevance"}
+    where = f"PMC's search for {label} in {modality}"
     address = f"{_UTILITIES}/esearch.fcgi?{urlencode({**query, 'retmode': 'json', 'tool': TOOL})}"
-    try:
-        result = json.loads(cache.get(address, private))["esearchresult"]
-        if "ERROR" in result:
-            raise DataError(f"PMC's search for {label} in {modality}: {str(result['ERROR'])[:200]}")
-        numbers = [str(number) for number in result["idlist"]]
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"PMC's search for {label} in {modality}: another answer ({error!r})") from None
-    if not all(number.isascii() and number.isdigit() for number in numbers):
-        raise DataError(f"PMC's search for {label} in {modality}: {numbers[:5]} are no numbers of articles")
-    return numbers[:most]
+
+    def read(body: bytes) -> list[str]:
+        try:
+            result = json.loads(body)["esearchresult"]
+            numbers = result["idlist"] if "ERROR" not in result else []
+            fine = all(isinstance(one, str) and one.isascii() and one.isdigit() for one in numbers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: another answer ({error!r})") from None
+        if "ERROR" in result or not fine:
+            raise DataError(f"{where}: {str(result.get('ERROR', numbers))[:200]}")
+        return numbers
+
+    return read(cache.get(address, private, read))[:most]
 
 
 def article(cache: Cache, number: str, licences: Collection[str], private: Mapping[str, str]) -> Article:

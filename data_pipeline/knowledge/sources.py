@@ -15,7 +15,7 @@ from absl import logging
 from langchain_core.documents import Document
 
 from data_pipeline.knowledge import eyewiki, own_files, pmc
-from data_pipeline.knowledge.cache import Cache
+from data_pipeline.knowledge.cache import Cache, MissingError
 from data_pipeline.knowledge.config import FETCHED, KnowledgeConfig
 from data_pipeline.knowledge.note import Note, read_notes, shipped_notes
 from data_pipeline.knowledge.passages import Article, split_articles, split_notes
@@ -111,6 +111,8 @@ def _pmc(config: KnowledgeConfig, cache: Cache, pairs: Sequence[Pair], counts: C
         except pmc.SkippedError as error:
             counts[f"pmc: {error.kind}"] += 1
             logging.info("%s", error)
+        except MissingError:
+            counts["pmc: not in the cache"] += 1
         except FetchError as error:
             if error.kind not in ("status", "large"):
                 raise  # the server, the network or the guard: what is missing now may be there later
