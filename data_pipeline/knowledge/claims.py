@@ -21,7 +21,7 @@ from fundus_jax.records import ROLES, Claim, DataError, Knowledge
 
 LONGEST = 600  # characters of a quotation after it was widened
 OTHER = "other"
-_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9(])|\n+")  # a sentence ends here
+_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z(])|\n+")  # a sentence ends here; not so at "Fig. 2"
 
 
 @dataclass(frozen=True, slots=True)

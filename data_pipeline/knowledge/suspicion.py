@@ -15,7 +15,10 @@ _MIXED = re.compile(r"[a-zA-Z][\u0400-\u04ff]|[\u0400-\u04ff][a-zA-Z]")  # Cyril
 _RUN = re.compile(r"[A-Za-z0-9+/=_-]{100}")  # base64, or another code; no word is as long
 _TOLD = {
     "an order to a model": (
-        r"\b(ignore|disregard|forget|override|bypass)\b[^.]{0,60}\b(instruction|prompt|rule|above|prior|previous)",
+        r"\b(ignor|disregard|forget|overrid|bypass)\w*\b[^.]{0,40}\b(all|any|the|these|your|previous|prior|above|"
+        r"system|les|las|alle)\s+(\w+\s+)?(instruc\w*|prompts?|rules?|anweisung\w*)\b",
+        r"\b(ignor|disregard|forget)\w*\b[^.]{0,30}\b(everything|anything|all)\b[^.]{0,20}\b(above|before|prior)\b",
+        "忽略|无视|忽視",  # "ignore", for articles that hide it from English readers
         r"\b(previous|prior|above|system|new|updated|hidden|secret|following) (instruction|prompt)s?\b",
         r"\byou (are|act as) (now )?(an? |the )?(\w+ )?(ai|assistant|language model|chatbot|llm)\b",
         r"\b(ai|language) (model|assistant)s?\b[^.]{0,40}\b(must|should|shall|please|have to)\b",
@@ -26,13 +29,13 @@ _TOLD = {
     ),
     "a forged role or delimiter": (
         r"im_start|im_end|endoftext|begin_of_text|start_header_id|eot_id|start_of_turn|\(/?(inst|sys)\)|‹/?s›",
-        r"^\W*(system|assistant|developer|user|human)( message| prompt)?\s*:",
+        r"(?:^|[#*|›])\W{0,5}(system|assistant|developer|user|human)( message| prompt)?\s*:",
         r"\bpassages?\b[^.\n]{0,30}\b(begins?|ends?)\b",
-        r"‹/?\s*(script|style|iframe|system|user|assistant|tool|passage)",
+        r"‹/?\s*(script|style|iframe|system|user|assistant|tool|passages?|claims?)\b",
     ),
     "a piece of code": (
         r"[\"'](claims?|required|supportive|excluded|quote|finding|label|modality|role|passage)[\"']\s*:",
-        r"```|!\[[^\]\n]*\]\(|\]\(\s*(https?|data|javascript):|\bdata:[a-z]+/|javascript:",
+        r"```|!\[[^\]\n]{0,200}\]\(|\]\(\s*(https?|data|javascript):|\bdata:[a-z]+/|javascript:",
     ),
 }
 _PATTERNS = [(why, re.compile("|".join(patterns), re.MULTILINE)) for why, patterns in _TOLD.items()]

@@ -16,18 +16,18 @@ def licence_words(words: str, more: str = "") -> str:
 
 CC_BY = (
     '<license><ali:license_ref xmlns:ali="http://www.niso.org/schemas/ali/1.0/" specific-use="textmining" '
-    'content-type="ccbylicense">https://creativecommons.org/licenses/by/4.0/</ali:license_ref><license-p>Open '
-    "access, distributed under the terms of the Creative Commons Attribution License.</license-p></license>"
+    'content-type="ccbylicense">https://creativecommons.org/licenses/by/4.0/</ali:license_ref><license-p>'
+    "Open access, under the terms of the Creative Commons Attribution License.</license-p></license>"
 )
 CC_BY_NC = (
     '<license license-type="open-access" xlink:href="https://creativecommons.org/licenses/by-nc/4.0/">'
     "<license-p>Creative Commons Attribution-NonCommercial License.</license-p></license>"
 )
 WORDS_ONLY = licence_words("Under the terms of the Creative Commons Attribution License, which permits use.")
-BODY = """<sec sec-type="intro"><title>Introduction</title><p>Moderate nonproliferative disease is characterized
-by multiple microaneurysms and dot-blot hemorrhages<xref ref-type="bibr" rid="B1">1</xref>, which reflect a
-greater burden than mild disease [<xref ref-type="bibr" rid="B2">2</xref>,<xref ref-type="bibr"
-rid="B3">3</xref>]. Hard exudates and cotton-wool spots may also be observed.</p></sec>
+BODY = """<sec sec-type="intro"><title>Introduction</title><p>Moderate nonproliferative disease is
+characterized by multiple microaneurysms and dot-blot hemorrhages<xref ref-type="bibr" rid="B1">1</xref>,
+which reflect a greater burden than mild disease [<xref ref-type="bibr" rid="B2">2</xref>,<xref
+ref-type="bibr" rid="B3">3</xref>]. Hard exudates and cotton-wool spots may also be observed.</p></sec>
 <sec><title>Clinical features</title><sec><title>Color photographs</title><p>In moderate disease there is no
 neovascularization. <fig id="F1"><caption><p>A caption.</p></caption></fig>The posterior pole is involved
 first.</p></sec></sec>
@@ -53,8 +53,9 @@ def jats(
 {silent if body is None else ""}<front><journal-meta><journal-id journal-id-type="nlm-ta">J Made</journal-id>
 </journal-meta><article-meta><article-id pub-id-type="pmcid">PMC{number}</article-id><title-group>
 <article-title>{title}</article-title></title-group>{more}<permissions><copyright-statement>Copyright
-2020</copyright-statement>{licence}</permissions><abstract><p>The grades of retinopathy rest on the lesions that
-a photograph shows.</p></abstract><abstract abstract-type="graphical"><p>A picture.</p></abstract></article-meta></front>{whole}
+2020</copyright-statement>{licence}</permissions><abstract><p>The grades of retinopathy rest on the lesions
+that a photograph shows.</p></abstract><abstract abstract-type="graphical"><p>A picture.</p></abstract>
+</article-meta></front>{whole}
 <back><ref-list><ref id="B1"><mixed-citation>Somebody</mixed-citation></ref></ref-list></back></article>
 </pmc-articleset>""".encode()
 
