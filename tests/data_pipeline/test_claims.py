@@ -11,9 +11,9 @@ from data_pipeline.knowledge.passages import Article, split_articles
 from fundus_jax.records import DataError
 
 TEXT = (
-    "In moderate NPDR, multiple microaneurysms and dot-blot hemorrhages are characteristic (Fig. 2). Hard "
-    "exudates and cotton-wool spots may also be observed. There is no evidence of neovascularization, and bone "
-    "spicules are not a feature. On OCT, intraretinal fluid may be found."
+    "In moderate NPDR, multiple microaneurysms and dot-blot hemorrhages are characteristic (Fig. 2). "
+    "Hard exudates and cotton-wool spots may also be observed. There is no evidence of "
+    "neovascularization, and bone spicules are not a feature. On OCT, intraretinal fluid may be found."
 )
 
 
