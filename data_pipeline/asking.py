@@ -20,7 +20,7 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -49,7 +49,7 @@ def ask_all(
     where: str,
     *,
     name: Callable[[Item], str] = attrgetter("id"),
-) -> Iterator[Result | Quarantine]:
+) -> Generator[Result | Quarantine, None, None]:
     """What `ask` gives for each item, in the items' order, with `config.concurrency` of them under way.
 
     Args:
@@ -61,7 +61,7 @@ def ask_all(
         name: the key of an item in a quarantine.
 
     Raises ConfigError when the server is lost for longer than `config.patience`, when the budget is spent,
-    and for what only the user can mend. What `ask` raises otherwise is raised as it is.
+    and for what only the user can mend; and whatever else `ask` raises. No item is begun after that.
     """
     return _in_order(items, functools.partial(_settled, ask=ask, name=name), config, where)
 
@@ -81,7 +81,7 @@ def through(
             return pair
         return kept, await _settled(chat.remembering(kept), item, ask=ask, name=name)
 
-    def answers(shards: Iterator[ShardInput], out: Path) -> Iterator[Iterator[Any]]:
+    def answers(shards: Iterator[ShardInput], out: Path) -> Generator[Iterator[Any], None, None]:
         pairs = (
             (kept, item)
             for shard in shards
@@ -117,7 +117,7 @@ def _in_order(
     settle: Callable[[Chat, Any], Coroutine[Any, Any, Any]],
     config: ChatConfig,
     where: str,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """`settle` of each item, in order."""
     waiting: deque[Future[Any]] = deque()
     rest = iter(items)
@@ -138,9 +138,17 @@ def _line(config: ChatConfig, where: str) -> Iterator[Callable[..., Future[Any]]
     thread = threading.Thread(target=loop.run_forever, name=where, daemon=True)
     thread.start()
 
+    broken: list[Exception] = []
+
     async def in_turn(settle: Callable[[Chat, Any], Awaitable[Any]], item: Any) -> Any:
         async with slots:
-            return await settle(chat, item)
+            if broken:  # the caller will come to it; until then nothing more is asked for in vain
+                raise broken[0]
+            try:
+                return await settle(chat, item)
+            except Exception as error:
+                broken.append(error)
+                raise
 
     def run(coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, loop)
@@ -163,3 +171,4 @@ async def _end(chat: Chat) -> None:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
     await chat.__aexit__()
+    await asyncio.get_running_loop().shutdown_default_executor()

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from typing import Any
 from absl import logging
 from tqdm import tqdm
 
-from data_pipeline import faults, files, kept, manifest
+from data_pipeline import faults, files, kept, manifest, parts
 from fundus_jax import records
 from fundus_jax.records import ConfigError, DataError
 
@@ -73,7 +73,7 @@ class Summary:
 Process = Callable[[ShardInput, Path], Iterable[Any]]
 # Gets the shards in order (items loaded) and the job's directory; gives for each shard an iterator over its
 # answers: one an item, a record or a Quarantine. It may read shards ahead, and is resumed after the last.
-Through = Callable[[Iterator[ShardInput], Path], Iterator[Iterator[Any]]]
+Through = Callable[[Iterator[ShardInput], Path], Generator[Iterator[Any], None, None]]
 
 
 def run(
@@ -97,33 +97,31 @@ def run(
         the items must be picklable (a module's function or a `functools.partial` of one).
       limit: share of quarantined items beyond which the job stops (from 50 items on, and at the end).
       workers: processes that share this part's shards.
-      shard: "i/n": take every n-th shard from the i-th on, for n processes or hosts on one file system.
+      shard: "i/n": take every n-th shard by name from the i-th on, for n processes or hosts on one file
+        system. Whichever part ends last completes the directory.
       through: what turns items into answers, if that is not `process`: a server (`asking.through`).
         `process` then gets an iterator over the answers in the place of the items, its quarantines taken
         out, and has but to yield them. For one worker: it is the server that does many things at a time.
 
     Raises:
-      ConfigError: other config than `out` was made with, bad names, another process at work on the same part.
+      ConfigError: other config than `out` was made with, bad names, another process at work on the same part,
+        a full disk.
       DataError: too many items quarantined; the message quotes the first reasons.
     """
     config = json.loads(json.dumps(job.config, allow_nan=False))
-    mine = _part(_checked(shards), shard)
+    taken = parts.take([one.name for one in _checked(shards)], shard)
+    mine = [one for one in shards if one.name in taken]
     out.mkdir(parents=True, exist_ok=True)
-    with manifest.running(out, shard):
+    with manifest.running(out, shard), files.room(out):
         manifest.claim(out, job.name, config, [one.name for one in shards])
         keys = {one.name: files.digest({"job": job.name, "config": config, "input": one.key}) for one in mine}
         done = manifest.load(out)
-        ready = [
+        ready = {
             n for n, k in keys.items() if n in done and done[n].key == k and manifest.intact(out, done[n])
-        ]
-        todo = [one for one in mine if one.name not in set(ready)]
-        for left in out.glob(".*.part-*"):
-            if left.name[1:].rsplit(".part-", 1)[0] in keys:
-                shutil.rmtree(left)
-        for left in out.glob(".*.answers"):
-            if left in {kept.path(out, name) for name in ready}:
-                left.unlink()
-        tally = _Tally(limit, [done[name] for name in ready])
+        }
+        todo = [one for one in mine if one.name not in ready]
+        _sweep(out, keys, ready)
+        tally = _Tally(limit, [done[one.name] for one in mine if one.name in ready])
         builds = _builds(todo, keys, process, out, workers, through)
         for entry in _published(builds, len(todo), out, tally, workers):
             tally.add(entry)
@@ -142,6 +140,16 @@ def read(out: Path, cls: type, *, side_files: bool = False) -> Iterator[Any]:
             if side_files or name == f"{entry.name}.jsonl" or not manifest.intact(Path(out), entry):
                 manifest.check(Path(out), entry, name)
         yield from records.read_jsonl(Path(out) / f"{entry.name}.jsonl", cls)
+
+
+def _sweep(out: Path, mine: Collection[str], ready: Collection[str]) -> None:
+    """Remove what a killed run left: the scratch folders of this part, and answers about published shards."""
+    for left in out.glob(".*.*"):
+        name, _, kind = left.name[1:].partition(".")
+        if name in mine and kind.startswith("part-"):
+            shutil.rmtree(left)
+        elif name in ready and left == kept.path(out, name):
+            left.unlink()
 
 
 class _Tally:
@@ -186,7 +194,7 @@ def _builds(
     out: Path,
     workers: int,
     through: Through | None,
-) -> Iterator[_Built]:
+) -> Generator[_Built, None, None]:
     """The shards that are built: in order with one worker, as they come with more."""
     build = partial(_build, process=process, out=out)
     if through is None:
@@ -199,20 +207,23 @@ def _builds(
 
 
 def _answered(
-    todo: Sequence[ShardInput], keys: dict[str, str], build: Callable, answers: Iterator[Iterator[Any]]
-) -> Iterator[_Built]:
-    with closing(answers):  # type: ignore[type-var]
+    todo: Sequence[ShardInput],
+    keys: dict[str, str],
+    build: Callable,
+    answers: Generator[Iterator[Any], None, None],
+) -> Generator[_Built, None, None]:
+    with closing(answers):
         for given, one in zip(answers, todo, strict=True):
             yield build(one, keys[one.name], answers=given)
 
 
 def _published(
-    builds: Iterator[_Built], count: int, out: Path, tally: _Tally, workers: int
+    builds: Generator[_Built, None, None], count: int, out: Path, tally: _Tally, workers: int
 ) -> Iterator[manifest.Entry]:
     """Publish `count` shards as they are built."""
     largest = 0
     files.require_free(out, HEADROOM)
-    with closing(builds), _Progress(count, out.name) as progress:  # type: ignore[type-var]
+    with closing(builds), _Progress(count, out.name) as progress:
         for number, built in enumerate(builds, 1):
             tally.judge(items=built.entry.items, quarantined=built.quarantined)
             _publish(out, built)
@@ -225,7 +236,7 @@ def _published(
 
 def _pooled(
     todo: Sequence[ShardInput], keys: dict[str, str], build: Callable, workers: int
-) -> Iterator[_Built]:
+) -> Generator[_Built, None, None]:
     waiting = iter(todo)
     with ProcessPoolExecutor(min(workers, max(1, len(todo))), get_context("spawn"), _die_with_parent) as pool:
         flying: set[Future[_Built]] = set()
@@ -275,6 +286,8 @@ def _build(
                 else:
                     stream.write(records.to_json(result) + "\n")
                     written += 1
+        for _ in given or ():
+            pass  # what `process` left unread is counted too, and its quarantines are kept
         faults.hit("after_process")
         lines = [json.dumps({"key": one.key, "reason": one.reason}) + "\n" for one in quarantined]
         (folder / f"{shard.name}.quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -373,10 +386,3 @@ def _checked(shards: Sequence[ShardInput]) -> Sequence[ShardInput]:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) or name == "manifest":
             raise ConfigError(f"shard name {name!r}: use letters, digits, '-' and '_', and not 'manifest'")
     return shards
-
-
-def _part(shards: Sequence[ShardInput], shard: str) -> Sequence[ShardInput]:
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not found or int(found[1]) >= int(found[2]):
-        raise ConfigError(f"shard {shard!r}: write i/n with 0 <= i < n, as in 0/1")
-    return shards[int(found[1]) :: int(found[2])]

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from data_pipeline import asking, files, jobs
+from data_pipeline import asking, files, jobs, parts
 from data_pipeline.knowledge import corrections, embed, extract, sources
 from data_pipeline.knowledge.config import KnowledgeConfig
 from data_pipeline.knowledge.corrections import Correction
@@ -269,7 +269,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("out", None, "Directory for the Knowledge records.", required=True)
     flags.DEFINE_string("pairs", "", "Further labels, as MODALITY:LABEL,MODALITY:LABEL.")
     flags.DEFINE_float("limit", 0.02, "Share of labels that may be without knowledge.")
-    flags.DEFINE_string("shard", "0/1", "i/n: every n-th shard from the i-th on.")
+    flags.DEFINE_string("shard", "", parts.HELP)
     default = KnowledgeConfig()
     for name, told in _FIELDS.items():
         _define(name, getattr(default, name), told)
@@ -301,7 +301,7 @@ def main(argv: Sequence[str]) -> None:
         pairs=parse_pairs(values.pairs),
         config=config_of(values),
         limit=values.limit,
-        shard=values.shard,
+        shard=parts.chosen(values.shard),
     )
 
 

@@ -1,4 +1,4 @@
-"""The stage by a language model: retrieval, a server that answers, records with quotations, and what is left."""
+"""The stage by a language model: retrieval, a server that answers, records with quotations, what is left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAIRS = [("PDR", "CFP"), ("Moderate NPDR", "CFP"), ("DME", "OCT")]
 
 
 def quoting(body: dict, number: int) -> Reply:
-    """Claims the first two findings that each passage names, by the sentence that does, and one that none does."""
+    """Claims the first two findings that each passage names, by words around it, and one that none names."""
     shown = body["messages"][-1]["content"]
     said = []
     for place, text in re.findall(r"\[(\d+)\] \(.*\)\n(?:.*\n)?(.+)", shown):
@@ -105,7 +105,8 @@ def test_no_answer_is_a_quarantine_with_its_reason(tmp_path, reply: Reply, reaso
 def test_a_correction_stands_where_no_claim_held_and_changes_no_other_shard(tmp_path) -> None:
     path = tmp_path / "overrides.toml"
     path.write_text(
-        '[[correction]]\nlabel = "PDR"\nmodality = "CFP"\ntext = "New vessels."\nrequired = ["neovascularisation"]\n'
+        '[[correction]]\nlabel = "PDR"\nmodality = "CFP"\ntext = "New vessels."\n'
+        'required = ["neovascularisation"]\n'
         'by = "A. Example"\nwhen = 2026-11-28\nwhy = "By definition: new vessels."\n'
     )
     nothing = Reply(texts=['{"claims": []}'])
