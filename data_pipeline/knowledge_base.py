@@ -64,7 +64,6 @@ def run(
     examples: Path | None = None,
     pairs: Sequence[Pair] = (),
     config: KnowledgeConfig | None = None,
-    limit: float = 0.02,
     shard: str = "0/1",
     make: Any = sources.fetcher,
 ) -> jobs.Summary:
@@ -75,7 +74,6 @@ def run(
         examples: finished directory of Examples, whose pairs are taken.
         pairs: further (label, modality) pairs.
         config: sources, retrieval, extraction and corrections; by default our own notes.
-        limit: share of pairs that may be quarantined.
         shard: as in `jobs.run`.
         make: gives the guarded fetcher; tests put their own in its place.
 
@@ -93,9 +91,9 @@ def run(
     retriever = retrieval(config, gathered.documents)
     items = [_item(pair, retriever, corrected) for pair in sorted(wanted)]
     if config.extractor == "notes":
-        summary = _by_notes(out, items, config, limit, shard)
+        summary = _by_notes(out, items, config, shard)
     else:
-        summary = _by_server(out, items, config, limit, shard)
+        summary = _by_server(out, items, config, shard)
     files.write_atomic(out / SUMMARY, json.dumps(dict(sorted(gathered.counts.items())), indent=1) + "\n")
     logging.info(
         "knowledge (%s): %d records, %d quarantined", config.extractor, summary.answers, summary.quarantined
@@ -136,15 +134,15 @@ def _item(pair: Pair, retriever: BaseRetriever, corrected: dict[Pair, Correction
     return Item(label, modality, tuple(documents), corrected.get(pair))
 
 
-def _by_notes(
-    out: Path, items: Sequence[Item], config: KnowledgeConfig, limit: float, shard: str
-) -> jobs.Summary:
+def _by_notes(out: Path, items: Sequence[Item], config: KnowledgeConfig, shard: str) -> jobs.Summary:
     notes = sources.notes_of(config)
     heads = [dataclasses.asdict(note) for note in notes]
     key = files.digest([VERSION, [item.content() for item in items], heads])
     job = jobs.Job("knowledge_base", {"source": "notes", "passages": config.passages})
     process = functools.partial(_noted, notes=notes, overrides=Path(config.overrides).name)
-    return jobs.run(job, [jobs.ShardInput("knowledge", key, items)], process, out, limit=limit, shard=shard)
+    return jobs.run(
+        job, [jobs.ShardInput("knowledge", key, items)], process, out, limit=config.limit, shard=shard
+    )
 
 
 def _noted(
@@ -168,9 +166,7 @@ def _settled(item: Item, record: Knowledge | DataError, overrides: str) -> Knowl
     return jobs.Quarantine(item.id, str(record)) if isinstance(record, DataError) else record
 
 
-def _by_server(
-    out: Path, items: Sequence[Item], config: KnowledgeConfig, limit: float, shard: str
-) -> jobs.Summary:
+def _by_server(out: Path, items: Sequence[Item], config: KnowledgeConfig, shard: str) -> jobs.Summary:
     overrides = Path(config.overrides).name
     told = {
         "extractor": "server",
@@ -201,7 +197,13 @@ def _by_server(
 
     through = asking.through(ask, config.server, "knowledge.server")
     return jobs.run(
-        jobs.Job("knowledge_base", told), shards, _asked, out, limit=limit, shard=shard, through=through
+        jobs.Job("knowledge_base", told),
+        shards,
+        _asked,
+        out,
+        limit=config.limit,
+        shard=shard,
+        through=through,
     )
 
 
@@ -261,6 +263,7 @@ _FIELDS = {  # of KnowledgeConfig, which says more of each; its `server` has fla
     "passages": "How many passages the extractor sees.",
     "answer_tokens": "Longest answer of the model.",
     "overrides": "File of corrections.",
+    "limit": "Share of labels that may be without knowledge.",
 }
 
 
@@ -268,7 +271,6 @@ def _define_flags() -> None:
     flags.DEFINE_string("examples", None, "Finished directory of Examples, whose labels are taken.")
     flags.DEFINE_string("out", None, "Directory for the Knowledge records.", required=True)
     flags.DEFINE_string("pairs", "", "Further labels, as MODALITY:LABEL,MODALITY:LABEL.")
-    flags.DEFINE_float("limit", 0.02, "Share of labels that may be without knowledge.")
     flags.DEFINE_string("shard", "", parts.HELP)
     default = KnowledgeConfig()
     for name, told in _FIELDS.items():
@@ -300,7 +302,6 @@ def main(argv: Sequence[str]) -> None:
         examples=Path(values.examples) if values.examples else None,
         pairs=parse_pairs(values.pairs),
         config=config_of(values),
-        limit=values.limit,
         shard=parts.chosen(values.shard),
     )
 

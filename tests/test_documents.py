@@ -35,6 +35,7 @@ COMMANDS_OF = (
         "CONTRIBUTING.md",
         "docs/hosts.md",
         "docs/judge.md",
+        "docs/knowledge.md",
         "docs/data_jobs.md",
     ),
 )
@@ -88,7 +89,8 @@ def _module_file(parts: list[str]) -> Path | None:
         return None
     spec = importlib.util.find_spec(parts[2])
     assert spec is not None, f"there is no module {parts[2]}"
-    return Path(str(spec.origin))
+    file = Path(str(spec.origin))
+    return file.with_name("__main__.py") if file.name == "__init__.py" else file
 
 
 def test_modules_and_their_flags_exist() -> None:

@@ -26,7 +26,8 @@ class KnowledgeConfig:
     ranks passages by BM25 alone; "minilm", by the packaged model too; "server", by `embedding_model` at
     `embedding_address`; or a directory with a BERT. embedding_key: as ChatConfig's key. passages: how
     many of them the extractor sees. answer_tokens: its longest answer. overrides: a file of corrections,
-    which are applied to the records (`corrections.py`).
+    which are applied to the records (`corrections.py`). limit: the share of labels that may be without a
+    record.
     """
 
     extractor: str = "notes"
@@ -49,6 +50,7 @@ class KnowledgeConfig:
     server: ChatConfig = field(default_factory=ChatConfig)
     answer_tokens: int = 2048
     overrides: str = ""
+    limit: float = 0.02
 
     def validate(self, where: str = "knowledge") -> None:
         """Raises ConfigError that names the field, its value and what is allowed."""
@@ -67,6 +69,8 @@ class KnowledgeConfig:
         for name in ("passages", "articles", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{where}.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.limit <= 1:
+            raise ConfigError(f"{where}.limit is {self.limit}; it must be between 0 and 1")
         needs = [("cache", set(FETCHED)), ("email", {"pmc"}), ("folder", {"folder"}), ("licences", {"pmc"})]
         for name, sources in needs:
             if sources & set(wanted) and not getattr(self, name):

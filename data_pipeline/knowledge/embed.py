@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
-from langchain_openai import OpenAIEmbeddings
-from pydantic import SecretStr
 from safetensors.numpy import load_file
 from scipy.special import erf
 from tokenizers import Tokenizer
@@ -138,6 +136,9 @@ class ServerEmbeddings(Embeddings):
     """The embeddings of a server; LangChain's client, with its vectors brought to length 1."""
 
     def __init__(self, address: str, model: str, key: str) -> None:
+        from langchain_openai import OpenAIEmbeddings  # here: half a second that only those pay who use it
+        from pydantic import SecretStr
+
         self.name = f"server:{model}"
         self.client = OpenAIEmbeddings(
             model=model,

@@ -95,7 +95,7 @@ def test_no_answer_is_a_quarantine_with_its_reason(tmp_path, reply: Reply, reaso
     with Server(lambda body, number: reply) as server:
         with pytest.raises(DataError, match="1 of 1 items are quarantined"):
             knowledge_base.run(tmp_path / "strict", pairs=PAIRS[:1], config=settings(server))
-        summary = knowledge_base.run(tmp_path / "out", pairs=PAIRS[:1], config=settings(server), limit=1.0)
+        summary = knowledge_base.run(tmp_path / "out", pairs=PAIRS[:1], config=settings(server, limit=1.0))
     assert (summary.answers, summary.quarantined) == (0, 1)
     [line] = (tmp_path / "out" / "knowledge-0000.quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "PDR/CFP"

@@ -295,6 +295,7 @@ def test_eyewiki_with_permission(tmp_path, monkeypatch) -> None:
         ({"licences": ""}, "licences is empty"),
         ({"sources": "folder"}, "folder is empty"),
         ({"passages": 0}, "passages is 0"),
+        ({"limit": 2.0}, "limit is 2.0"),
         ({"server": ChatConfig()}, "server.model is ''"),
         ({"embeddings": "server"}, "needs embedding_address"),
     ],
