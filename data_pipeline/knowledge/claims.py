@@ -96,7 +96,7 @@ def _claim(said: Said, documents: Sequence[Document], modality: str) -> Claim | 
     document = documents[said.passage - 1]
     text = document.page_content
     place = _located(said.quote, text)
-    if place is None:
+    if place is None or place[0] < _body(document):
         return "not in the passage"
     quote = text[place[0] : place[1]]
     if len(quote) > LONGEST:
@@ -158,12 +158,19 @@ def quoted(documents: Sequence[Document], roles: Mapping[str, Sequence[str]]) ->
                 text = document.page_content
                 fits = [one for one in find_mentions(text) if one.name == name]
                 fits = [one for one in fits if one.denied == (role == "excluded")]
+                fits = [one for one in fits if one.start >= _body(document)]
                 if fits:
                     start, end = _widened(text, fits[0].start, fits[0].end)
                     sha256 = document.metadata["sha256"]
                     found.append(Claim(finding=name, role=role, quote=text[start:end], passage=sha256))
                     break
     return tuple(found)
+
+
+def _body(document: Document) -> int:
+    """Where a passage begins to say something: the title above a note is no evidence."""
+    title = f"{document.metadata.get('title', '')}\n"
+    return len(title) if document.page_content.startswith(title) else 0
 
 
 def compose(label: str, modality: str, claims: Sequence[Claim], documents: Sequence[Document]) -> Knowledge:

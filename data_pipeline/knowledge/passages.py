@@ -42,7 +42,7 @@ def split_notes(notes: Iterable[Note]) -> list[Document]:
     for note in notes:
         more = {"label": note.label, "modality": note.modality, "references": list(note.references)}
         about = Article(note.title, note.text, f"notes: {note.title}", note.address, note.licence)
-        for piece in splitter.split_text(note.text):
+        for piece in splitter.split_text(harmless(note.text)):
             found.append(_document(about, f"{note.title}\n{piece.strip()}", more))
     return found
 

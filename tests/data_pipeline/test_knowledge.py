@@ -109,6 +109,8 @@ def test_the_record_is_the_notes_and_each_finding_is_quoted(retriever) -> None:
     quoted = {(claim.finding, claim.role): claim.quote for claim in record.claims}
     assert "dot or blot haemorrhages" in quoted["haemorrhage", "required"]
     assert quoted["neovascularisation", "excluded"].endswith("are absent.")
+    hole = from_notes(retriever, "Macular hole", "OCT")
+    assert hole.claims[0].quote.startswith("A macular hole is a gap")  # and not the title, which names it too
 
 
 def test_a_label_whose_note_is_not_among_the_first_passages_has_no_record(retriever) -> None:

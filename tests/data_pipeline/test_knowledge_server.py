@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -65,6 +66,11 @@ def test_records_are_quotations_and_a_second_run_asks_nobody(tmp_path) -> None:
     }
     job = json.loads((tmp_path / "out" / "job.json").read_text())["config"]
     assert (job["model"], job["retriever"], job["prompts"]) == ("m", "bm25", extract.version())
+
+
+def test_every_field_of_the_configuration_has_a_flag() -> None:
+    fields = {one.name for one in dataclasses.fields(KnowledgeConfig)}
+    assert set(knowledge_base._FIELDS) == fields - {"server"}
 
 
 def test_the_request_has_the_papers_question_and_a_schema_without_a_label(tmp_path) -> None:
