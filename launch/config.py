@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.knowledge.config import KnowledgeConfig
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
 from fundus_jax.grpo import own_rewards
@@ -39,7 +40,7 @@ class DataConfig:
     CPU-minutes a thousand), and not by their bytes and pixels alone. train, test, seed, size: phantoms to
     draw. sft_part: share of the patients that SFT learns from; GRPO draws its prompts from the rest, or from
     all where it is 1. grpo_tasks, probe_tasks: tasks of GRPO's prompts and of the evaluation ("" takes all),
-    comma-separated.
+    comma-separated. knowledge: what is known of the labels, and from where (docs/knowledge.md).
     """
 
     dataset: str = "phantom"
@@ -56,6 +57,7 @@ class DataConfig:
     sft_part: float = 1.0
     grpo_tasks: str = ""
     probe_tasks: str = ""
+    knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,6 +136,7 @@ class RunConfig:
         if not 0 < self.data.sft_part <= 1:
             raise ConfigError(f"data.sft_part is {self.data.sft_part}; it must be above 0 and at most 1")
         rates(self.data.tasks)
+        self.data.knowledge.validate("data.knowledge")
         self.prompt.validate()
         if self.grpo.localisation_weight and not self.prompt.boxes:
             raise ConfigError(
