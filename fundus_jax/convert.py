@@ -22,8 +22,8 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def _to_bundle(source: Path, target: Path) -> int:
         kinds = {np.dtype(tensors.entries[name].dtype) for name in names}
         dtype = min(kinds) if len(kinds) == 1 else np.dtype(np.float32)  # holds both 16-bit formats exactly
         make = functools.partial(_stack, tensors, names, shapes[_name(path)], dtype, facts)
-        arrays[_name(path)] = later.Later(shapes[_name(path)], dtype, make)
+        arrays[_name(path)] = later.Later(shapes[_name(path)], dtype, make, stacked=len(names) > 1)
     with weights.new_directory(target) as scratch:
         _require_space(scratch, sum(array.nbytes for array in arrays.values()))
         later.save_later(scratch / STATE, arrays)
@@ -134,21 +134,31 @@ def _to_hf(source: Path, target: Path, side: Path) -> int:
     _require_parameters(source, side, config, content["arrays"])
     dtypes = {name: facts[name][0] if name in facts else config.dtype for name in slots}
     fetch, digests = _fetcher(source, config, dtypes), Digests()
+    hashing: dict[str, Future[str]] = {}  # of the tensor that is written meanwhile
+
+    def note() -> None:
+        for name, digest in hashing.items():
+            digests[name] = digest.result()
+            if name in facts and digests[name] != facts[name][1]:
+                raise DataError(
+                    f"{source}: {name} is not what it was converted from; convert the original again"
+                )
+        hashing.clear()
 
     def fetch_and_note(name: str) -> np.ndarray:
+        note()
         tensor = fetch(name)
-        digests[name] = _sha256(tensor)
-        if name in facts and digests[name] != facts[name][1]:
-            raise DataError(f"{source}: {name} is not what it was converted from; convert the original again")
+        hashing[name] = pool.submit(_sha256, tensor)
         return tensor
 
     # parameter by parameter, not layer by layer, so that each is read once
     tensors = {name: (dtypes[name], slot.shape) for name, slot in slots.items()}
-    with weights.new_directory(target) as scratch:
+    with ThreadPoolExecutor(1) as pool, weights.new_directory(target) as scratch:
         sizes = (math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in tensors.values())
         _require_space(scratch, sum(sizes))
         _copy_side_files(side, scratch)
         weights.write_tensors(scratch, tensors, fetch_and_note)
+        note()
         written = weights.TensorFiles(scratch)
         params.match(config, written)
         _compare(scratch, digests, written.read)
@@ -238,8 +248,8 @@ def _fetcher(source: Path, config: Qwen2_5_VLConfig, dtypes: dict[str, str]) -> 
 def _compare(written: Path, digests: Digests, read: Callable[[str], np.ndarray]) -> None:
     """Read back what was written, and raise DataError for the tensors that are not what they should be."""
     progress, wrong = Progress(len(digests), "convert: verify"), []
-    for name, digest in digests.items():
-        if _sha256(read(name)) != digest:
+    for name, digest in _hashed(digests, read):
+        if digest != digests[name]:
             wrong.append(name)
         progress.update()
     progress.close()
@@ -252,6 +262,19 @@ def _compare(written: Path, digests: Digests, read: Callable[[str], np.ndarray])
 
 def _sha256(tensor: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
+
+
+def _hashed(names: Iterable[str], read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, str]]:
+    """Every name and the sha256 of its tensor, which is hashed while the next one is read."""
+    with ThreadPoolExecutor(1) as pool:
+        before: list[tuple[str, Future[str]]] = []
+        for name in names:
+            before.append((name, pool.submit(_sha256, read(name))))
+            if len(before) > 1:
+                done, digest = before.pop(0)
+                yield done, digest.result()
+        for name, digest in before:
+            yield name, digest.result()
 
 
 def _require_space(directory: Path, size: int) -> None:

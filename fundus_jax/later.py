@@ -7,6 +7,7 @@ Neighbour: `convert` writes and reads bundles through here.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-PIECE = 2**24  # bytes read at a time
+PIECE = 2**24  # bytes of a chunk at most; TensorStore reads and writes whole ones
 
 
 @dataclass(frozen=True)
 class Later:
-    """An array that `make` gives when it is wanted."""
+    """An array that `make` gives when it is wanted; if `stacked`, its rows will be read one by one."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], np.ndarray]
+    stacked: bool = False
 
     @property
     def size(self) -> int:
@@ -41,7 +43,13 @@ class Later:
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes promised arrays as numpy arrays, in turn."""
+    """Writes promised arrays as numpy arrays, in turn, and leaves it to the caller to flush the files: after
+    every chunk it would take longer than the writing."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        pool = {"cache_pool#ocdbt": {"total_bytes_limit": 10**8}}  # which Orbax refers to
+        self.context = tensorstore.Context({"file_io_sync": False, **pool})
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Sequence[Any]:
         for value, info, arg in zip(values, infos, args, strict=True):
@@ -50,40 +58,39 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
     async def _write(self, value: Later, info: Any, arg: Any) -> None:
         """Make one array and write it; with this call's end nothing refers to it any more."""
+        info = copy.copy(info)
+        info.ts_context = self.context
         for written in await super().serialize([value.make()], [info], [arg]):
             written.result()
 
 
 def save_later(path: Path, arrays: dict[str, Later]) -> None:
-    """Write the arrays by name into the new directory `path`, in Orbax's layout.
+    """Write the arrays by name into the new directory `path`, in Orbax's layout; the caller flushes it.
 
-    Uncompressed: weights shrink little and slowly, and then nothing is copied, and a part can be read alone.
+    Uncompressed, since weights shrink little and slowly; in chunks, so that a layer can be read alone.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Later, _OneByOne(deepcopy_host_arrays=False)),
+        (Later, _OneByOne()),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # none is written, but Orbax warns without it
     )
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    chunks = {
+        name: ocp.SaveArgs(chunk_byte_size=PIECE, shard_axes=(0,) if array.stacked else ())
+        for name, array in arrays.items()
+    }
     with ocp.Checkpointer(handler) as orbax:
-        orbax.save(path, args=ocp.args.PyTreeSave(arrays))
+        orbax.save(path, args=ocp.args.PyTreeSave(arrays, save_args=chunks))
 
 
 def open_array(path: Path, name: str) -> Any:
-    """The array `name` of a directory that Orbax wrote: what is sliced and then read, where it lies
-    uncompressed; else its values, since every slice would have to unpack all of it."""
+    """The array `name` of a directory that Orbax wrote: what is sliced and then read, where it lies in
+    chunks; else its values, since every slice would have to read and unpack all of it."""
     place = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
     array = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
-    codec = array.codec  # of zarr, there always is one
-    return array if codec and codec.to_json().get("compressor") is None else array.read().result()
+    whole = array.chunk_layout.read_chunk.shape == array.shape
+    return array.read().result() if whole else array
 
 
 def read(array: Any) -> np.ndarray:
-    """The values of what `open_array` gave, or of a slice of it; in pieces, since each is copied once."""
-    if not isinstance(array, tensorstore.TensorStore) or not array.rank:
-        return np.asarray(array)
-    out = np.empty(array.shape, array.dtype.numpy_dtype)
-    rows = max(1, PIECE * len(out) // max(1, out.nbytes))
-    for start in range(0, len(out), rows):
-        part = slice(start, min(start + rows, len(out)))  # past the end is an error here
-        out[part] = array[part].read().result()
-    return out
+    """The values of what `open_array` gave, or of a slice of it."""
+    return array.read().result() if isinstance(array, tensorstore.TensorStore) else np.asarray(array)

@@ -81,8 +81,9 @@ class Sizes:
         spread = fsdp * tensor
         return own / (1 if self.frozen else spread) + 2 * self.frozen / spread  # half of an adapter is whole
 
-    def update(self, rows: int, length: int, remat: str, fsdp: int, tensor: int) -> float:
-        """Gradients, and what a micro-batch of `rows` rows of `length` tokens and an image takes."""
+    def update(self, rows: int, length: int, remat: str, fsdp: int, tensor: int, *, cut: bool) -> float:
+        """Gradients, twice where a batch is `cut` (the sum, and those of one piece), and what a micro-batch
+        of `rows` rows of `length` tokens and an image takes."""
         model, vision = self.model, self.model.vision
         text = _activations(
             model.hidden_size, model.intermediate_size / tensor, remat, model.num_hidden_layers
@@ -90,7 +91,7 @@ class Sizes:
         image = _activations(vision.hidden_size, vision.intermediate_size / tensor, remat, vision.depth)
         logits = 3 * 4 * max(CHUNK, rows) * model.vocab_size / tensor
         gathered = 2 * (3 * self.layer + 2 * model.vocab_size * model.hidden_size) / tensor
-        gradients = 4 * self.trained / (fsdp * tensor)
+        gradients = 4 * (1 + cut) * self.trained / (fsdp * tensor)
         return rows * (length * text + self.patches * image) + logits + gathered + gradients
 
     def seconds(
@@ -113,13 +114,15 @@ class Sizes:
             seconds += pieces * ((passes + sent) * weights / chip.wire + crossing / chip.network)
         return seconds
 
-    def rollout(self, rows: int, tensor: int) -> float:
-        """The sampler's weights, and the keys and values of `rows` prompts and their responses."""
+    def rollout(self, rows: int, fsdp: int, tensor: int) -> float:
+        """The policy and the sampler's weights, and the keys and values of `rows` prompts and their
+        responses."""
         model, grpo = self.model, self.config.grpo
         positions = self.config.max_prompt + grpo.group_size * grpo.max_new_tokens
         heads = model.num_key_value_heads / (1 if model.num_key_value_heads % tensor else tensor)
         cache = 2 * 2 * model.num_hidden_layers * heads * model.head_dim * positions
-        return 2 * self.total / tensor + rows * cache + 4 * rows * grpo.group_size * model.vocab_size
+        weights = 2 * self.total / tensor + 2 * self.trained / (fsdp * tensor)
+        return weights + rows * cache + 4 * rows * grpo.group_size * model.vocab_size
 
 
 def _activations(width: float, mlp: float, remat: str, layers: int) -> float:
@@ -183,11 +186,13 @@ def _cut(
     `room` bytes, of `each` rows a device has of them (1 where none fits); and the bytes needed then."""
     lasting, grpo = sizes.lasting(fsdp, tensor), sizes.config.grpo
     slots = -(-grpo.slots * each[1] // grpo.prompts_per_step) or each[1]
-    while slots > 1 and slots % 2 == 0 and lasting + sizes.rollout(slots, tensor) > room:
+    while slots > 1 and slots % 2 == 0 and lasting + sizes.rollout(slots, fsdp, tensor) > room:
         slots //= 2
-    cut, needs = [], [lasting + sizes.rollout(slots, tensor)]
+    cut, needs = [], [lasting + sizes.rollout(slots, fsdp, tensor)]
     for rows, length in zip(each, lengths(sizes.config), strict=True):
-        found = [(n, lasting + sizes.update(n, length, remat, fsdp, tensor)) for n in divisors(rows)]
+        found = [
+            (n, lasting + sizes.update(n, length, remat, fsdp, tensor, cut=n < rows)) for n in divisors(rows)
+        ]
         best = ([one for one in found if one[1] <= room] or found[:1])[-1]
         cut.append(best[0])
         needs.append(best[1])

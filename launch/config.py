@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import findings, traces
+from data_pipeline.knowledge.config import KnowledgeConfig
 from data_pipeline.trace_server import WriterConfig
 from data_pipeline.votes import VotesConfig
 from fundus_jax.base.policy import PolicyConfig
@@ -42,9 +43,10 @@ class DataConfig:
     CPU-minutes a thousand), and not by their bytes and pixels alone. train, test, seed, size: phantoms to
     draw. sft_part: share of the patients that SFT learns from; GRPO draws its prompts from the rest, or from
     all where it is 1. grpo_tasks, probe_tasks: tasks of GRPO's prompts and of the evaluation ("" takes all),
-    comma-separated. findings: where they come from, "masks", "votes" of a model at votes.server, or "both",
-    votes where there are no masks. traces: who writes them, "rules", or a model at writer.server ("server").
-    limit: share of what these two may quarantine before they stop.
+    comma-separated. knowledge: what is known of the labels, and from where (docs/knowledge.md). findings:
+    where they come from, "masks", "votes" of a model at votes.server, or "both", votes where there are no
+    masks. traces: who writes them, "rules", or a model at writer.server ("server"). limit: share of what
+    these two may quarantine before they stop (docs/data.md).
     """
 
     dataset: str = "phantom"
@@ -61,6 +63,7 @@ class DataConfig:
     sft_part: float = 1.0
     grpo_tasks: str = ""
     probe_tasks: str = ""
+    knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
     findings: str = "masks"
     votes: VotesConfig = field(default_factory=VotesConfig)
     traces: str = "rules"
@@ -74,6 +77,7 @@ class DataConfig:
         if not 0 <= self.limit <= 1:
             raise ConfigError(f"data.limit is {self.limit}; it must be from 0 to 1")
         rates(self.tasks)
+        self.knowledge.validate("data.knowledge")
         for name, known, parts in (
             ("findings", findings.KINDS, {"votes": self.votes, "both": self.votes}),
             ("traces", traces.KINDS, {"server": self.writer}),

@@ -47,7 +47,7 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
         phantom=phantom if data.dataset == "phantom" else None,
         workers=data.workers,
     )
-    knowledge_base.run(knowledge, examples=examples)
+    knowledge_base.run(knowledge, examples=examples, config=data.knowledge)
     source = findings_job.make_source(data.findings, data.votes, knowledge)
     findings_job.run(examples, found, source=source, limit=data.limit)
     writer = traces.make_writer(data.traces, data.writer, config.prompt.boxes)

@@ -24,7 +24,7 @@ VALUES = {
 
 def promised() -> dict[str, Later]:
     return {
-        name: Later(value.shape, value.dtype, lambda value=value: value.copy())
+        name: Later(value.shape, value.dtype, lambda value=value: value.copy(), stacked=value.ndim == 3)
         for name, value in VALUES.items()
     }
 
@@ -63,15 +63,22 @@ def test_an_error_while_making_one_is_the_callers(tmp_path: Path) -> None:
         later.save_later(tmp_path / "state", {"p": Later((2,), np.dtype(np.float32), fail)})
 
 
-def test_parts_are_read_alone_and_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_lies_in_chunks_of_its_own(tmp_path: Path) -> None:
     later.save_later(tmp_path / "state", promised())
-    monkeypatch.setattr(later, "PIECE", 20)  # so that pieces are of one row, and one is left over
+    array = later.open_array(tmp_path / "state", "params.a")
+    assert array.chunk_layout.read_chunk.shape == (1, 3, 4)
+    np.testing.assert_array_equal(later.read(array), VALUES["params.a"])
+    np.testing.assert_array_equal(later.read(array[1]), VALUES["params.a"][1])
+
+
+def test_what_is_large_lies_in_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(later, "PIECE", 20)
+    later.save_later(tmp_path / "state", promised())
     for name, value in VALUES.items():
         array = later.open_array(tmp_path / "state", name)
-        assert not isinstance(array, np.ndarray)
         np.testing.assert_array_equal(later.read(array), value)
-    layer = later.open_array(tmp_path / "state", "params.a")[1]
-    np.testing.assert_array_equal(later.read(layer), VALUES["params.a"][1])
+        if value.nbytes > 20:
+            assert np.prod(array.chunk_layout.read_chunk.shape) * value.itemsize <= 20
 
 
 def test_what_is_compressed_is_read_as_a_whole(tmp_path: Path) -> None:

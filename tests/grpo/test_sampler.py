@@ -228,8 +228,7 @@ def test_a_mesh_changes_no_token(batch: Batch) -> None:
     for leaf in (*decoding.cache.keys, *decoding.groups.memory.values):
         assert leaf.sharding.spec[:2] == (("data", "fsdp"), "tensor")
     layer = stepper.layers[1]  # split over tensor, whole over fsdp
-    assert tuple(layer.gate_up.sharding.spec) == (None, None, "tensor")
-    assert tuple(layer.qkv.sharding.spec)[:2] == (None, "tensor")
+    assert tuple(layer.gate.sharding.spec) == tuple(layer.qkv.sharding.spec) == (None, "tensor")
 
 
 def test_adapters_take_part_in_decoding(batch: Batch) -> None:

@@ -146,6 +146,8 @@ def test_the_estimate_counts_what_the_model_has() -> None:
     whole = numbers.lasting(8, 1)
     assert whole == pytest.approx(14 * numbers.total / 8)
     assert numbers.lasting(4, 2) == whole, "both axes split what stays"
-    assert numbers.rollout(1, 2) < numbers.rollout(1, 1)
-    assert numbers.update(2, 2048, "block", 8, 1) < numbers.update(2, 2048, "none", 8, 1)
+    assert numbers.rollout(1, 4, 2) < numbers.rollout(1, 8, 1)
+    block, none = (numbers.update(2, 2048, remat, 8, 1, cut=False) for remat in ("block", "none"))
+    assert block < none
+    assert numbers.update(2, 2048, "block", 8, 1, cut=True) == pytest.approx(block + 4 * numbers.total / 8)
     assert tuple(sizes(auto.Choice("data:1,fsdp:2,tensor:3", "", 1, 1, 0, 0, 0, ""))) == sharding.AXES

@@ -168,6 +168,13 @@ def test_decoding_gathers_no_weight(plans: Any) -> None:
     assert report.open_loops, "it ends by what is sampled"
 
 
+def test_decoding_takes_its_weights_as_they_lie(plans: Any) -> None:
+    """None is turned or padded before the loop: beside its arguments there is room for one step alone."""
+    row = next(row for row in plans[0]["grpo"]["programs"] if row["program"] == "decode")
+    weights = plans[0]["grpo"]["resident_gib"]["sampler"]
+    assert row["temporaries_gib"] < 0.2 * weights, row
+
+
 def test_adapters_take_less(config: RunConfig, plans: Any) -> None:
     lora = dataclasses.replace(config, lora=LoraConfig(rank=4))
     plan = planning.plan(lora, parse_topology("v5e:2x4x2"), "data:2,fsdp:4,tensor:2", "sft")

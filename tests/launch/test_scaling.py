@@ -74,6 +74,23 @@ def test_the_estimate_of_what_stays_is_the_compilers(name: str) -> None:
     assert found < CHIPS[parse_topology(machine).kind].memory
 
 
+@pytest.mark.parametrize("name", PLANS)
+def test_the_estimate_of_an_update_is_not_far_below_the_compilers(name: str) -> None:
+    """What is planned is BUDGET of the memory; with a tenth more it still is within USABLE."""
+    assert auto.BUDGET / 0.9 < 1.01 * planning.USABLE
+    recipe, machine = name.split(" ")
+    config = scaling.config_of(recipe)
+    sizes = auto.Sizes(config, auto.model_config(config))
+    batches = (config.sft.batch, config.grpo.prompts_per_step)
+    for plan, batch, length in zip(PLANS[name], batches, auto.lengths(config), strict=True):
+        mesh = {axis: int(size) for axis, size in (part.split(":") for part in plan["mesh"].split(","))}
+        pieces, axes = plan["micro_batches"], (mesh["fsdp"], mesh["tensor"])
+        rows = batch // (mesh["data"] * mesh["fsdp"] * pieces)
+        estimate = sizes.lasting(*axes) + sizes.update(rows, length, plan["remat"], *axes, cut=pieces > 1)
+        update = next(row for row in plan["programs"] if row["program"] == "update")
+        assert estimate / GIB > 0.9 * update["total_gib"]
+
+
 def test_what_fits_is_within_memory() -> None:
     for name, plans in PLANS.items():
         for plan in plans:

@@ -2,8 +2,9 @@
 
 A decoding step reads every weight and every key once, and is as fast as memory gives them; whatever XLA cuts,
 joins, pads or turns inside the loop is a copy of all that in every step. So it is done once, before the loop:
-layers lie one by one, the matrices of one input are one, and caches keep their heads in front of their
-positions, as the products want them. On a mesh the weights are gathered over `fsdp`; then a step needs no
+layers lie one by one, every weight is a matrix that a product takes as it lies (a TPU would turn one of more
+axes before the loop, and keep both), and caches keep their heads in front of their positions, as the products
+want them. On a mesh the weights are gathered over `fsdp`; then a step needs no
 weight of another device but those of `tensor`. Neighbours: `text` (the same layers over whole conversations),
 `grpo.rollout` (the loop).
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +54,10 @@ class Layer(NamedTuple):
 
     Attributes:
         norm: [D].
-        qkv: [D,K,R+2,C], the R queries of a key head, its key and its value; `qkv_bias` [K,R+2,C].
+        qkv: [D,K*(R+2)*C], of each key head its R queries, its key and its value; `qkv_bias` alike.
         out: [H*C,D].
         mlp_norm: [D].
-        gate_up: [D,2,F].
+        gate, up: [D,F].
         down: [F,D].
     """
 
@@ -65,7 +66,8 @@ class Layer(NamedTuple):
     qkv_bias: Array
     out: Array
     mlp_norm: Array
-    gate_up: Array
+    gate: Array
+    up: Array
     down: Array
 
 
@@ -131,55 +133,49 @@ class Stepper:
         cos, sin = cos[:, None], sin[:, None]  # [B,1,1,1,C]: all continuations and heads turn alike
         keys, values = [], []
         for layer, *held in zip(self.layers, *memory[:2], *cache, strict=True):
-            joined = jnp.einsum("bgd,dkjc->bgkjc", rms_norm(x, layer.norm, eps), layer.qkv) + layer.qkv_bias
+            joined = rms_norm(x, layer.norm, eps) @ layer.qkv + layer.qkv_bias
+            joined = joined.reshape(*x.shape[:2], config.num_key_value_heads, -1, config.head_dim)
             turned = rotate(joined[..., :-1, :], cos, sin)
             keys.append(_put(held[2], turned[..., -1, :], column))
             values.append(_put(held[3], joined[..., -1, :], column))
             prefix = Prefix(held[0], held[1], memory.mask)
             heads = attend_step(turned[..., :-1, :], prefix, keys[-1], values[-1], seen)
             x = x + heads.reshape(*x.shape[:2], -1) @ layer.out
-            both = jnp.einsum("bgd,dnf->bgnf", rms_norm(x, layer.mlp_norm, eps), layer.gate_up)
-            x = x + (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]) @ layer.down
+            inner = rms_norm(x, layer.mlp_norm, eps)
+            x = x + (jax.nn.silu(inner @ layer.gate) * (inner @ layer.up)) @ layer.down
             x = constrain(x, "batch", None, None)
         return rms_norm(x, self.norm, eps), Cache(tuple(keys), tuple(values))
 
 
 def layer_of(text: Decoder, index: Array | int) -> Layer:
-    """The weights of layer `index` of the stack, with joined matrices, gathered over `fsdp`."""
+    """The weights of layer `index` of the stack, [in, out], gathered over `fsdp`."""
     config, attention, mlp = text.config, text.layers.self_attn, text.layers.mlp
-    shape = (config.num_key_value_heads, -1, config.head_dim)
+    heads = (config.num_key_value_heads, -1, config.head_dim)
 
     def own(stack: Array) -> Array:
         return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
+    def matrix(linear: Any, *names: str | None) -> Array:
+        return constrain(own(linear.effective()).T, *names)
+
+    def joined(parts: list[Array]) -> Array:
+        """[H*C,...] of the queries, [K*C,...] of keys and of values -> [K*(R+2)*C,...], split by heads."""
+        whole = jnp.concatenate([part.reshape(*heads, *part.shape[1:]) for part in parts], axis=1)
+        return constrain(whole, "heads", *[None] * (whole.ndim - 1)).reshape(-1, *parts[0].shape[1:])
+
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    qkv = [own(one.effective()).reshape(*shape, config.hidden_size) for one in projections]
-    bias = [own(one.bias.get_value()).reshape(shape) for one in projections if one.bias is not None]
     norms = (text.layers.input_layernorm, text.layers.post_attention_layernorm)
     before, after = (own(norm.weight.get_value()) for norm in norms)
-    gate_up = jnp.stack([own(one.effective()) for one in (mlp.gate_proj, mlp.up_proj)])
-    layer = Layer(
-        norm=before,
-        qkv=jnp.moveaxis(jnp.concatenate(qkv, axis=1), -1, 0),
-        qkv_bias=jnp.concatenate(bias, axis=1),
-        out=own(attention.o_proj.effective()).T,
-        mlp_norm=after,
-        gate_up=jnp.moveaxis(gate_up, -1, 0),
-        down=own(mlp.down_proj.effective()).T,
+    return Layer(
+        norm=constrain(before, None),
+        qkv=joined([own(one.effective()) for one in projections]).T,
+        qkv_bias=joined([own(one.bias.get_value()) for one in projections if one.bias is not None]),
+        out=matrix(attention.o_proj, "heads", None),
+        mlp_norm=constrain(after, None),
+        gate=matrix(mlp.gate_proj, None, "mlp"),
+        up=matrix(mlp.up_proj, None, "mlp"),
+        down=matrix(mlp.down_proj, "mlp", None),
     )
-    return Layer(*(constrain(weight, *names) for weight, names in zip(layer, _AXES, strict=True)))
-
-
-# Where the weights of a Layer lie on a mesh: nothing is split over `fsdp`.
-_AXES = (
-    (None,),
-    (None, "heads", None, None),
-    ("heads", None, None),
-    ("heads", None),
-    (None,),
-    (None, None, "mlp"),
-    ("mlp", None),
-)
 
 
 def pinned(tree: Tree) -> Tree:
