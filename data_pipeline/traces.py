@@ -112,12 +112,23 @@ def run(
         job, keyed, process, out, limit=limit, workers=workers, shard=shard, through=author.through
     )
     if manifest.load(out).keys() >= {one.name for one in keyed}:  # else other parts of the job still run
-        counts = summarise(jobs.read(out, Trace)) | summarise_tries(out)
-        files.write_atomic(out / SUMMARY, json.dumps({"writer": author.name, **counts}, indent=1) + "\n")
+        counts = _write_summary(out, author.name)
         logging.info(
             "traces (%s): %d of %d kept; %s", author.name, counts["kept"], counts["traces"], counts["reasons"]
         )
     return summary
+
+
+def _write_summary(out: Path, writer: str) -> dict:
+    """The counts of a finished directory; where nothing was made since they were written, as they stand."""
+    of = files.digest([[name, one.files] for name, one in sorted(manifest.load(out).items())])
+    if (out / SUMMARY).exists():
+        written = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        if written.get("of") == of:
+            return written
+    counts = {"writer": writer, "of": of, **summarise(jobs.read(out, Trace)), **summarise_tries(out)}
+    files.write_atomic(out / SUMMARY, json.dumps(counts, indent=1) + "\n")
+    return counts
 
 
 def summarise(traces: Iterator[Trace]) -> dict:

@@ -227,6 +227,27 @@ def test_the_stage_keeps_the_rejected_ones_and_counts_reasons(tmp_path) -> None:
     assert traces.run(*parts).shards_skipped == 2
 
 
+def test_a_finished_directory_is_not_counted_again(tmp_path, monkeypatch) -> None:
+    *parts, out = stages(tmp_path, {"a": [example(id="1")], "b": [example(id="2")]})
+    traces.run(*parts, out)
+    written = (out / "summary.json").read_bytes()
+    counted = []
+    monkeypatch.setattr(
+        traces,
+        "summarise",
+        lambda found: counted.append(list(found)) or {"traces": 0, "kept": 0, "reasons": {}},
+    )
+    traces.run(*parts, out)
+    assert counted == []
+    assert (out / "summary.json").read_bytes() == written
+    (out / "b.jsonl").unlink()  # so that the shard is made again
+    traces.run(*parts, out)
+    assert counted == [], "the same shards: what was counted still holds"
+    (out / "summary.json").write_text('{"of": "before"}')
+    traces.run(*parts, out)
+    assert len(counted[0]) == 2
+
+
 def test_one_run_and_two_half_runs_write_the_same(tmp_path) -> None:
     shards = {"a": [example(id="1")], "b": [example(id="2", answer="Mild NPDR")]}
     *parts, out = stages(tmp_path, shards)
