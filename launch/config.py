@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import decisions
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
 from fundus_jax.grpo import own_rewards
@@ -39,7 +40,8 @@ class DataConfig:
     CPU-minutes a thousand), and not by their bytes and pixels alone. train, test, seed, size: phantoms to
     draw. sft_part: share of the patients that SFT learns from; GRPO draws its prompts from the rest, or from
     all where it is 1. grpo_tasks, probe_tasks: tasks of GRPO's prompts and of the evaluation ("" takes all),
-    comma-separated.
+    comma-separated. decisions: what reviewers decided about traces, files and folders of them
+    (docs/review.md); "" for traces that nobody reviewed.
     """
 
     dataset: str = "phantom"
@@ -56,6 +58,7 @@ class DataConfig:
     sft_part: float = 1.0
     grpo_tasks: str = ""
     probe_tasks: str = ""
+    decisions: str = ""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -176,6 +179,9 @@ def rates(text: str) -> dict[str, float] | None:
 
 def as_json(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as JSON values, for config.json and its hash; with the sha256 of the user's
-    files of rewards, so that a workdir refuses to go on with one that has changed."""
+    files of rewards and of what reviewers decided, so that a workdir refuses to go on with others."""
     files = own_rewards.digests(config.grpo.rewards)
-    return dataclasses.asdict(config) | ({"reward_files": files} if files else {})
+    found = {"reward_files": files} if files else {}
+    if config.data.decisions:
+        found["decided"] = decisions.digest(decisions.read(decisions.paths(config.data.decisions)))
+    return dataclasses.asdict(config) | found
