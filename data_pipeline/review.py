@@ -56,8 +56,10 @@ def main(argv: Sequence[str]) -> None:
         server = start(Path(values.data), Path(values.decisions), values.reviewer, values.port)
     except (ConfigError, DataError) as error:
         raise SystemExit(f"review: {error}") from error
-    print(f"\nOpen {server.address}\nDecisions go to {server.desk.ledger.path}. Ctrl-C ends.\n", flush=True)
     try:
+        print(
+            f"\nOpen {server.address}\nDecisions go to {server.desk.ledger.path}. Ctrl-C ends.\n", flush=True
+        )
         server.serve_forever()
     except KeyboardInterrupt:
         pass

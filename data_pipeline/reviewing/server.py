@@ -192,8 +192,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/check":
             self._json(desk.check(row, *(_text(body, name) for name in ("think", "answer"))))
         elif path == "/decide":
-            made = desk.decide(row, *(_text(body, name) for name in _FIELDS))
-            self._json(made, HTTPStatus.UNPROCESSABLE_ENTITY if made["reasons"] else HTTPStatus.OK)
+            self._json(desk.decide(row, *(_text(body, name) for name in _FIELDS)))
         else:
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
 

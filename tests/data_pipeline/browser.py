@@ -17,7 +17,8 @@ CODES = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Tab": 9}
 
 
 class Browser:
-    """One page. `problems` collects what its console complains of; `requests` what it asked for."""
+    """One page. `problems` collects what its console complains of, `requests` what it asked for; `forbidden`
+    counts those that the page's own policy stopped."""
 
     def __init__(self, folder: Path) -> None:
         assert PROGRAM is not None
@@ -39,6 +40,7 @@ class Browser:
         self._count, self._rest, self._session = 0, b"", ""
         self.problems: list[str] = []
         self.requests: list[str] = []
+        self.forbidden = 0
         target = next(one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page")
         attached = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self._session = attached["sessionId"]
@@ -77,6 +79,8 @@ class Browser:
             self.problems.append(f"{values['entry']['text']} {values['entry'].get('url', '')}")
         elif method == "Network.requestWillBeSent":
             self.requests.append(values["request"]["url"])
+        elif method == "Network.loadingFailed":
+            self.forbidden += values.get("blockedReason") == "csp"
 
     def size(self, width: int, height: int, scheme: str = "light") -> None:
         """The size of the window, and whether its user likes it dark or light."""

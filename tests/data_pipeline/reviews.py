@@ -66,9 +66,8 @@ class Made:
 
 def case(number: int, think: str = GOOD, reasons: tuple[str, ...] = (), **changes: object) -> Made:
     """Case `number`: a photograph with two findings by votes."""
-    asked = example(
-        id=f"made/{number}", patient=str(number), image=f"train-00000.array_record#{number}", **changes
-    )
+    about = {"id": f"made/{number}", "patient": str(number), "image": f"train-00000.array_record#{number}"}
+    asked = example(**about | changes)
     votes = {"haemorrhage": 4, "microaneurysm": 5, "hard exudate": 1, "neovascularisation": 0}
     found = Findings(example=asked.id, present=SEEN, votes=votes, n=5, origin="votes")
     trace = Trace(example=asked.id, think=think, answer=asked.answer, kept=not reasons, reasons=reasons)

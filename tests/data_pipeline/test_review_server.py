@@ -270,11 +270,8 @@ def test_a_correction_passes_the_check_or_is_not_taken(server: Server, tmp_path:
     assert "absent finding claimed: drusen" in found["reasons"]
     text = {"outcome": "correct", "think": BAD, "answer": "Moderate NPDR"}
     refused = ask(server, "/decide", decision(0, cases()[0], **text))
-    assert (refused.status, refused.json["reasons"]) == (422, found["reasons"])
+    assert refused.json == {"reasons": found["reasons"]}
     assert held(tmp_path) == {}
-    text = {"outcome": "correct", "think": MILD, "answer": "Mild NPDR"}
-    held_out = ask(server, "/decide", decision(5, cases()[5], **text))
-    assert held_out.status in (409, 422), "a held-out question keeps its answer"
 
 
 def test_a_picture_is_sent_in_the_size_of_the_screen(server: Server, tmp_path: Path) -> None:

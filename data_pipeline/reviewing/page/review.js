@@ -18,13 +18,22 @@ function make(tag, attributes, ...children) {
   for (const [name, value] of Object.entries(attributes || {})) {
     if (value !== null && value !== false) node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+  const shown = children.flat().filter((child) => child !== null && child !== undefined && child !== "");
+  node.append(...shown.map((child) => (typeof child === "string" ? plain(child) : child)));
   return node;
+}
+
+function plain(text) { // without what controls or turns the text around it
+  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
+}
+
+function option(words, value) {
+  return make("option", { value }, words);
 }
 
 function tell(text, bad) {
   const told = $("told");
-  told.textContent = text;
+  told.textContent = plain(text);
   told.className = text ? (bad ? "shown bad" : "shown") : "";
   clearTimeout(tell.timer);
   if (!bad) tell.timer = setTimeout(() => { told.className = ""; }, 4000);
@@ -296,7 +305,7 @@ function openReject() {
   $("reject-fault").textContent = "";
   choose(null);
   $("reject-panel").showModal();
-  $("reasons").firstChild.focus();
+  $("reasons").focus();
 }
 
 function choose(reason) {
@@ -324,10 +333,11 @@ function openCorrect() {
   const shown = now.case, mine = shown.decision && shown.decision.outcome === "correct" ? shown.decision : shown.trace;
   const answer = mine.answer || shown.published;
   $("think").value = mine.think ?? shown.trace.text;
-  $("published").textContent = `(published: ${shown.published})`;
+  $("published").textContent = plain(`(published: ${shown.published})`);
   $("answer-choice").hidden = !shown.options.length;
   $("answer-text").hidden = Boolean(shown.options.length);
-  $("answer-choice").replaceChildren(...shown.options.map((option) => new Option(option, option, false, option === answer)));
+  $("answer-choice").replaceChildren(...shown.options.map((words) => option(words, words)));
+  $("answer-choice").value = answer;
   $("answer-text").value = answer;
   $("check").replaceChildren();
   $("preview").replaceChildren();
@@ -395,6 +405,7 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     return choose(start.reasons[Number(event.key) - 1]);
   }
+  if (panel && panel.id === "reject-panel" && event.target === $("reasons") && event.key === "Enter") return saveReject();
   if (panel && panel.id === "correct-panel" && event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     return saveCorrect();
@@ -416,13 +427,13 @@ function prepare() {
     return button;
   }));
   $("all-keys").append(...KEYS.flatMap(([key, what]) => [make("dt", null, make("kbd", null, key)), make("dd", null, what)]));
-  const choice = (name, title, rows) => make("label", null, title, make("select", { name }, new Option("all", ""), rows));
+  const choice = (name, title, rows) => make("label", null, title, make("select", { name }, option("all", ""), rows));
   for (const [name, title] of Object.entries(FILTERS)) {
-    const rows = start.facets[name].map(([value, count]) => new Option(`${value} (${count.toLocaleString("en")})`, value));
-    if (name === "check") rows.unshift(new Option("rejected", "rejected"));
+    const rows = start.facets[name].map(([value, count]) => option(`${value} (${count.toLocaleString("en")})`, value));
+    if (name === "check") rows.unshift(option("rejected", "rejected"));
     $("filters").append(choice(name, title, rows));
   }
-  $("filters").append(choice("decision", "Decision", Object.entries(STATES).map(([value, words]) => new Option(words, value))));
+  $("filters").append(choice("decision", "Decision", Object.entries(STATES).map(([value, words]) => option(words, value))));
   $("filters").addEventListener("change", () => alone(async () => { now = null; await go(-1, 1); }));
   $("filters").addEventListener("submit", (event) => event.preventDefault());
   const work = { "filter-button": toggleFilters, previous, next, accept, undo, correct: openCorrect, reject: openReject, help: () => $("help-panel").showModal() };
