@@ -12,12 +12,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline import files
 from fundus_jax import records
-from fundus_jax.records import ConfigError, DataError, Decision, to_json
+from fundus_jax.records import ConfigError, DataError, Trace
 
 SUFFIX = ".jsonl"
+OUTCOMES = ("accept", "correct", "reject", "withdraw")  # withdraw: as if nothing had been decided
 # Kinds of reasons to reject a trace, in the words of the paper's quality check where it has one.
 REASONS = (
     "finding is not there",
@@ -29,7 +31,46 @@ REASONS = (
     "image can not be judged",
     "other",
 )
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")  # sorts as it is read
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """A record like those of `fundus_jax.records`: what a person decided about a trace.
+
+    `trace` is the `trace_sha256` of the text that was read, so that the decision counts for no other. A
+    rejection has a reason, "KIND" or "KIND: detail"; a correction has the think text and the answer that
+    replace the trace's. `time` is in UTC, as 2026-11-28T13:54:41Z. Raises DataError for anything else.
+    """
+
+    example: str
+    trace: str
+    outcome: str
+    reason: str
+    think: str
+    answer: str
+    reviewer: str
+    time: str
+
+    def __post_init__(self) -> None:
+        named = {"example": self.example, "reviewer": self.reviewer}
+        named |= {"reason": self.reason} if self.outcome == "reject" else {}
+        named |= {"think": self.think, "answer": self.answer} if self.outcome == "correct" else {}
+        empty = [name for name, value in named.items() if not value.strip()]
+        foreign = self.outcome != "correct" and bool(self.think or self.answer)
+        for wrong, message in (
+            (self.outcome not in OUTCOMES, f"outcome is {self.outcome!r}; known are {', '.join(OUTCOMES)}"),
+            (bool(empty), f"{', '.join(empty)}: empty, with the outcome {self.outcome}"),
+            (foreign, f"{self.outcome} with a text; only a correction has one"),
+            (not _SHA256.fullmatch(self.trace), f"trace {self.trace!r} is no sha256"),
+            (not _MOMENT.fullmatch(self.time), f"time {self.time!r} has to be UTC, as 2026-11-28T13:54:41Z"),
+        ):
+            if wrong:
+                raise DataError(f"Decision about {self.example!r}: {message}")
+
+
 Book = Mapping[str, tuple[Decision, ...]]  # example -> what holds of each reviewer who decided on it
 
 
@@ -64,7 +105,7 @@ def read(paths: Iterable[Path]) -> Book:
 
 def digest(book: Book) -> str:
     """One hash of all that holds; a decision that was withdrawn or replaced leaves no trace in it."""
-    return files.digest([to_json(one) for found in book.values() for one in found])
+    return files.digest([_line(one) for found in book.values() for one in found])
 
 
 def agree(found: Sequence[Decision]) -> bool:
@@ -72,9 +113,18 @@ def agree(found: Sequence[Decision]) -> bool:
     return len({(one.outcome, one.think, one.answer) for one in found}) <= 1
 
 
+def trace_sha256(trace: Trace) -> str:
+    """What a Decision knows a trace by: the sha256 of its think text and its answer."""
+    return files.digest([trace.think, trace.answer])
+
+
 def now() -> str:
     """The time in UTC as a Decision has it."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _line(one: Decision) -> str:
+    return records.to_json(one)  # type: ignore[arg-type]
 
 
 def _lines(path: Path) -> list[Decision]:
@@ -84,7 +134,8 @@ def _lines(path: Path) -> list[Decision]:
         texts = whole.decode("utf-8").split("\n")[:-1]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8: {error}") from error
-    return [records.from_json(Decision, text, f"{path}:{n}") for n, text in enumerate(texts, 1)]
+    kind: Any = Decision
+    return [records.from_json(kind, text, f"{path}:{n}") for n, text in enumerate(texts, 1)]
 
 
 @dataclass
@@ -161,7 +212,7 @@ class Ledger:
             example=example, trace=trace, outcome=outcome, reason=reason, think=think, answer=answer,
             reviewer=self.reviewer, time=max(now(), self.time),
         )  # fmt: skip
-        line, size = (to_json(made) + "\n").encode(), os.fstat(self.stream).st_size
+        line, size = (_line(made) + "\n").encode(), os.fstat(self.stream).st_size
         try:
             if os.write(self.stream, line) != len(line):
                 raise OSError(f"{self.path}: the disk took a part of the line only")

@@ -27,17 +27,9 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from data_pipeline import decisions, files, jobs, manifest, quality, stages
+from data_pipeline.decisions import Decision, trace_sha256
 from fundus_jax import dialog
-from fundus_jax.records import (
-    ConfigError,
-    DataError,
-    Decision,
-    Example,
-    Findings,
-    Knowledge,
-    Trace,
-    trace_sha256,
-)
+from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge, Trace
 
 SUMMARY, VOID = "summary.json", "void.tsv"
 ANSWERS = ".answers.json"  # end of the name of the side file with the answers that were corrected

@@ -27,13 +27,11 @@ EYES = ("OD", "OS", "")
 ORIGINS = ("pixels", "votes")
 RATINGS = ("plausible", "tenuous", "flawed", "implausible", "abstain")
 REFERENCES = ("findings", "knowledge")
-OUTCOMES = ("accept", "correct", "reject", "withdraw")  # withdraw: as if nothing had been decided
 
 _IMAGE_KEY = re.compile(
     r"[^#/\\\s.][^#/\\\s]*#[0-9]{1,12}"
 )  # a bare file name: no folder, no "..", no hidden file
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")  # sorts as it is read
 
 
 class DataError(ValueError):
@@ -237,52 +235,13 @@ class Verdict:
         _one_of("Verdict", "reference", self.reference, REFERENCES)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decision:
-    """What a person decided about a trace. `trace` is the `trace_sha256` of the text that was read, so that
-    the decision counts for no other. A rejection has a reason, "KIND" or "KIND: detail"; a correction has the
-    think text and the answer that replace the trace's. `time` is in UTC, as 2026-11-28T13:54:41Z."""
-
-    example: str
-    trace: str
-    outcome: str
-    reason: str
-    think: str
-    answer: str
-    reviewer: str
-    time: str
-
-    def __post_init__(self) -> None:
-        _filled("Decision", example=self.example, reviewer=self.reviewer)
-        _one_of("Decision", "outcome", self.outcome, OUTCOMES)
-        _require(_SHA256.fullmatch(self.trace) is not None, f"Decision.trace {self.trace!r} is no sha256")
-        _require(
-            _MOMENT.fullmatch(self.time) is not None,
-            f"Decision.time is {self.time!r}; it has to be UTC, as 2026-11-28T13:54:41Z",
-        )
-        if self.outcome == "reject":
-            _filled("Decision", reason=self.reason)
-        if self.outcome == "correct":
-            _filled("Decision", think=self.think, answer=self.answer)
-        else:
-            _require(
-                not self.think and not self.answer,
-                f"Decision about {self.example!r}: {self.outcome} with a text; only a correction has one",
-            )
-
-
-Record = Box | Example | Passage | Knowledge | Findings | Trace | Verdict | Decision
-R = TypeVar("R", Box, Example, Passage, Knowledge, Findings, Trace, Verdict, Decision)
+Record = Box | Example | Passage | Knowledge | Findings | Trace | Verdict
+R = TypeVar("R", Box, Example, Passage, Knowledge, Findings, Trace, Verdict)
 
 
 def text_sha256(text: str) -> str:
     """The sha256 of a text in UTF-8, as 64 hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def trace_sha256(trace: Trace) -> str:
-    """What a `Decision` knows a trace by: the sha256 of its think text and its answer."""
-    return text_sha256(json.dumps([trace.think, trace.answer], ensure_ascii=False))
 
 
 def to_json(record: Record) -> str:

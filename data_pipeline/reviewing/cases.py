@@ -10,12 +10,13 @@ from typing import Any
 from PIL import Image
 
 from data_pipeline import images, reviewed
+from data_pipeline.decisions import Decision, trace_sha256
 from data_pipeline.pictures import Picture
 from data_pipeline.reviewing.index import Case, Index
 from data_pipeline.stages import LABEL_TASKS
 from fundus_jax import dialog
 from fundus_jax.findings import FINDINGS, clean, mark, missed
-from fundus_jax.records import Box, Decision, Findings, Knowledge, trace_sha256
+from fundus_jax.records import Box, Findings, Knowledge
 
 LONGEST = 20_000  # characters of a text that are shown, or taken from a reviewer
 SIDES = (256, 4096)  # of a picture on the screen, in pixels

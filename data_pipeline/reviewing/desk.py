@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline import decisions, reviewed
+from data_pipeline.decisions import Decision
 from data_pipeline.reviewing import cases
 from data_pipeline.reviewing.index import FACETS, Index
 from fundus_jax.findings import clean
-from fundus_jax.records import DataError, Decision
+from fundus_jax.records import DataError
 
 STATES = ("open", "accept", "correct", "reject")  # of a trace, for this reviewer
 VOID, DISAGREE = "void", "disagree"

@@ -12,17 +12,9 @@ from array_record.python.array_record_module import ArrayRecordWriter  # pyright
 from PIL import Image, ImageDraw
 
 from data_pipeline import decisions, files, jobs
+from data_pipeline.decisions import trace_sha256
 from data_pipeline.quality import MOST_WORDS
-from fundus_jax.records import (
-    Example,
-    Findings,
-    Knowledge,
-    Passage,
-    Trace,
-    text_sha256,
-    to_json,
-    trace_sha256,
-)
+from fundus_jax.records import Example, Findings, Knowledge, Passage, Trace, text_sha256, to_json
 from tests.data_pipeline.made import example
 
 GOOD = (

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import decisions
-from data_pipeline.decisions import Ledger
+from data_pipeline.decisions import Decision, Ledger, trace_sha256
 from fundus_jax import records
-from fundus_jax.records import ConfigError, DataError, Decision, Trace, to_json, trace_sha256
+from fundus_jax.records import ConfigError, DataError, Trace, to_json
 
 SHA = trace_sha256(Trace(example="e", think="t", answer="a", kept=True, reasons=()))
 
@@ -67,12 +67,12 @@ def test_reasons_may_differ_and_corrections_may_not() -> None:
     ("changes", "message"),
     [
         ({"outcome": "maybe"}, "outcome is 'maybe'"),
-        ({"outcome": "reject"}, "reason is empty"),
-        ({"outcome": "correct", "think": "t"}, "answer is empty"),
+        ({"outcome": "reject"}, "reason: empty"),
+        ({"outcome": "correct", "think": "t"}, "answer: empty"),
         ({"think": "t"}, "only a correction has one"),
         ({"trace": "x"}, "no sha256"),
         ({"time": "yesterday"}, "has to be UTC"),
-        ({"reviewer": " "}, "reviewer is empty"),
+        ({"reviewer": " "}, "reviewer: empty"),
     ],
 )
 def test_what_is_no_decision_is_refused(changes: dict[str, str], message: str) -> None:

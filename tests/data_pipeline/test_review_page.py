@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import decisions, review
+from data_pipeline.decisions import Decision
 from data_pipeline.reviewing.server import Server
-from fundus_jax.records import Decision, Findings, Passage, Trace, text_sha256
+from fundus_jax.records import Findings, Passage, Trace, text_sha256
 from tests.data_pipeline import browser, reviews
 from tests.data_pipeline.browser import Browser
 from tests.data_pipeline.reviews import BAD, GOOD, Made, case

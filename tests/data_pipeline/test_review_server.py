@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from data_pipeline import decisions, review
+from data_pipeline.decisions import trace_sha256
 from data_pipeline.reviewing.server import MOST_BYTES, TOKEN, Server
-from fundus_jax.records import ConfigError, DataError, trace_sha256
+from fundus_jax.records import ConfigError, DataError
 from tests.data_pipeline import reviews
 from tests.data_pipeline.reviews import BAD, GOOD, MILD, Made, case, decide
 
