@@ -236,11 +236,13 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     values = flags.FLAGS
-    names = ("examples", "findings", "knowledge", "traces", "out")
+    examples, found, knowledge, traces, out = (
+        Path(getattr(values, name)) for name in ("examples", "findings", "knowledge", "traces", "out")
+    )
+    parts = {"workers": values.workers, "shard": values.shard}
     try:
         book = decisions.read(decisions.paths(values.decisions))
-        folders = (Path(getattr(values, name)) for name in names)
-        run(*folders, book, workers=values.workers, shard=values.shard)
+        run(examples, found, knowledge, traces, out, book, **parts)
     except (ConfigError, DataError) as error:
         raise SystemExit(f"reviewed: {error}") from error
 

@@ -181,7 +181,7 @@ def as_json(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as JSON values, for config.json and its hash; with the sha256 of the user's
     files of rewards and of what reviewers decided, so that a workdir refuses to go on with others."""
     files = own_rewards.digests(config.grpo.rewards)
-    found = {"reward_files": files} if files else {}
+    found: dict[str, Any] = {"reward_files": files} if files else {}
     if config.data.decisions:
         found["decided"] = decisions.digest(decisions.read(decisions.paths(config.data.decisions)))
     return dataclasses.asdict(config) | found

@@ -21,6 +21,7 @@ from fundus_jax.records import DataError
 
 STATES = ("open", "accept", "correct", "reject")  # of a trace, for this reviewer
 VOID, DISAGREE = "void", "disagree"
+MOST_VALUES = 200  # of a facet that can be chosen
 
 
 class Desk:
@@ -42,9 +43,8 @@ class Desk:
         for name in FACETS:
             numbers, values = self.index.facets[name]
             counts = np.bincount(numbers, minlength=len(values)).tolist()
-            shown[name] = sorted(
-                map(list, zip(values, counts, strict=True)), key=lambda row: (-row[1], row[0])
-            )
+            rows = sorted(zip(counts, values, strict=True), key=lambda one: (-one[0], one[1]))
+            shown[name] = [[value, count] for count, value in rows[:MOST_VALUES]]
         return shown
 
     def look(self, row: int, move: int, filters: Mapping[str, str]) -> dict[str, Any]:

@@ -59,13 +59,12 @@ class Index:
 
     def case(self, row: int) -> Case:
         """The records of a row. Raises DataError where they are damaged, or not those that were indexed."""
-        example, found, trace = (
-            self._read(row, stage, cls) for stage, cls in zip(STAGES, (Example, Findings, Trace), strict=True)
-        )
-        if not isinstance(example, Example) or not isinstance(trace, Trace):
+        example, trace = self._read(row, "examples", Example), self._read(row, "traces", Trace)
+        if example is None or trace is None:
             raise DataError(f"{self.ids[row]}: has no example; run the stage traces again")
+        found = self._read(row, "findings", Findings)
         about = self.knowledge.get((example.answer, example.modality))
-        return Case(example, trace, found if isinstance(found, Findings) else None, about)
+        return Case(example, trace, found, about)
 
     def chosen(self, filters: Mapping[str, str]) -> NDArray[np.bool_]:
         """Which rows [rows] have these values of facets; "" chooses all. Check "rejected" is any but kept."""

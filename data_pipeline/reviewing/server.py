@@ -254,7 +254,7 @@ def _number(query: dict[str, Any], name: str) -> int:
     try:
         number = int(value)
     except ValueError as error:
-        raise Refused(HTTPStatus.BAD_REQUEST, f"{name} is {value[:20]!r}, not a number") from error
+        raise Refused(HTTPStatus.BAD_REQUEST, f"{name} is {str(value)[:20]!r}, not a number") from error
     return max(-(2**31), min(number, 2**31))
 
 

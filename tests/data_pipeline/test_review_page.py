@@ -243,6 +243,11 @@ def test_it_fits_the_screen_and_can_be_read(chromium: Browser, serve, width: int
     page.size(width, 860, scheme)
     assert page.value("document.documentElement.scrollWidth") <= width, "nothing is cut off at the side"
     assert page.value("document.querySelector('.frame img').clientWidth") >= 300
+    for key in ("r", "c", "?"):
+        page.press(key)
+        page.until("document.querySelector('dialog[open]') !== null")
+        assert page.value("(d => d.scrollWidth <= d.clientWidth)(document.querySelector('dialog[open]'))")
+        page.press("Escape")
     low = page.value(CONTRAST)
     assert low == [], "text of too little contrast (WCAG AA: 4.5)"
 

@@ -218,7 +218,7 @@ function findingsCard(shown) {
     return row;
   }));
   card.append(found.rows.length ? list : make("p", { class: "small" }, "None is present."));
-  if (found.unseen) card.append(make("p", { class: "small note" }, `${found.unseen} more were asked for and got no vote.`));
+  if (found.unseen) card.append(make("p", { class: "small note" }, `${found.unseen} more ${found.unseen === 1 ? "was" : "were"} asked for and got no vote.`));
   return card;
 }
 
