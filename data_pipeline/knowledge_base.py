@@ -1,95 +1,221 @@
 """Builds the Knowledge records: for each label and modality in play, retrieve passages and extract findings.
 
-Paper, section 3.2.1. Here runs the embedded back end, called `notes`: passages from our own short notes,
-found by BM25, and the findings of the note's front matter. It is no language model and does not pretend to be
-one; a label without a note is quarantined. The online back end brings another LangChain retriever and another
-`Extractor`. Neighbours: `knowledge/` has notes and index, `traces.py` uses the records.
+Paper, section 3.2.1. Two back ends: `notes`, which is no language model and does not pretend to be one, takes
+the findings from the heads of our own notes, found by BM25; `server` shows the passages of any source to a
+model behind a server, and keeps of its claims what a passage says. A label without knowledge is quarantined;
+labels that no finding of the table is characteristic of (`notes/without.toml`) are outside of the notes.
+Neighbours: `knowledge/` has sources, index, extraction and corrections; `traces.py` uses the records.
 
     python -m data_pipeline.knowledge_base --examples=DIR --out=DIR [--pairs="CFP:PDR,OCT:DME"]
 """
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from absl import app, flags, logging
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from data_pipeline import files, jobs
-from data_pipeline.knowledge.index import QUERY, Bm25Retriever, split_notes
-from data_pipeline.knowledge.note import Note, read_notes, shipped_notes
+from data_pipeline import asking, files, jobs, parts
+from data_pipeline.knowledge import corrections, embed, extract, sources
+from data_pipeline.knowledge.config import KnowledgeConfig
+from data_pipeline.knowledge.corrections import Correction
+from data_pipeline.knowledge.extract import Extracted
+from data_pipeline.knowledge.index import QUERY, Bm25Retriever, HybridRetriever
+from data_pipeline.knowledge.model import ServerModel
+from data_pipeline.knowledge.note import Note, undescribed
+from data_pipeline.knowledge.sources import Pair
 from data_pipeline.stages import LABEL_TASKS
-from fundus_jax.records import MODALITIES, ConfigError, DataError, Example, Knowledge, Passage
+from fundus_jax.chat import Chat, ChatConfig
+from fundus_jax.records import MODALITIES, ConfigError, DataError, Example, Knowledge
 
-PASSAGES = 4  # how many retrieved passages the extractor sees
-
-Pair = tuple[str, str]  # (label, modality)
-
-
-class Extractor(Protocol):
-    """Makes a Knowledge record from the passages that were retrieved for one label and modality."""
-
-    name: str
-
-    def extract(self, label: str, modality: str, documents: Sequence[Document]) -> Knowledge:
-        """Raises DataError when the passages are not about the label in the modality."""
-        ...
+SHARD = 8  # labels that a server is asked about in one shard
+VERSION = 2  # of the records that the same notes give
+SUMMARY = "sources.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class NotesExtractor:
-    """Takes the findings from the front matter of the note that ranks highest among those on the subject.
+class Item:
+    """One label and modality with the passages that were retrieved, and its correction where there is one."""
 
-    Passages of other notes are dropped. Nothing is completed from a table behind the retriever's back: if the
-    retrieved passages do not hold the note, there is no record.
+    label: str
+    modality: str
+    documents: tuple[Document, ...]
+    correction: Correction | None
+
+    @property
+    def id(self) -> str:
+        """What a quarantine calls it."""
+        return f"{self.label}/{self.modality}"
+
+    def content(self) -> list:
+        """Everything that is read of it, as JSON."""
+        texts = [[one.page_content, one.metadata] for one in self.documents]
+        return [self.label, self.modality, texts, self.correction.config() if self.correction else None]
+
+
+def run(
+    out: Path,
+    *,
+    examples: Path | None = None,
+    pairs: Sequence[Pair] = (),
+    config: KnowledgeConfig | None = None,
+    shard: str = "0/1",
+    make: Any = sources.fetcher,
+) -> jobs.Summary:
+    """Writes the Knowledge of all pairs in play to `out`.
+
+    Args:
+        out: directory of the stage.
+        examples: finished directory of Examples, whose pairs are taken.
+        pairs: further (label, modality) pairs.
+        config: sources, retrieval, extraction and corrections; by default our own notes.
+        shard: as in `jobs.run`.
+        make: gives the guarded fetcher; tests put their own in its place.
+
+    Raises ConfigError and DataError; those of `jobs.run` too.
     """
+    config = config or KnowledgeConfig()
+    config.validate()
+    wanted = set(pairs) | set(pairs_in_play(jobs.read(examples, Example)) if examples else ())
+    if not wanted:
+        raise ConfigError("no label is in play: give examples with a question about a label, or pairs")
+    corrected = corrections.read(Path(config.overrides)) if config.overrides else {}
+    if config.extractor == "notes" and not config.notes:
+        wanted = _described(wanted, set(corrected))
+    gathered = sources.gather(config, sorted(wanted), make)
+    retriever = retrieval(config, gathered.documents)
+    items = [_item(pair, retriever, corrected) for pair in sorted(wanted)]
+    if config.extractor == "notes":
+        summary = _by_notes(out, items, config, shard)
+    else:
+        summary = _by_server(out, items, config, shard)
+    files.write_atomic(out / SUMMARY, json.dumps(dict(sorted(gathered.counts.items())), indent=1) + "\n")
+    logging.info(
+        "knowledge (%s): %d records, %d quarantined", config.extractor, summary.answers, summary.quarantined
+    )
+    return summary
 
-    notes: tuple[Note, ...]
-    name: str = "notes"
 
-    def extract(self, label: str, modality: str, documents: Sequence[Document]) -> Knowledge:
-        subject = [
-            document
-            for document in documents
-            if (document.metadata["label"], document.metadata["modality"]) == (label, modality)
-        ]
-        if not subject:
-            found = [document.metadata["title"] for document in documents]
-            raise DataError(
-                f"no note on {label} in {modality}: the first passages are {found}; add one to "
-                "data_pipeline/knowledge/notes, or leave the label out"
-            )
-        address = subject[0].metadata["address"]
-        note = next(note for note in self.notes if note.address == address)
-        return Knowledge(
-            label=label,
-            modality=modality,
-            text=note.text,
-            required=note.required,
-            supportive=note.supportive,
-            excluded=note.excluded,
-            passages=tuple(_passage(document) for document in subject),
+def _described(wanted: set[Pair], corrected: set[Pair]) -> set[Pair]:
+    """The pairs without those that the notes leave out on purpose."""
+    without = {pair for pair in wanted if pair in undescribed()} - corrected
+    if without:
+        names = ", ".join(f"{label}/{modality}" for label, modality in sorted(without))
+        logging.info("knowledge (notes): no finding of the table is characteristic of %s", names)
+    if without == wanted:
+        raise ConfigError(
+            "no finding of the table is characteristic of any label in play: see docs/knowledge.md"
         )
+    return wanted - without
 
 
-def _passage(document: Document) -> Passage:
-    fields = ("source", "address", "licence", "sha256")
-    return Passage(text=document.page_content, **{name: document.metadata[name] for name in fields})
+def retrieval(config: KnowledgeConfig, documents: list[Document]) -> Bm25Retriever:
+    """The retriever that the configuration names: BM25 alone, or with embeddings."""
+    if not config.embeddings:
+        return Bm25Retriever(documents=documents, k=config.passages)
+    if config.embeddings == "server":
+        key = ChatConfig(key=config.embedding_key).secret("knowledge.embedding_key")
+        model = embed.ServerEmbeddings(config.embedding_address, config.embedding_model, key)
+    else:
+        own = embed.packaged() if config.embeddings == "minilm" else Path(config.embeddings)
+        model = embed.LocalEmbeddings(own)
+    vectors = embed.document_vectors(documents, model, Path(config.cache) if config.cache else None)
+    return HybridRetriever(documents=documents, k=config.passages, embeddings=model, vectors=vectors)
 
 
-def build(
-    pairs: Iterable[Pair], retriever: BaseRetriever, extractor: Extractor
+def _item(pair: Pair, retriever: BaseRetriever, corrected: dict[Pair, Correction]) -> Item:
+    label, modality = pair
+    documents = retriever.invoke(QUERY.format(modality=modality, label=label))
+    return Item(label, modality, tuple(documents), corrected.get(pair))
+
+
+def _by_notes(out: Path, items: Sequence[Item], config: KnowledgeConfig, shard: str) -> jobs.Summary:
+    notes = sources.notes_of(config)
+    heads = [dataclasses.asdict(note) for note in notes]
+    key = files.digest([VERSION, [item.content() for item in items], heads])
+    job = jobs.Job("knowledge_base", {"source": "notes", "passages": config.passages})
+    process = functools.partial(_noted, notes=notes, overrides=Path(config.overrides).name)
+    return jobs.run(
+        job, [jobs.ShardInput("knowledge", key, items)], process, out, limit=config.limit, shard=shard
+    )
+
+
+def _noted(
+    shard: jobs.ShardInput, folder: Path, *, notes: Sequence[Note], overrides: str
 ) -> Iterator[Knowledge | jobs.Quarantine]:
-    """One Knowledge record a pair, or a quarantine saying why there is none."""
-    for label, modality in pairs:
-        documents = retriever.invoke(QUERY.format(modality=modality, label=label))
+    del folder  # no side files
+    for item in shard.items:  # type: ignore[union-attr]
         try:
-            yield extractor.extract(label, modality, documents)
+            record = extract.from_notes(item.label, item.modality, item.documents, notes)
         except DataError as error:
-            yield jobs.Quarantine(f"{label}/{modality}", str(error))
+            record = error
+        yield _settled(item, record, overrides)
+
+
+def _settled(item: Item, record: Knowledge | DataError, overrides: str) -> Knowledge | jobs.Quarantine:
+    """The record with its correction, or the quarantine of what has neither."""
+    if item.correction is not None:
+        return corrections.corrected(
+            None if isinstance(record, DataError) else record, item.correction, overrides
+        )
+    return jobs.Quarantine(item.id, str(record)) if isinstance(record, DataError) else record
+
+
+def _by_server(out: Path, items: Sequence[Item], config: KnowledgeConfig, shard: str) -> jobs.Summary:
+    overrides = Path(config.overrides).name
+    told = {
+        "extractor": "server",
+        "model": config.server.model,
+        "prompts": extract.version(),
+        "answer_tokens": config.answer_tokens,
+        "sources": config.wanted(),
+        "retriever": f"bm25+{config.embeddings}" if config.embeddings else "bm25",
+        "passages": config.passages,
+    }
+    if config.eyewiki_permission:
+        told["eyewiki_permission"] = config.eyewiki_permission
+    parts = [items[start : start + SHARD] for start in range(0, len(items), SHARD)]
+    shards = [
+        jobs.ShardInput(f"knowledge-{n:04d}", files.digest([one.content() for one in part]), part)
+        for n, part in enumerate(parts)
+    ]
+
+    async def ask(chat: Chat, item: Item) -> Extracted | jobs.Quarantine:
+        model = ServerModel(chat=chat, answer_tokens=config.answer_tokens)
+        try:
+            found = await extract.by_model(model, item.label, item.modality, item.documents)
+        except DataError as error:
+            settled = _settled(item, error, overrides)
+            return settled if isinstance(settled, jobs.Quarantine) else Extracted(settled, ())
+        settled = _settled(item, found.record, overrides)
+        return dataclasses.replace(found, record=settled)
+
+    through = asking.through(ask, config.server, "knowledge.server")
+    return jobs.run(
+        jobs.Job("knowledge_base", told),
+        shards,
+        _asked,
+        out,
+        limit=config.limit,
+        shard=shard,
+        through=through,
+    )
+
+
+def _asked(shard: jobs.ShardInput, folder: Path) -> Iterable[Knowledge]:
+    """Yields the records, and leaves the claims that did not hold beside them."""
+    lines = []
+    for one in shard.items:  # type: ignore[union-attr]
+        for lost in one.dropped:
+            told = {"label": one.record.label, "modality": one.record.modality, "reason": lost.reason}
+            lines.append(json.dumps(told | dataclasses.asdict(lost.said), ensure_ascii=False) + "\n")
+        yield one.record
+    (folder / f"{shard.name}.dropped.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def pairs_in_play(examples: Iterable[Example]) -> tuple[Pair, ...]:
@@ -106,63 +232,65 @@ def pairs_in_play(examples: Iterable[Example]) -> tuple[Pair, ...]:
     return tuple(sorted(found))
 
 
-def run(
-    out: Path,
-    *,
-    examples: Path | None = None,
-    pairs: Sequence[Pair] = (),
-    notes: Path | None = None,
-    passages: int = PASSAGES,
-    limit: float = 0.02,
-) -> jobs.Summary:
-    """Writes the Knowledge of all pairs in play to `out`, by the embedded back end.
-
-    Args:
-        out: directory of the stage, one shard "knowledge".
-        examples: finished directory of Examples, whose pairs are taken.
-        pairs: further (label, modality) pairs.
-        notes: folder of notes to use in place of the shipped ones.
-        passages: how many passages are retrieved for a pair.
-        limit: share of pairs that may be quarantined.
-    """
-    wanted = set(pairs) | set(pairs_in_play(jobs.read(examples, Example)) if examples else ())
-    if not wanted:
-        raise ConfigError("no label is in play: give examples with a question about a label, or pairs")
-    texts = shipped_notes() if notes is None else read_notes(notes)
-    items = tuple(sorted(wanted))
-    key = files.digest([items, [dataclasses.asdict(note) for note in texts]])
-    job = jobs.Job("knowledge_base", {"source": "notes", "passages": passages})
-    process = functools.partial(_process, notes=texts, passages=passages)
-    summary = jobs.run(job, [jobs.ShardInput("knowledge", key, items)], process, out, limit=limit)
-    logging.info("knowledge (notes): %d records, %d quarantined", summary.answers, summary.quarantined)
-    return summary
-
-
-def _process(
-    shard: jobs.ShardInput, folder: Path, *, notes: tuple[Note, ...], passages: int
-) -> Iterable[Knowledge | jobs.Quarantine]:
-    del folder  # no side files
-    retriever = Bm25Retriever(documents=split_notes(notes), k=passages)
-    return build(shard.items, retriever, NotesExtractor(notes))  # type: ignore[arg-type]
-
-
 def parse_pairs(text: str) -> tuple[Pair, ...]:
-    """ "CFP:PDR,OCT:DME" as (label, modality) pairs."""
+    """ "CFP:PDR,OCT:DME" as (label, modality) pairs; a comma within a label is written as two."""
     pairs = []
-    for item in filter(None, text.split(",")):
-        modality, colon, label = item.strip().partition(":")
+    for item in filter(None, text.replace(",,", "\0").split(",")):
+        modality, colon, label = item.strip().replace("\0", ",").partition(":")
         if not colon or not label or modality not in MODALITIES:
             raise ConfigError(f"pair {item!r}: write MODALITY:LABEL with one of {', '.join(MODALITIES)}")
         pairs.append((label, modality))
     return tuple(pairs)
 
 
+_FIELDS = {  # of KnowledgeConfig, which says more of each; its `server` has flags of its own
+    "extractor": "notes, or server: a language model that quotes.",
+    "sources": "Of the passages: notes, pmc, folder, eyewiki, comma-separated.",
+    "notes": "Folder of notes to use in place of the shipped ones.",
+    "folder": "Your own PDFs and web pages.",
+    "folder_licence": "What is known of their licence.",
+    "cache": "Folder that keeps what is fetched.",
+    "offline": "Fetch nothing; what the cache lacks is an error.",
+    "email": "NCBI asks for one.",
+    "ncbi_key": "Environment variable that holds a key of NCBI's.",
+    "articles": "PMC articles a label and modality.",
+    "licences": "Of PMC articles that are used, comma-separated.",
+    "eyewiki_permission": "States that you have the publisher's permission for EyeWiki.",
+    "embeddings": "Rank by embeddings too: minilm, server, or a directory with a BERT.",
+    "embedding_address": "Server of embeddings, up to and with the /v1.",
+    "embedding_model": "Its model.",
+    "embedding_key": "Environment variable that holds its key.",
+    "passages": "How many passages the extractor sees.",
+    "answer_tokens": "Longest answer of the model.",
+    "overrides": "File of corrections.",
+    "limit": "Share of labels that may be without knowledge.",
+}
+
+
 def _define_flags() -> None:
     flags.DEFINE_string("examples", None, "Finished directory of Examples, whose labels are taken.")
     flags.DEFINE_string("out", None, "Directory for the Knowledge records.", required=True)
     flags.DEFINE_string("pairs", "", "Further labels, as MODALITY:LABEL,MODALITY:LABEL.")
-    flags.DEFINE_string("notes", None, "Folder of notes to use in place of the shipped ones.")
-    flags.DEFINE_float("limit", 0.02, "Share of labels that may be without knowledge.")
+    flags.DEFINE_string("shard", "", parts.HELP)
+    default = KnowledgeConfig()
+    for name, told in _FIELDS.items():
+        _define(name, getattr(default, name), told)
+    for one in dataclasses.fields(ChatConfig):
+        _define(f"server.{one.name}", getattr(default.server, one.name), "As in fundus_jax/chat.py.")
+
+
+def _define(name: str, value: object, told: str) -> None:
+    kinds = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_bool}
+    kinds |= {float: flags.DEFINE_float}
+    kinds[type(value)](name, value, told)
+
+
+def config_of(values: flags.FlagValues) -> KnowledgeConfig:
+    """The configuration that the flags give."""
+    own: dict[str, Any] = {name: values[name].value for name in _FIELDS}
+    names = [one.name for one in dataclasses.fields(ChatConfig)]
+    server: dict[str, Any] = {name: values[f"server.{name}"].value for name in names}
+    return KnowledgeConfig(**own, server=ChatConfig(**server))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -173,8 +301,8 @@ def main(argv: Sequence[str]) -> None:
         Path(values.out),
         examples=Path(values.examples) if values.examples else None,
         pairs=parse_pairs(values.pairs),
-        notes=Path(values.notes) if values.notes else None,
-        limit=values.limit,
+        config=config_of(values),
+        shard=parts.chosen(values.shard),
     )
 
 

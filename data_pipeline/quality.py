@@ -152,7 +152,7 @@ def _connects(sentence: str, knowledge: Knowledge) -> bool:
     if not any(_says(sentence, name) for name in (knowledge.label, CONCEPTS.get(knowledge.label, ""))):
         return False
     mentions = findings.parse_mentions(sentence)
-    if not knowledge.required:
+    if not knowledge.required and not knowledge.supportive:
         return "without lesion" in sentence.lower() or bool(mentions.absent & set(knowledge.excluded))
     matters = {*knowledge.required, *knowledge.supportive}
     return bool(mentions.present & matters)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from data_pipeline import decisions, files, jobs, manifest, quality, stages
+from data_pipeline import decisions, files, jobs, manifest, parts, quality, stages
 from data_pipeline.decisions import Decision, trace_sha256
 from fundus_jax import dialog
 from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge, Trace
@@ -229,7 +229,7 @@ def _define_flags() -> None:
     )
     flags.DEFINE_string("out", None, "Directory for the traces that hold.", required=True)
     flags.DEFINE_integer("workers", 1, "Processes.")
-    flags.DEFINE_string("shard", "0/1", "i/n: every n-th shard from the i-th on.")
+    flags.DEFINE_string("shard", "", parts.HELP)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -239,10 +239,10 @@ def main(argv: Sequence[str]) -> None:
     examples, found, knowledge, traces, out = (
         Path(getattr(values, name)) for name in ("examples", "findings", "knowledge", "traces", "out")
     )
-    parts = {"workers": values.workers, "shard": values.shard}
     try:
+        share = {"workers": values.workers, "shard": parts.chosen(values.shard)}
         book = decisions.read(decisions.paths(values.decisions))
-        run(examples, found, knowledge, traces, out, book, **parts)
+        run(examples, found, knowledge, traces, out, book, **share)
     except (ConfigError, DataError) as error:
         raise SystemExit(f"reviewed: {error}") from error
 

@@ -135,7 +135,10 @@ def connection(example: Example, found: Findings, knowledge: Knowledge | None) -
     concept = CONCEPTS.get(label, label)
     if label == "No DR":
         return f"Without microaneurysms or haemorrhages there is {concept}."
-    if not knowledge.required:
+    proof = (
+        knowledge.required or knowledge.supportive
+    )  # some labels require no finding, and are known by several
+    if not proof:
         subject = "Layers" if example.modality == "OCT" else "A retina"
         return f"{subject} without lesions {_verb(subject, 'fit')} {concept}."
     if label == "Mild NPDR":
@@ -146,7 +149,9 @@ def connection(example: Example, found: Findings, knowledge: Knowledge | None) -
         if not everywhere(example.boxes):
             return ""
         return f"Haemorrhages {EVERYWHERE} without neovascularisation fit {concept}."
-    signs = [name for name in found.present if name in (*knowledge.required, *_signs(label))]
+    signs = [name for name in found.present if name in (*proof, *_signs(label))]
+    if not signs:
+        return ""
     without = {"DME": " without a pigment epithelial detachment", "Drusen": " without fluid"}.get(label, "")
     return f"{_capital(findings.phrase(signs))}{without} {_verb_of(signs, 'fit')} {concept}."
 

@@ -3,11 +3,12 @@
 Training, rewards and evaluation have to agree to the letter on what a question and a reply look like, so
 both directions live here. Parsers read what a model under training wrote, which may be a megabyte of
 anything: they take linear time and never raise. Neighbours: `records.py` has the `Example`, `findings.py` the
-names of the findings.
+names of the findings; whoever puts the text of strangers into a prompt makes it `harmless` first.
 """
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -294,3 +295,18 @@ def _corners(text: str) -> list[tuple[int, int, int, int]] | None:
         corners.append((x1, y1, x2, y2))
         position, more = match.end(), match.group(5) == ","
     return corners if position == len(inner) else None
+
+
+def harmless(text: str) -> str:
+    """`text` without anything that a chat template, a tokenizer or a reader would take for more than words.
+
+    Compatibility forms become the plain characters (a full-width < is a <), so that nothing hides from the
+    next steps. Control and format characters and variation selectors go: they show no glyph, and reorder or
+    hide others. Angle brackets become ‹ and ›, which no control token has (<|im_start|>, </s>,
+    <start_of_turn>), and [INST] and its like become (INST).
+    """
+    text = unicodedata.normalize("NFKC", text)
+    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c)[0] != "C")
+    text = re.sub("[\ufe00-\ufe0f\U000e0100-\U000e01ef]", "", text)
+    text = text.translate({ord("<"): "‹", ord(">"): "›"})
+    return re.sub(r"\[\s*(/?\s*[A-Z_]+)\s*\]", r"(\1)", text)

@@ -27,6 +27,7 @@ EYES = ("OD", "OS", "")
 ORIGINS = ("pixels", "votes")
 RATINGS = ("plausible", "tenuous", "flawed", "implausible", "abstain")
 REFERENCES = ("findings", "knowledge")
+ROLES = ("required", "supportive", "excluded")  # of a finding for a label
 
 _IMAGE_KEY = re.compile(
     r"[^#/\\\s.][^#/\\\s]*#[0-9]{1,12}"
@@ -153,8 +154,24 @@ class Passage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """Why a finding has its role: a quotation, word for word, of the passage with the sha256 `passage`.
+    With the role "other", it describes what is no finding of the table, and `finding` says it in words."""
+
+    finding: str
+    role: str
+    quote: str
+    passage: str
+
+    def __post_init__(self) -> None:
+        _filled("Claim", finding=self.finding, quote=self.quote)
+        _one_of("Claim", "role", self.role, (*ROLES, "other"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Knowledge:
-    """What a label looks like in a modality: a text and three disjoint sets of findings (paper, 3.2.1)."""
+    """What a label looks like in a modality: a text and three disjoint sets of findings (paper, 3.2.1), with
+    claims, each of a finding of one set, that quote the passages."""
 
     label: str
     modality: str
@@ -163,11 +180,12 @@ class Knowledge:
     supportive: tuple[str, ...]
     excluded: tuple[str, ...]
     passages: tuple[Passage, ...]
+    claims: tuple[Claim, ...] = ()
 
     def __post_init__(self) -> None:
         _filled("Knowledge", label=self.label, text=self.text)
         _one_of("Knowledge", "modality", self.modality, MODALITIES)
-        for field in ("required", "supportive", "excluded"):
+        for field in ROLES:
             names = getattr(self, field)
             _require(len(set(names)) == len(names), f"Knowledge.{field} {names!r} repeats a finding")
         names = self.required + self.supportive + self.excluded
@@ -175,6 +193,11 @@ class Knowledge:
         _require(
             not twice, f"Knowledge of {self.label!r}: {twice} stand in two of required/supportive/excluded"
         )
+        texts = {passage.sha256: passage.text for passage in self.passages}
+        for one in self.claims:
+            fits = one.role == "other" or one.finding in getattr(self, one.role)
+            fits = fits and one.quote in texts.get(one.passage, "")
+            _require(fits, f"Knowledge of {self.label!r}: {one} is not of its role, or quotes no passage")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,8 +258,8 @@ class Verdict:
         _one_of("Verdict", "reference", self.reference, REFERENCES)
 
 
-Record = Box | Example | Passage | Knowledge | Findings | Trace | Verdict
-R = TypeVar("R", Box, Example, Passage, Knowledge, Findings, Trace, Verdict)
+Record = Box | Example | Passage | Claim | Knowledge | Findings | Trace | Verdict
+R = TypeVar("R", Box, Example, Passage, Claim, Knowledge, Findings, Trace, Verdict)
 
 
 def text_sha256(text: str) -> str:
@@ -255,7 +278,7 @@ def from_json(cls: type[R], line: str, where: str = "record") -> R:
 
     Args:
         cls: the class that the line has to hold.
-        line: one JSON object; a field that is unknown, missing or of another type is refused.
+        line: one JSON object; a field that is unknown, mistyped, or missing without default, is refused.
         where: the place for error messages, e.g. "findings/000.jsonl:12".
 
     Raises:
@@ -350,7 +373,8 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         }
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         hints = _hints(hint)  # type: ignore[arg-type]
-        unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
+        later = {field.name for field in dataclasses.fields(hint) if field.default is not dataclasses.MISSING}
+        unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - later - value.keys())
         if unknown or missing:
             raise DataError(f"{where}: unknown fields {unknown}, missing fields {missing}")
         fields = {name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import decisions
+from data_pipeline.knowledge.config import KnowledgeConfig
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
 from fundus_jax.grpo import own_rewards
@@ -40,8 +41,8 @@ class DataConfig:
     CPU-minutes a thousand), and not by their bytes and pixels alone. train, test, seed, size: phantoms to
     draw. sft_part: share of the patients that SFT learns from; GRPO draws its prompts from the rest, or from
     all where it is 1. grpo_tasks, probe_tasks: tasks of GRPO's prompts and of the evaluation ("" takes all),
-    comma-separated. decisions: what reviewers decided about traces, files and folders of them
-    (docs/review.md); "" for traces that nobody reviewed.
+    comma-separated. knowledge: what is known of the labels, and from where (docs/knowledge.md).
+    decisions: what reviewers decided about traces, files and folders of them (docs/review.md); "" for none.
     """
 
     dataset: str = "phantom"
@@ -58,6 +59,7 @@ class DataConfig:
     sft_part: float = 1.0
     grpo_tasks: str = ""
     probe_tasks: str = ""
+    knowledge: KnowledgeConfig = field(default_factory=KnowledgeConfig)
     decisions: str = ""
 
 
@@ -137,6 +139,7 @@ class RunConfig:
         if not 0 < self.data.sft_part <= 1:
             raise ConfigError(f"data.sft_part is {self.data.sft_part}; it must be above 0 and at most 1")
         rates(self.data.tasks)
+        self.data.knowledge.validate("data.knowledge")
         self.prompt.validate()
         if self.grpo.localisation_weight and not self.prompt.boxes:
             raise ConfigError(

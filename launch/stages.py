@@ -48,7 +48,7 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
         phantom=phantom if data.dataset == "phantom" else None,
         workers=data.workers,
     )
-    knowledge_base.run(knowledge, examples=examples)
+    knowledge_base.run(knowledge, examples=examples, config=data.knowledge)
     findings_job.run(examples, found)
     traces.run(examples, found, knowledge, folder / "traces", boxes=config.prompt.boxes)
     held = folder / "reviewed" if data.decisions else None

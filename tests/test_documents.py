@@ -25,6 +25,8 @@ DOCUMENTS = (
     "docs/hosts.md",
     "docs/judge.md",
     "docs/review.md",
+    "docs/evaluation.md",
+    "docs/data_jobs.md",
     "docs/scaling.md",
     "docs/benchmarks.md",
 )
@@ -35,6 +37,9 @@ COMMANDS_OF = (
     "docs/hosts.md",
     "docs/judge.md",
     "docs/review.md",
+    "docs/evaluation.md",
+    "docs/knowledge.md",
+    "docs/data_jobs.md",
 )
 
 
@@ -86,7 +91,8 @@ def _module_file(parts: list[str]) -> Path | None:
         return None
     spec = importlib.util.find_spec(parts[2])
     assert spec is not None, f"there is no module {parts[2]}"
-    return Path(str(spec.origin))
+    file = Path(str(spec.origin))
+    return file.with_name("__main__.py") if file.name == "__init__.py" else file
 
 
 def test_modules_and_their_flags_exist() -> None:

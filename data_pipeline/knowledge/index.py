@@ -1,26 +1,23 @@
-"""Retrieval: BM25 over passages, as a LangChain retriever.
+"""Retrieval: BM25 over passages, alone or with the rank by embeddings, as LangChain retrievers.
 
-LangChain's interface is the seam to the online back end (paper, section 3.2.1): a retriever over PMC articles
-replaces this one without a change downstream. Passages are data: their metadata says where each is from, and
-nothing in them is followed. Neighbours: `note.py` gives the texts, `knowledge_base.py` asks.
+LangChain's interface is the seam: whatever ranks passages, what comes after it does not change. Passages are
+data: their metadata says where each is from, and nothing in them is followed. Neighbours: `passages.py` makes
+them, `embed.py` turns texts into vectors, `knowledge_base.py` asks.
 """
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
 from langchain_core.retrievers import BaseRetriever
-from langchain_text_splitters import RecursiveCharacterTextSplitter
-from pydantic import Field, PrivateAttr
-
-from data_pipeline.knowledge.note import Note
-from fundus_jax.records import text_sha256
+from pydantic import ConfigDict, Field, PrivateAttr
 
 QUERY = "What are the key {modality} findings for diagnosing {label}?"  # the paper's, section 3.2.1
-CHUNK = 280  # characters; two or three sentences
+DEPTH = 100  # ranks of either kind that are fused
+FLAT = 60  # of reciprocal rank fusion, 1 / (FLAT + rank): Cormack et al. 2009
 
 _WORD = re.compile(r"[a-z0-9]+")
 # The words of every query, and small words. "no" is not one of them: it tells No DR from the others.
@@ -59,38 +56,40 @@ class Bm25Retriever(BaseRetriever):
         scorer.index([_terms(document) for document in self.documents], show_progress=False)
         self._scorer = scorer
 
-    def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
-    ) -> list[Document]:
+    def ranking(self, query: str) -> list[int]:
+        """Indices of all documents that share a term with the query, the best first."""
         terms = [word for word in words(query) if word in self._scorer.vocab_dict]
         if not terms:
             return []
         scores = self._scorer.get_scores(terms)
-        ranking = np.argsort(-scores, kind="stable")[: self.k]
-        return [self.documents[i] for i in ranking if scores[i] > 0]
+        return [int(i) for i in np.argsort(-scores, kind="stable") if scores[i] > 0]
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+    ) -> list[Document]:
+        return [self.documents[i] for i in self.ranking(query)[: self.k]]
 
 
-def split_notes(notes: Iterable[Note]) -> list[Document]:
-    """The notes as passages: pieces of their text, each below the title, with provenance as metadata."""
-    splitter = RecursiveCharacterTextSplitter(
-        chunk_size=CHUNK, chunk_overlap=0, separators=[". ", " "], keep_separator="end"
-    )
-    return [
-        _document(note, f"{note.title}\n{piece.strip()}")
-        for note in notes
-        for piece in splitter.split_text(note.text)
-    ]
+class HybridRetriever(Bm25Retriever):
+    """Fuses the rank by BM25 with the rank by the cosine of embeddings (reciprocal rank fusion).
 
+    Attributes:
+        embeddings: what turns the query into a vector [width].
+        vectors: [documents, width] float32, those of the documents by the same model, of length 1.
+    """
 
-def _document(note: Note, text: str) -> Document:
-    metadata = {
-        "title": note.title,
-        "source": f"notes: {note.title}",
-        "address": note.address,
-        "licence": note.licence,
-        "sha256": text_sha256(text),
-        "label": note.label,
-        "modality": note.modality,
-        "references": list(note.references),
-    }
-    return Document(page_content=text, metadata=metadata)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    embeddings: Embeddings
+    vectors: np.ndarray
+
+    def ranking(self, query: str) -> list[int]:
+        """Indices of all documents that either rank places among its first, the best first."""
+        asked = np.asarray(self.embeddings.embed_query(query), np.float32)
+        near = np.argsort(-(self.vectors @ asked), kind="stable")
+        ranks = (super().ranking(query)[:DEPTH], [int(i) for i in near[:DEPTH]])
+        score: dict[int, float] = {}
+        for ranked in ranks:
+            for place, i in enumerate(ranked, start=1):
+                score[i] = score.get(i, 0.0) + 1 / (FLAT + place)
+        return sorted(score, key=lambda i: (-score[i], i))

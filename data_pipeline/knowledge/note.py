@@ -17,6 +17,7 @@ from fundus_jax.records import MODALITIES, DataError
 
 FOLDER = "data_pipeline/knowledge/notes"  # the address that records give, the same on every machine
 LICENCE = "Apache-2.0"
+WITHOUT = "without.toml"  # labels that have no note, and why
 _FENCE = "+++\n"
 _TEXTS = ("label", "modality", "licence")
 _LISTS = ("required", "supportive", "excluded", "references")
@@ -94,6 +95,17 @@ def shipped_notes() -> tuple[Note, ...]:
         (file for file in folder.iterdir() if file.name.endswith(".md")), key=lambda file: file.name
     )
     return _distinct([read_note(file.read_text("utf-8"), f"{FOLDER}/{file.name}") for file in files])
+
+
+@functools.cache
+def undescribed() -> dict[tuple[str, str], str]:
+    """(label, modality) -> why there is no note: no finding of the table is characteristic."""
+    text = resources.files("data_pipeline.knowledge").joinpath("notes", WITHOUT).read_text("utf-8")
+    return {
+        (label, modality): why
+        for modality, reasons in tomllib.loads(text).items()
+        for label, why in reasons.items()
+    }
 
 
 def read_notes(folder: Path) -> tuple[Note, ...]:

@@ -134,6 +134,11 @@ def _knowledge(case: Case) -> dict[str, Any] | None:
         "passages": [
             {
                 "text": clean(one.text, LONGEST),
+                "quotes": [
+                    [clean(claim.finding, 200), claim.role, clean(claim.quote, LONGEST)]
+                    for claim in known.claims
+                    if claim.passage == one.sha256
+                ],
                 "source": clean(one.source),
                 "address": clean(one.address),
                 "licence": clean(one.licence),

@@ -16,9 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import re
 import secrets
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from fundus_jax.chat import Chat, ChatConfig, ChatError
+from fundus_jax.dialog import harmless
 from fundus_jax.grpo.judge import Judge, JudgeError, Request, RulesJudge
 from fundus_jax.records import ConfigError, Findings, Verdict
 
@@ -153,21 +152,6 @@ class ServerJudge:
             return Verdict(rating="abstain", reference=request.kind, reasons=(str(answer),))
         reasons = tuple(" ".join(harmless(one).split()) for one in answer.errors)
         return Verdict(rating=answer.rating, reference=request.kind, reasons=reasons)
-
-
-def harmless(text: str) -> str:
-    """`text` without anything that a chat template, a tokenizer or a reader would take for more than words.
-
-    Compatibility forms become the plain characters (a full-width < is a <), so that nothing hides from the
-    next steps. Control and format characters and variation selectors go: they show no glyph, and reorder or
-    hide others. Angle brackets become ‹ and ›, which no control token has (<|im_start|>, </s>,
-    <start_of_turn>), and [INST] and its like become (INST).
-    """
-    text = unicodedata.normalize("NFKC", text)
-    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c)[0] != "C")
-    text = re.sub("[\ufe00-\ufe0f\U000e0100-\U000e01ef]", "", text)
-    text = text.translate({ord("<"): "‹", ord(">"): "›"})
-    return re.sub(r"\[\s*(/?\s*[A-Z_]+)\s*\]", r"(\1)", text)
 
 
 def _told(request: Request) -> str:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from data_pipeline import decisions, files, jobs
 from data_pipeline.decisions import trace_sha256
 from data_pipeline.quality import MOST_WORDS
-from fundus_jax.records import Example, Findings, Knowledge, Passage, Trace, text_sha256, to_json
+from fundus_jax.records import Claim, Example, Findings, Knowledge, Passage, Trace, text_sha256, to_json
 from tests.data_pipeline.made import example
 
 GOOD = (
@@ -36,6 +36,10 @@ def knowledge(label: str, required: tuple[str, ...], **changes: object) -> Knowl
     values = {
         "label": label, "modality": "CFP", "text": NOTE, "required": required,
         "supportive": ("hard exudate",), "excluded": ("neovascularisation",), "passages": (passage,),
+        "claims": tuple(
+            Claim(finding=name, role="required", quote="more than microaneurysms", passage=passage.sha256)
+            for name in required
+        ),
     }  # fmt: skip
     return Knowledge(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -14,7 +14,7 @@ import pytest
 from data_pipeline import decisions, review
 from data_pipeline.decisions import Decision
 from data_pipeline.reviewing.server import Server
-from fundus_jax.records import Findings, Passage, Trace, text_sha256
+from fundus_jax.records import Claim, Findings, Passage, Trace, text_sha256
 from tests.data_pipeline import browser, reviews
 from tests.data_pipeline.browser import Browser
 from tests.data_pipeline.reviews import BAD, GOOD, Made, case
@@ -132,6 +132,11 @@ def test_the_ends_and_a_panel_that_is_left(chromium: Browser, serve, tmp_path: P
         page.press("Escape")
         page.until("document.querySelector('dialog[open]') === null")
     assert standing(tmp_path) == {}
+    marked = "document.querySelector('mark.quote')"
+    assert page.value(f"[{marked}.innerText, {marked}.title]") == [
+        "more than microaneurysms",
+        "requires: haemorrhage; requires: microaneurysm",
+    ]
     page.press("ArrowRight")
     at(page, 1)
     page.press("a")
@@ -174,7 +179,9 @@ def test_hostile_records_are_text(chromium: Browser, serve, tmp_path: Path) -> N
     votes = {HOSTILE: 3, "drusen": 5}
     found = Findings(example="made/0", present=("drusen",), votes=votes, n=5, origin="votes")
     trace = Trace(example="made/0", think=HOSTILE, answer=HOSTILE, kept=False, reasons=(f"{HOSTILE}: x",))
-    known = reviews.knowledge(HOSTILE, (), supportive=(HOSTILE,), text=HOSTILE, passages=(passage,))
+    claim = Claim(finding=HOSTILE, role="supportive", quote=HOSTILE, passage=passage.sha256)
+    texts = {"text": HOSTILE, "passages": (passage,), "claims": (claim,)}
+    known = reviews.knowledge(HOSTILE, (), supportive=(HOSTILE,), **texts)
     server = serve([Made(made.example, found, trace), case(1)], book=(known,))
     page = opened(chromium, server)
     at(page, 0)

@@ -210,6 +210,7 @@ def test_a_case_shows_all_that_is_known(server: Server) -> None:
     assert shown["boxes"] == [["haemorrhage", 100, 100, 200, 200]]
     (passage,) = shown["knowledge"]["passages"]
     assert passage["licence"] == "CC-BY-4.0"
+    assert passage["quotes"][0] == ["haemorrhage", "required", "more than microaneurysms"]
     assert [kind for _, kind, _ in shown["trace"]["pieces"] if kind] == ["supported"] * 5
     bad = ask(server, "/case?row=2&move=0").json["case"]["trace"]
     assert [(text, kind) for text, kind, _ in bad["pieces"] if kind] == [("drusen", "unsupported")]

@@ -24,7 +24,7 @@ def item(name: str = "q1", answer: str = "PDR", **changes: Any) -> Item:
     content = [{"type": "image"}, {"type": "text", "text": "Which disease?"}]
     fields: dict[str, Any] = {
         "id": name,
-        "image": f"{name}.png",
+        "images": (f"{name}.png",),
         "messages": ({"role": "user", "content": content},),
         "options": DISEASES,
         "answers": (answer,),

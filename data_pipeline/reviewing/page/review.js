@@ -249,7 +249,24 @@ function knowledgeCard(shown) {
   return make("section", { class: "card", "aria-label": "knowledge" }, make("h3", null, `Known of ${known.label} in ${shown.modality}`),
     make("p", { class: "said known" }, known.text), roles,
     make("details", { id: "sources", open: count === 1 }, make("summary", null, count ? `${count} ${count === 1 ? "source" : "sources"} ` : "no source", make("kbd", null, "S")),
-      known.passages.map((one) => make("blockquote", null, one.text, make("footer", null, make("bdi", null, one.source), " · ", address(one.address), " · ", make("bdi", null, one.licence))))));
+      known.passages.map((one) => make("blockquote", null, quoted(one), make("footer", null, make("bdi", null, one.source), " · ", address(one.address), " · ", make("bdi", null, one.licence))))));
+}
+
+function quoted(passage) { // its text, with the words marked that a finding's role rests on
+  const places = passage.quotes.map(([finding, role, quote]) => [passage.text.indexOf(quote), quote, `${ROLES[role] || "also"}: ${finding}`])
+    .filter(([at]) => at >= 0).sort((a, b) => a[0] - b[0]);
+  const shown = [];
+  let end = 0;
+  for (const [at, quote, why] of places) {
+    if (at < end) { // two findings rest on the same words
+      const last = shown[shown.length - 1];
+      if (last.title) last.title += `; ${plain(why)}`;
+      continue;
+    }
+    shown.push(passage.text.slice(end, at), make("mark", { class: "quote", title: plain(why) }, quote));
+    end = at + quote.length;
+  }
+  return [...shown, passage.text.slice(end)];
 }
 
 function address(text) {
