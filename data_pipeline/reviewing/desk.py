@@ -50,7 +50,8 @@ class Desk:
     def look(self, row: int, move: int, filters: Mapping[str, str]) -> dict[str, Any]:
         """The case at `row` (`move` 0), or the next one that the filters choose after it (1) or before (-1).
 
-        "decision" is a filter too: a state, "void" or "disagree". Where there is no such case, `row` is None.
+        "decision" is a filter too: a state, "void" or "disagree". Where there is no such case, `row` is None;
+        `next` is the row that would come then, whose picture can be asked for ahead.
         """
         with self.lock:
             wide = self.index.chosen(filters)
@@ -63,8 +64,10 @@ class Desk:
                 at = row
             elif 0 <= place < len(rows):
                 at = int(rows[place])
+            later = rows[np.searchsorted(rows, at, side="right") :] if at is not None else rows[:0]
             return {
                 "row": at,
+                "next": int(later[0]) if len(later) else None,
                 "place": int(np.searchsorted(rows, at)) + 1 if at is not None and mask[at] else None,
                 "matching": len(rows),
                 "progress": self._progress(wide),

@@ -201,6 +201,8 @@ def test_a_case_shows_all_that_is_known(server: Server) -> None:
     found = ask(server, "/case?row=0&move=0").json
     shown = found["case"]
     assert (found["place"], found["matching"], found["progress"]["open"]) == (1, 6, 6)
+    assert found["next"] == 1
+    assert ask(server, "/case?row=4&move=1").json["next"] is None
     assert shown["findings"]["rows"] == [
         ["microaneurysm", True, 5],
         ["haemorrhage", True, 4],

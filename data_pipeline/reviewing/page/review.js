@@ -136,9 +136,13 @@ function decision(one, who) {
   return node;
 }
 
-function sight(shown) {
+function picture(row) { // no larger than the screen shows it
   const side = Math.ceil((Math.min(innerWidth, 900) * Math.min(devicePixelRatio || 1, 3)) / 256) * 256;
-  const image = make("img", { alt: `${shown.modality} image`, src: `/picture?row=${now.row}&side=${side}`, draggable: "false" });
+  return `/picture?row=${row}&side=${side}`;
+}
+
+function sight(shown) {
+  const image = make("img", { alt: `${shown.modality} image`, src: picture(now.row), draggable: "false" });
   const inner = make("div", null, image);
   const frame = make("div", { class: "frame", title: "Click to look closer" }, inner);
   const drawn = [...shown.boxes.map((box) => [...box, ""]), ...(shown.trace.said || []).map((box) => [...box, " claimed"])];
@@ -148,6 +152,9 @@ function sight(shown) {
       return [make("rect", { ...place, class: "under" }), make("rect", { ...place, class: `f${(shown.colours[name] ?? 4) % 6}${claimed}` })];
     })));
   }
+  image.addEventListener("load", () => {
+    if (now.next !== null) new Image().src = picture(now.next); // so that the server has it ready
+  }, { once: true });
   image.addEventListener("load", () => frame.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight));
   image.addEventListener("error", async () => {
     let text = "The picture can not be shown.";
