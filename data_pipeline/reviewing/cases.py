@@ -1,6 +1,6 @@
 """What the page shows of a case, as JSON: texts are data there, never markup, and clean of what turns them.
 
-Neighbours: `index.py` finds the records, `server.py` sends this, page/review.js puts it on the screen.
+Neighbours: `index.py` finds the records, `server.py` sends this, page/show.js puts it on the screen.
 """
 
 import io

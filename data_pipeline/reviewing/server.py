@@ -46,6 +46,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+FILES = ("review.css", "show.js", "act.js", "review.html")
 _PAGE = resources.files("data_pipeline.reviewing") / "page"
 _FIELDS = ("trace", "outcome", "reason", "think", "answer")
 
@@ -86,16 +87,13 @@ class Server(ThreadingHTTPServer):
             "reasons": list(decisions.REASONS),
             "unknown": self.desk.unknown,
         }
-        style, script, page = (
-            (_PAGE / name).read_text(encoding="utf-8") for name in ("review.css", "review.js", "review.html")
-        )
+        style, show, act, page = ((_PAGE / name).read_text(encoding="utf-8") for name in FILES)
         parts = {
-            "style": style, "script": script, "nonce": nonce, "token": self.token,
+            "style": style, "script": show + act, "nonce": nonce, "token": self.token,
             "start": escape(json.dumps(start), quote=True),
         }  # fmt: skip
-        return re.sub(
-            r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], page
-        )  # once: what is put in stays as it is
+        # In one pass: what is put in is not looked at again.
+        return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], page)
 
 
 class Handler(BaseHTTPRequestHandler):
