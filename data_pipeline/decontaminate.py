@@ -1,6 +1,6 @@
 """Finds copies of pictures within and across data sets, and keeps from training what is held out.
 
-    python -m data_pipeline.decontaminate --examples=DIR --out=DIR [--against=DIR ...]
+    python -m data_pipeline.decontaminate --examples=DIR --out=DIR [--against=DIR ...] [--reviewed=DIR]
     python -m data_pipeline.decontaminate --images=DIR [--images=DIR ...] --out=DIR
 
 The first form takes a finished directory of Examples and writes those that may be used, in shards of the
@@ -21,6 +21,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from data_pipeline import candidates, files, images, jobs, leaks, manifest, near, parts, pictures, stages
 from data_pipeline.leaks import Pair, Print, Said
+from data_pipeline.reviewed import answers
 from fundus_jax.records import ConfigError, DataError, Example
 
 PAIRS, CONFLICTS, SUMMARY = "pairs.tsv", "conflicts.tsv", "summary.json"
@@ -39,6 +41,7 @@ def run(
     out: Path,
     *,
     against: Sequence[Path] = (),
+    reviewed: Path | None = None,
     alike: bool = True,
     workers: int = 1,
     shard: str = "0/1",
@@ -49,6 +52,7 @@ def run(
         examples: finished directory of Examples with their images.
         out: directory of the stage; its shards have the names of the examples' shards.
         against: benchmarks: folders of images, or finished directories of Examples, whose splits count.
+        reviewed: finished directory of reviewed traces; answers that were corrected there count.
         alike: look for pictures that are alike; False finds copies of the same bytes or pixels only, for
             pictures that are known to be drawn one by one.
         workers, shard: as in `jobs.run`.
@@ -68,7 +72,8 @@ def run(
     removed = {name: ("unreadable", f"image: {reason}") for name, reason in unreadable.items()}
     removed = leaks.removals(said, pairs) | removed
     reasons = {name: reason for name, (_, reason) in removed.items()}
-    verdict = files.digest(sorted(reasons.items()))
+    corrected = answers(reviewed) if reviewed else {}
+    verdict = files.digest([*sorted(reasons.items()), *([corrected] if corrected else [])])
     inputs = [
         jobs.ShardInput(one.name, files.digest([one.key, verdict]), one.items)
         for one in stages.shards(examples, Example)
@@ -76,7 +81,7 @@ def run(
     job = jobs.Job(
         "decontaminate", {"near": near.VERSION, "alike": alike, "against": [str(one) for one in against]}
     )
-    process = functools.partial(_clean, directory=examples, reasons=reasons)
+    process = functools.partial(_clean, directory=examples, reasons=reasons, corrected=corrected)
     summary = jobs.run(job, inputs, process, out, limit=1.0, workers=workers, shard=shard)
     if _finished(out, inputs):
         own = set(_said(examples))
@@ -175,14 +180,20 @@ def _compare(shard: jobs.ShardInput, folder: Path, *, made: Path, table: Path) -
 
 
 def _clean(
-    shard: jobs.ShardInput, folder: Path, *, directory: Path, reasons: Mapping[str, str]
+    shard: jobs.ShardInput,
+    folder: Path,
+    *,
+    directory: Path,
+    reasons: Mapping[str, str],
+    corrected: Mapping[str, str],
 ) -> Iterator[Example | jobs.Quarantine]:
     del folder  # the images stay where they are
     examples: Sequence[Example] = shard.items  # type: ignore[assignment]
     names = {one.image: name for name, one in pictures.named(directory, examples).items()}
     for one in examples:
         reason = reasons.get(names[one.image])
-        yield jobs.Quarantine(one.id, reason) if reason else one
+        answered = replace(one, answer=corrected[one.id]) if one.id in corrected else one
+        yield jobs.Quarantine(one.id, reason) if reason else answered
 
 
 def _said(directory: Path, *, foreign: bool = False) -> dict[str, Said]:
@@ -251,6 +262,7 @@ def _table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 def _define_flags() -> None:
     flags.DEFINE_string("examples", None, "Finished directory of Examples.")
     flags.DEFINE_multi_string("against", [], "Benchmarks: a folder of images or a directory of Examples.")
+    flags.DEFINE_string("reviewed", "", "Finished directory of reviewed traces; its corrected answers count.")
     flags.DEFINE_multi_string("images", [], "A folder of images; only looks for pairs.")
     flags.DEFINE_string("out", None, "Directory for what is found.", required=True)
     flags.DEFINE_bool(
@@ -274,7 +286,10 @@ def main(argv: Sequence[str]) -> None:
             done = look([Path(one) for one in values.images], out, **share)
         else:
             against = [Path(one) for one in values.against]
-            done = run(Path(values.examples), out, against=against, alike=values.alike, **share)
+            reviewed = Path(values.reviewed) if values.reviewed else None
+            done = run(
+                Path(values.examples), out, against=against, reviewed=reviewed, alike=values.alike, **share
+            )
     except (ConfigError, DataError) as error:
         raise SystemExit(f"decontaminate: {error}") from error
     if done is None:

@@ -169,6 +169,13 @@ def claim(out: Path, name: str, config: dict, shards: Sequence[str]) -> None:
         files.write_atomic(path, json.dumps(mine, sort_keys=True, indent=1) + "\n")
 
 
+def settings(out: Path) -> dict:
+    """The config of the job that made a directory. Raises DataError if it is no job's."""
+    if not (out / JOB).is_file():
+        raise DataError(f"{out}: no {JOB} here; give the output directory of a pipeline job")
+    return _job(out / JOB)["config"]
+
+
 def _job(path: Path) -> dict:
     try:
         job = json.loads(path.read_text())

@@ -133,8 +133,10 @@ class Pool:
 
 def open_pool(directory: str | Path, split: str) -> Pool:
     """Read `directory`/{examples,findings,traces,knowledge}; only `split` of the examples, and where they
-    were decontaminated (`directory`/clean) only what was left of them."""
+    were decontaminated (`directory`/clean) only what was left of them; where traces were reviewed
+    (`directory`/reviewed), those that held."""
     directory = Path(directory)
+    traces = directory / ("reviewed" if (directory / "reviewed").is_dir() else "traces")
     source = directory / ("clean" if (directory / "clean").is_dir() else "examples")
     examples = tuple(e for e in read_stage(source, Example) if e.split == split)
     if not examples:
@@ -143,7 +145,7 @@ def open_pool(directory: str | Path, split: str) -> Pool:
         directory=directory,
         examples=examples,
         findings={record.example: record for record in read_stage(directory / "findings", Findings)},
-        traces={record.example: record for record in read_stage(directory / "traces", Trace)},
+        traces={record.example: record for record in read_stage(traces, Trace)},
         knowledge={
             (record.label, record.modality): record
             for record in read_stage(directory / "knowledge", Knowledge)

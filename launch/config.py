@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import findings, traces
+from data_pipeline import decisions, findings, traces
 from data_pipeline.knowledge.config import KnowledgeConfig
 from data_pipeline.trace_server import WriterConfig
 from data_pipeline.votes import VotesConfig
@@ -47,6 +47,7 @@ class DataConfig:
     where they come from, "masks", "votes" of a model at votes.server, or "both", votes where there are no
     masks. traces: who writes them, "rules", or a model at writer.server ("server"). limit: share of what
     these two may quarantine before they stop (docs/data.md).
+    decisions: what reviewers decided about traces, files and folders of them (docs/review.md); "" for none.
     """
 
     dataset: str = "phantom"
@@ -69,6 +70,7 @@ class DataConfig:
     traces: str = "rules"
     writer: WriterConfig = field(default_factory=WriterConfig)
     limit: float = 0.02
+    decisions: str = ""
 
     def validate(self) -> None:
         """Raises ConfigError for the first field that does not make sense."""
@@ -205,6 +207,9 @@ def rates(text: str) -> dict[str, float] | None:
 
 def as_json(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as JSON values, for config.json and its hash; with the sha256 of the user's
-    files of rewards, so that a workdir refuses to go on with one that has changed."""
+    files of rewards and of what reviewers decided, so that a workdir refuses to go on with others."""
     files = own_rewards.digests(config.grpo.rewards)
-    return dataclasses.asdict(config) | ({"reward_files": files} if files else {})
+    found: dict[str, Any] = {"reward_files": files} if files else {}
+    if config.data.decisions:
+        found["decided"] = decisions.digest(decisions.read(decisions.paths(config.data.decisions)))
+    return dataclasses.asdict(config) | found

@@ -26,11 +26,13 @@ from fundus_jax.workdir import Workdir, differences
 _ASKS = ("data.grpo_tasks", "data.probe_tasks")
 _SFT = ("name", "stages", "evaluate", "grpo", "judge", "max_prompt", "data.workers", *_ASKS)
 _BASE = (*_SFT, "sft", "prompt", "lora", "freeze", "compute", "remat", "data.sft_part")
-_DATA = (*_BASE, "base", "policy", "model", "unroll", "attention", "min_pixels", "max_pixels")
+# The jobs of the data stage look again at what was taken, and do what new decisions change.
+_REVIEW = ("data.decisions", "decided")
+_DATA = (*_BASE, "base", "policy", "model", "unroll", "attention", "min_pixels", "max_pixels", *_REVIEW)
 INDEPENDENT = {"data": _DATA, "base": _BASE, "sft": _SFT}
 # What the answers after a stage depend on besides.
 ASKED = ("evaluate", "prompt", "grpo.max_new_tokens", *_ASKS)
-JOBS = ("examples", "knowledge", "findings", "traces", "clean")  # of the data, in their order
+JOBS = ("examples", "knowledge", "findings", "traces", "reviewed", "clean")  # of the data, in their order
 RECORDS = ("*.array_record",)  # of the data only these are links: the pipeline's manifests are appended to
 
 
@@ -40,15 +42,17 @@ class Heir:
     def __init__(self, work: Workdir, config: Mapping[str, Any], parent: Path) -> None:
         if not (parent / "config.json").is_file():
             raise ConfigError(f"--parent={parent} is no workdir: it has no config.json")
-        self.work, self.parent = work, parent
+        self.work, self.parent, self.reviewed = work, parent, "decided" in config
         there = json.loads((parent / "config.json").read_text(encoding="utf-8"))["config"]
         lines = differences(there, json.loads(json.dumps(config)))
         self.differing = {line.partition(":")[0] for line in lines}
 
     def take_data(self) -> dict[str, str]:
-        """Take data/ where it is the same. Returns what the timeline says of it."""
+        """Take data/ where it is the same, but for what reviewers decided in this run. Returns what the
+        timeline says of it."""
         there, here = self.parent / "data", self.work.path / "data"
-        if self._agree("data") and (there / JOBS[-1] / "summary.json").is_file():
+        foreign = (there / "reviewed").is_dir() and not self.reviewed
+        if self._agree("data") and (there / JOBS[-1] / "summary.json").is_file() and not foreign:
             hosts.on_first(lambda: copy_tree(there, here, linked=RECORDS))
             return self._told("data")
         return {}
@@ -97,9 +101,8 @@ class Heir:
 
     def _same_data(self) -> bool:
         """Whether both runs read the same records and images: the shards' sha256 stand in the manifests."""
-        names = [f"data/{job}/manifest.jsonl" for job in JOBS]
         ours, theirs = (
-            [sorted((path / name).read_text(encoding="utf-8").splitlines()) for name in names]
+            [_lines(path / "data" / job / "manifest.jsonl") for job in JOBS]
             for path in (self.work.path, self.parent)
         )
         return ours == theirs
@@ -107,6 +110,11 @@ class Heir:
     def _told(self, stage: str) -> dict[str, str]:
         logging.info("%s: taken over from %s", stage, self.parent)
         return {"from": str(self.parent)}
+
+
+def _lines(path: Path) -> list[str] | None:
+    """The lines of a manifest in order; None where the job was not asked for."""
+    return sorted(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else None
 
 
 def _within(field: str, names: tuple[str, ...]) -> bool:

@@ -14,7 +14,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from data_pipeline import decontaminate, ingest, knowledge_base, traces
+from data_pipeline import decisions, decontaminate, ingest, knowledge_base, reviewed, traces
 from data_pipeline import findings as findings_job
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax import hosts, sft, training
@@ -34,7 +34,8 @@ from launch.config import RunConfig, names, rates
 
 
 def prepare_data(config: RunConfig, work: Workdir) -> None:
-    """Ingest -> knowledge -> findings -> traces with the quality check -> decontaminate, in workdir/data."""
+    """Ingest -> knowledge -> findings -> traces with the quality check -> what reviewers decided about them,
+    where they did -> decontaminate, in workdir/data."""
     data, folder = config.data, work.path / "data"
     examples, knowledge, found = (folder / name for name in ("examples", "knowledge", "findings"))
     phantom = PhantomConfig(seed=data.seed, size=data.size, train=data.train, val=0, test=data.test)
@@ -52,10 +53,15 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
     findings_job.run(examples, found, source=source, limit=data.limit)
     writer = traces.make_writer(data.traces, data.writer, config.prompt.boxes)
     traces.run(examples, found, knowledge, folder / "traces", writer=writer, limit=data.limit)
+    held = folder / "reviewed" if data.decisions else None
+    if held:
+        book = decisions.read(decisions.paths(data.decisions))
+        reviewed.run(examples, found, knowledge, folder / "traces", held, book, workers=data.workers)
     decontaminate.run(
         examples,
         folder / "clean",
         against=[Path(one) for one in names(data.against)],
+        reviewed=held,
         alike=data.near and (data.dataset != "phantom" or bool(data.against)),  # no phantom is drawn twice
         workers=data.workers,
     )

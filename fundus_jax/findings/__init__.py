@@ -1,5 +1,6 @@
-"""Visual findings: `table` names them, `mentions` reads them in texts."""
+"""Visual findings: `table` names them, `mentions` reads them in texts, `claims` marks them there."""
 
+from fundus_jax.findings.claims import Piece, clean, mark, missed
 from fundus_jax.findings.mentions import (
     Mention,
     Mentions,
@@ -24,9 +25,13 @@ __all__ = [
     "Finding",
     "Mention",
     "Mentions",
+    "Piece",
     "canonical",
+    "clean",
     "contradictions",
     "find_mentions",
+    "mark",
+    "missed",
     "missing",
     "modality_contradictions",
     "observations",

@@ -13,8 +13,8 @@ from typing import Any
 
 from fundus_jax import dialog, localisation
 from fundus_jax.data import load_image
+from fundus_jax.findings.claims import DIAGNOSES, Piece, clean, mark, missed
 from fundus_jax.records import MODALITIES, DataError, Example, Knowledge, Trace
-from fundus_jax.report.claims import DIAGNOSES, Piece, clean, mark, missed
 from fundus_jax.report.collect import Run, find, raw
 from fundus_jax.report.pictures import data_uri
 

@@ -20,7 +20,7 @@ from fundus_jax.models.qwen2_5_vl.params import hf_shapes
 from fundus_jax.records import ConfigError, DataError, Example, Knowledge, Trace, from_json
 
 R = TypeVar("R", Example, Trace)
-JOBS = ("examples", "knowledge", "findings", "traces", "clean")
+JOBS = ("examples", "knowledge", "findings", "traces", "reviewed", "clean")
 REASONS = 5  # quarantine reasons that are quoted
 
 

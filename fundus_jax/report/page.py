@@ -16,8 +16,9 @@ from typing import Any
 import jinja2
 
 from fundus_jax import dialog
+from fundus_jax.findings import clean
 from fundus_jax.records import GRID, Example
-from fundus_jax.report import charts, claims, curves, figures, rollouts
+from fundus_jax.report import charts, curves, figures, rollouts
 from fundus_jax.report.cases import asks_for_trace, boxes_asked, sample_cases
 from fundus_jax.report.collect import Run
 
@@ -42,7 +43,7 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "count": lambda value: f"{value:,}", "duration": curves.duration, "clean": claims.clean,
+        "count": lambda value: f"{value:,}", "duration": curves.duration, "clean": clean,
         "unboxed": dialog.without_boxes,
         "number": figures.number, "signed": figures.signed,
         "short": charts.short,

@@ -36,7 +36,7 @@ def open_work(path: Path, config: RunConfig) -> Workdir:
     """A workdir with the plan, and data of which only the manifests are there."""
     work = Workdir(path, as_json(config))
     work.stages = dict(PLAN)
-    for job in JOBS:
+    for job in sorted({*JOBS} - {"reviewed"}):  # that one is only where people decided something
         (path / "data" / job).mkdir(parents=True, exist_ok=True)
         (path / "data" / job / "manifest.jsonl").write_text(f'{{"name": "{job}"}}\n')
     return work
@@ -188,6 +188,23 @@ def test_data_are_linked_where_nothing_is_ever_appended(parent: Path) -> None:
     assert not (ours / "manifest.jsonl").samefile(there / "examples" / "manifest.jsonl")
     assert not (ours / ".lock").exists()
     work.close()
+
+
+def test_data_are_taken_for_other_decisions_and_not_for_none(parent: Path, tmp_path: Path) -> None:
+    """The last jobs look again at what was decided; but SFT has then learned from other traces."""
+    (parent / "data" / JOBS[-1] / "summary.json").write_text("{}")
+    (tmp_path / "decisions").mkdir()
+    tiny = small.config().data
+    decided = changed(data=dataclasses.replace(tiny, decisions=str(tmp_path / "decisions")))
+    child = heir(parent, decided)
+    assert child.take_data() == {"from": str(parent)}
+    assert child.take("sft") == {}
+    (parent / "data" / "reviewed").mkdir()
+    assert child.take_data() == {"from": str(parent)}
+    child.work.close()
+    other = Workdir(tmp_path / "other", as_json(changed()))
+    assert Heir(other, as_json(changed()), parent).take_data() == {}, "ours are not reviewed"
+    other.close()
 
 
 def test_a_parent_that_is_no_workdir_is_named(tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipeline import decisions
 from fundus_jax import training
+from fundus_jax.data import open_pool
 from fundus_jax.models import load_pretrained, save_pretrained
 from fundus_jax.records import ConfigError
-from launch import evaluate, run, stages
-from launch.config import EvaluateConfig, RunConfig
+from fundus_jax.workdir import Workdir
+from launch import evaluate, inherit, run, stages
+from launch.config import EvaluateConfig, RunConfig, as_json
 from tests import small
 
 FEW = EvaluateConfig(questions=6, before=2, sampled=2, samples=2, batch=4)
@@ -94,3 +97,25 @@ def test_prompts_without_a_trace_are_scored_without_one(source: Path, tmp_path: 
         assert (scores[0][0].answer, scores[0][0].format) == (1, float(not think))
         assert json.dumps(dataclasses.asdict(scores[0][0]))
         trainer.work.close()
+
+
+def test_decisions_reach_what_is_trained_on(source: Path, tmp_path: Path) -> None:
+    """A trace that a reviewer rejects is gone from SFT's rows, also in a run that takes the data over; and
+    the workdir refuses to go on once others hold."""
+    before = open_pool(source / "data", "train")
+    name, trace = next((name, one) for name, one in before.traces.items() if one.kept)
+    ledger = decisions.Ledger.open(tmp_path / "decisions", "anna")
+    ledger.add(name, decisions.trace_sha256(trace), "reject", "wrong place")
+    config = small.config()
+    config.data.decisions = str(tmp_path / "decisions")
+    work = Workdir(tmp_path / "run", as_json(config))
+    assert inherit.Heir(work, as_json(config), source).take_data()
+    stages.prepare_data(config, work)
+    after = open_pool(work.path / "data", "train")
+    assert before.traces.keys() - after.traces.keys() == {name}
+    assert len(after.examples) == len(before.examples), "the question and its answer stay"
+    work.close()
+    ledger.add(name, decisions.trace_sha256(trace), "accept")
+    ledger.close()
+    with pytest.raises(ConfigError, match="decided: "):
+        Workdir(tmp_path / "run", as_json(config))

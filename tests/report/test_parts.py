@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fundus_jax.findings import clean, mark
 from fundus_jax.records import Example
-from fundus_jax.report import cases, charts, claims, curves, figures
+from fundus_jax.report import cases, charts, curves, figures
 from fundus_jax.report.pictures import LARGEST, data_uri
 
 
@@ -89,8 +90,8 @@ def test_the_findings_of_a_vote_take_the_place_of_masks() -> None:
     | st.lists(st.sampled_from(["no ", "drusen", " IRF, ", "\x00", "\u202e", "x" * 700])).map("".join)
 )
 def test_marking_loses_nothing_of_a_text(text: str) -> None:
-    pieces = claims.mark(text, "CFP", ("drusen",))
-    assert "".join(piece.text for piece in pieces) == claims.clean(text)
+    pieces = mark(text, "CFP", ("drusen",))
+    assert "".join(piece.text for piece in pieces) == clean(text)
 
 
 def test_cases_are_spread_over_modalities_and_classes() -> None:

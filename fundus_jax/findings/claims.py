@@ -1,7 +1,7 @@
 """A trace with its claims marked: what the image's findings bear out, what they do not, and what they deny.
 
-The claims are those that the rules judge reads too: what follows "the answer is" is none. Neighbours: `cases`
-and `rollouts` show replies with it.
+The claims are those that the rules judge reads too: what follows "the answer is" is none. Neighbours:
+`mentions` reads the text. The report of a run and the reviewers' page show traces with it.
 """
 
 from __future__ import annotations
@@ -10,18 +10,11 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from fundus_jax.findings import (
-    FINDINGS,
-    Mention,
-    contradictions,
-    find_mentions,
-    observations,
-    ordered,
-    parse_mentions,
-)
+from fundus_jax.findings.mentions import Mention, find_mentions, observations, parse_mentions
+from fundus_jax.findings.table import FINDINGS, contradictions, ordered
 
 DIAGNOSES = ("disease", "dr_grade")  # tasks whose answer obliges the trace to name every finding
-LONGEST = 1200  # characters of a response that are shown
+LONGEST = 1200  # characters of a response that are shown, where nobody says otherwise
 # Control characters, halves of surrogate pairs, and marks that turn the direction of the text around them.
 _UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -36,12 +29,14 @@ class Piece:
     why: str = ""
 
 
-def mark(trace: str, modality: str, there: Collection[str] | None) -> tuple[Piece, ...]:
-    """The first LONGEST characters of a trace in pieces, fit to be shown; together they are `clean(trace)`.
+def mark(
+    trace: str, modality: str, there: Collection[str] | None, longest: int = LONGEST
+) -> tuple[Piece, ...]:
+    """The first characters of a trace in pieces, fit to be shown; together they are `clean(trace, longest)`.
 
     modality: the image's, "" where it is unknown. there: its findings, None where they are.
     """
-    shown, position, pieces = trace[:LONGEST], 0, []
+    shown, position, pieces = trace[:longest], 0, []
     found = find_mentions(observations(trace))
     denied = {one.name for one in found if one.denied}
     both = frozenset(contradictions({one.name for one in found if not one.denied}, denied))
@@ -51,7 +46,7 @@ def mark(trace: str, modality: str, there: Collection[str] | None) -> tuple[Piec
         pieces += [Piece(clean(shown[position : one.start]))] if one.start > position else []
         pieces.append(Piece(clean(shown[one.start : one.end]), *_judge(one, both, modality, there)))
         position = one.end
-    rest = clean(shown[position:] + trace[LONGEST:], len(shown) - position)
+    rest = clean(shown[position:] + trace[longest:], len(shown) - position)
     return (*pieces, Piece(rest)) if rest else tuple(pieces)
 
 
