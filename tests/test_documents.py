@@ -24,10 +24,18 @@ DOCUMENTS = (
     "docs/log.md",
     "docs/hosts.md",
     "docs/judge.md",
+    "docs/evaluation.md",
     "docs/scaling.md",
     "docs/benchmarks.md",
 )
-COMMANDS_OF = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/hosts.md", "docs/judge.md")
+COMMANDS_OF = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/hosts.md",
+    "docs/judge.md",
+    "docs/evaluation.md",
+)
 
 
 def commands() -> list[tuple[str, str]]:

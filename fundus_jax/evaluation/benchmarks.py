@@ -1,7 +1,8 @@
 """The table of benchmarks, and the one that is always there: the held-out Examples of a workdir.
 
 A new benchmark is a class with the fields of `items.Benchmark` and a row of `BENCHMARKS`. Neighbours:
-funbench.py reads FunBench's own tree, items.py says what an item is.
+funbench.py, omnimedvqa.py, gmai.py and retinal_reason.py read what others publish, items.py says what an
+item is.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from PIL import Image
 
 from fundus_jax import dialog, findings
 from fundus_jax.data import load_image, read_stage
+from fundus_jax.evaluation.describe import Reports
 from fundus_jax.evaluation.funbench import FunBench
-from fundus_jax.evaluation.items import Benchmark, Item, Selection
+from fundus_jax.evaluation.gmai import GmaiMMBench
+from fundus_jax.evaluation.items import Benchmark, Item, Selection, counted
+from fundus_jax.evaluation.omnimedvqa import OmniMedVQA
+from fundus_jax.evaluation.retinal_reason import RetinalReason
 from fundus_jax.records import ConfigError, DataError, Example
 
 LEVELS = {  # our tasks on FunBench's levels: modality, anatomy, lesion analysis, diagnosis
@@ -34,6 +39,7 @@ class PhantomBenchmark:
     """
 
     name = "phantom"
+    published = ""
 
     def __init__(self, source: str | Path, selection: Selection | None = None) -> None:
         self.source = Path(source)
@@ -43,6 +49,8 @@ class PhantomBenchmark:
             example for example in read_stage(self.source, Example) if example.split == selection.split
         )
         self.items = selection.choose([item_of(example, selection) for example in examples])
+        self.partial: tuple[str, ...] = ()  # nobody else has numbers for these questions
+        self.notes = (f"{len(self.items)} held-out questions, {counted(one.task for one in self.items)}",)
 
     def load_image(self, image: str) -> Image.Image:
         """The picture of a key "FILE#INDEX": record INDEX of the ArrayRecord file FILE."""
@@ -63,7 +71,7 @@ def item_of(example: Example, selection: Selection) -> Item:
     placed = boxes and example.findings is not None and example.task not in dialog.WITHOUT_FINDINGS
     return Item(
         id=example.id,
-        image=example.image,
+        images=(example.image,),
         messages=tuple(messages),
         options=example.options,
         answers=(example.answer,),
@@ -91,6 +99,10 @@ def _part(example: Example) -> str:
 BENCHMARKS: dict[str, Callable[[str | Path, Selection], Benchmark]] = {
     "phantom": PhantomBenchmark,
     "funbench": FunBench,
+    "omnimedvqa": OmniMedVQA,
+    "gmai": GmaiMMBench,
+    "retinal_reason": RetinalReason,
+    "reports": Reports,
 }
 
 

@@ -9,10 +9,12 @@ number can be compared with the one it was printed beside:
               tokens (its index > their number - 5); an answer over twice as long as all options together is
               not searched for option texts
     phrase    since 2026-06-17: "tail", then the phrase "answer is X" with X from A to D
+    funbench  FunBench's own parser, whose last step is the nearest sentence embedding (funbench_parser.py)
 
-Two things differ on purpose: the rules see the inside of the last <answer> block only, and there is no random
-guess for an answer that names no option; it stays `None` and is counted. Neighbours: dialog.py (what an
-answer looks like), report.py (scores what comes out of here).
+Two things differ on purpose: the rules see the inside of the last <answer> block only, and VLMEvalKit's
+random guess for an answer that names no option is left out; it stays `None` and is counted. A letter or
+none as a language model reads it is no mode, but counted apart (by_server.py). Neighbours: dialog.py (what
+an answer looks like), report.py (scores what comes out of here).
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from fundus_jax import dialog
+from fundus_jax.evaluation import funbench_parser, minilm
 from fundus_jax.records import ConfigError
 
-Mode = Literal["anywhere", "tail", "phrase"]
+Mode = Literal["anywhere", "tail", "phrase", "funbench"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+VLMEVALKIT: tuple[Mode, ...] = ("anywhere", "tail", "phrase")
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _FAILED_CALL = "Failed to obtain answer via API"
@@ -58,9 +62,11 @@ def extract_option(response: str, options: Mapping[str, str], mode: Mode = "tail
 
     `options` maps capital letters to option texts and is left as it is. The rules are those of VLMEvalKit's
     matching_util.py with its VERBOSE switch off, the default: an article "A" near the end counts as option A.
+    Mode "funbench" takes Yes for "Abnormality" where the options are Yes and No; `chosen` knows the lesion.
 
     Raises:
-        ConfigError: unknown mode, or an option key that is not one capital letter.
+        ConfigError: unknown mode, or an option key that is not one capital letter; in mode "funbench", when
+        the optional package with the embeddings is not installed.
     """
     if mode not in MODES:
         raise ConfigError(f"extraction mode {mode!r} is unknown: use one of {', '.join(MODES)}")
@@ -69,7 +75,30 @@ def extract_option(response: str, options: Mapping[str, str], mode: Mode = "tail
         raise ConfigError(
             f"option keys {wrong} are not single capital letters: number them with dialog.lettered"
         )
+    if mode == "funbench":
+        texts = list(options.values())
+        found = chosen(response, texts, mode)
+        return None if found is None else list(options)[texts.index(found[0])]
     return _extract(answer_text(response), options, mode, whole_words=False)
+
+
+def chosen(
+    response: str, options: Sequence[str], mode: Mode, *, multiple: bool = False, part: str = ""
+) -> tuple[str, ...] | None:
+    """Option texts that `response` chooses by the rules of a mode alone, as published numbers are made.
+
+    VLMEvalKit has no rule for several right answers: there its modes read as `match_answers` does. `part` is
+    the question file, by which FunBench's parser knows what Yes means.
+    """
+    if mode == "funbench":
+        about, nearest = funbench_parser.asked_about(part), minilm.model().nearest
+        answer = answer_text(response)
+        return funbench_parser.read(answer, options, multiple=multiple, about=about, nearest=nearest)
+    if multiple:
+        return match_answers(response, options)
+    table = dialog.lettered(options)
+    letter = extract_option(response, table, mode)
+    return None if letter is None else (table[letter],)
 
 
 def _extract(answer: str, options: Mapping[str, str], mode: Mode, *, whole_words: bool) -> str | None:
@@ -117,16 +146,17 @@ def match_answer(
     if exact is not None:
         return exact
     table = dialog.lettered(options)
-    letter = _extract(answer, table, mode, whole_words=True)
+    rules = "tail" if mode == "funbench" else mode
+    letter = _extract(answer, table, rules, whole_words=True)
     return table[letter] if letter is not None else None
 
 
 def match_answers(response: str, options: Sequence[str]) -> tuple[str, ...] | None:
     """Option texts that a choose-all-that-apply response names, in option order, or None when it names none.
 
-    FunBench's own reading of such answers (commas, semicolons, new lines and "and" separate; a piece is a
-    letter, a letter with its text, an option text, or holds exactly one option text) without its last resort,
-    the nearest sentence embedding. Pieces that name no option are ignored.
+    FunBench's reading of such answers (commas, semicolons, new lines and "and" separate; a piece is a letter,
+    a letter with its text, an option text, or holds exactly one option text) without its last resort, the
+    nearest sentence embedding, and without its quirks. Pieces that name no option are ignored.
     """
     answer = answer_text(response)
     whole = dialog.choose(answer, options)

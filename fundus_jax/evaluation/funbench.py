@@ -2,22 +2,23 @@
 
 FunBench (Wei, Qian, Li, MICCAI 2025; CC BY-NC-SA 4.0) is levels > tasks > files of questions keyed by image
 path; its images stay with their publishers, so some of the user's may be missing or be spelt in another case.
-Prompts are its "E-mode3" (image and question); "E-mode2" describes the image in words and is for text-only
-models. Its metric is in scores.py. Neighbour: benchmarks.py, the table.
+Prompts are its "E-mode3" (image and question), or its "E-mode2", which also describes the image in words and
+exists for some questions only. Its metric is in scores.py, its parser in funbench_parser.py, the preparation
+of photographs in crop.py. Neighbour: benchmarks.py, the table.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from fundus_jax import dialog
 from fundus_jax.data import open_image
-from fundus_jax.evaluation.items import Item, Selection
+from fundus_jax.evaluation import complete, crop
+from fundus_jax.evaluation.items import Item, Selection, counted, turn
 from fundus_jax.records import ConfigError, DataError
 
 # Beginning of an image key -> modality; the first row that fits counts.
@@ -30,104 +31,177 @@ MODALITY_OF = {
     **dict.fromkeys(("DDR/", "IDRiD/", "JSIEC/", "OIA-ODIR/", "Retinal-Lesions/", "RFMiD/"), "CFP"),
     **dict.fromkeys(("NEH", "OCTDL", "OCTID", "RETOUCH", "UCSD"), "OCT"),
 }
-_SHOWN = 5
+_LESIONS = (
+    "Fibrous_proliferation",
+    "Haemorrhage",
+    "Hard_exudate",
+    "Intraretinal_Fluid",
+    "Intraretinal_hemorrhage",
+    "Microaneurysm",
+    "Neovascularization",
+    "Pigment_Epithelial_Detachment",
+    "Preretinal_hemorrhage",
+    "Soft_exudate",
+    "Subretinal_Fluid",
+    "Vitreous_hemorrhage",
+)
+_COUNTED = ("Haemorrhage", "Intraretinal_hemorrhage", "Microaneurysm", "Soft_exudate")
+_LESION_TASKS = {
+    "L3a-lesion_recognition": _LESIONS,
+    "L3b-lesion_localization": _LESIONS,
+    "L3c-lesion_size_estimation": tuple(name for name in _LESIONS if name != "Microaneurysm"),
+    "L3d-lesion_counting": _COUNTED,
+}
+FILES = (
+    "L1-modality_perception/L1a-coarse_modality_perception.json",
+    "L1-modality_perception/L1b-fine_modality_perception.json",
+    "L2-anatomy_perception/L2a-od_fovea_positioning.json",
+    "L2-anatomy_perception/L2b-laterality.json",
+    *(
+        f"L3-lesion_analysis/{task}/{task[:3]}{number}{task[3:]}-{lesion}.json"
+        for task, lesions in _LESION_TASKS.items()
+        for number, lesion in enumerate(lesions)
+    ),
+    "L4-disease_diagnosis/L4a-binary_condition_diagnosis.json",
+    "L4-disease_diagnosis/L4b-multi_condition_diagnosis.json",
+    "L4-disease_diagnosis/L4c-dr_grading.json",
+    "L4-disease_diagnosis/L4d-amd_categorization.json",
+)
+EMODES = (2, 3)
 
 
 class FunBench:
     """FunBench's questions.
 
     Images are looked up under `selection.images` with upper and lower case ignored. Without that folder only
-    the questions can be listed; an image that is missing is an error unless `selection.allow_partial`, and
-    then its items are left out and its key stands in `missing`.
+    the questions can be listed. An image or a question file that is missing is an error unless
+    `selection.allow_partial` (complete.py).
     """
 
     name = "funbench"
+    published = "FunBench"
 
     def __init__(self, source: str | Path, selection: Selection | None = None) -> None:
         selection = selection or Selection()
+        if selection.emode not in EMODES:
+            raise ConfigError(f"emode is {selection.emode}: FunBench has prompts for 2 and 3")
+        source = Path(source)
         self.images = Path(selection.images) if selection.images else None
-        items = selection.choose(read_tree(Path(source), selection))
-        self.missing = self._find_missing(items)
-        if self.missing and not selection.allow_partial:
-            asked = len({item.image for item in items})
-            first = ", ".join(self.missing[:_SHOWN]) + (", ..." if len(self.missing) > _SHOWN else "")
-            raise DataError(
-                f"{len(self.missing)} of {asked} images are not under {self.images}: {first}; add them or "
-                "allow a partial benchmark (allow_partial), whose scores cannot be compared with FunBench's"
-            )
-        gone = set(self.missing)
-        self.items = tuple(item for item in items if item.image not in gone)
-        if not self.items:
-            raise ConfigError(f"none of FunBench's images is under {self.images}: check the folder of images")
+        self.side = selection.side
+        self.cuts = crop.read_cuts(Path(selection.preprocess)) if selection.preprocess else None
+        items, mute = read_tree(source, selection)
+        wanted = [file for file in FILES if not selection.tasks or _place(file)[1] in selection.tasks]
+        lacking = [file for file in wanted if not (source / file).is_file()]
+        chosen = complete.choose(
+            items,
+            selection,
+            "FunBench",
+            there=self._find if self.images else None,
+            where=str(self.images),
+            lacking=lacking,
+            of=len(wanted),
+        )
+        self.items, self.missing, self.partial = chosen.items, chosen.missing, chosen.partial
+        self.notes = (
+            f"FunBench, E-mode{selection.emode}: {len(items)} questions, {counted(i.task for i in items)}",
+            *([f"{mute} questions have no E-mode2 prompt and are not asked"] if mute else []),
+            "images: "
+            + (f"prepared by {selection.preprocess}" if selection.preprocess else "taken as they are")
+            + (f", resized to {self.side} x {self.side}" if self.side else ""),
+        )
 
-    def _find_missing(self, items: tuple[Item, ...]) -> tuple[str, ...]:
-        if self.images is None:
-            return ()
-        keys = dict.fromkeys(item.image for item in items)
-        return tuple(key for key in keys if find_file(self.images, key) is None)
+    def _find(self, key: str) -> bool:
+        return self.images is not None and complete.find_file(self.images, key) is not None
 
     def load_image(self, image: str) -> Image.Image:
-        """The picture of an image key."""
+        """The picture of an image key, prepared and resized where that was asked for."""
         if self.images is None:
             raise ConfigError("FunBench does not bring its images: name the folder they lie in (images)")
-        path = find_file(self.images, image)
+        path = complete.find_file(self.images, image)
         if path is None:
             raise DataError(f"{image} is not under {self.images}")
-        return open_image(path.read_bytes(), str(path))
+        picture = open_image(path.read_bytes(), str(path))
+        if self.cuts is not None:
+            picture = crop.prepare(picture, image, self.cuts)
+        if not self.side:
+            return picture
+        return picture.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
 
 
-def read_tree(source: Path, selection: Selection) -> list[Item]:
-    """All items of the tree at `source` (the folder that holds L1-..., L2-...), by level, task and file.
+def read_tree(source: Path, selection: Selection) -> tuple[list[Item], int]:
+    """All items of the tree at `source` (the folder that holds L1-..., L2-...), by level, task and file; and
+    how many questions have no prompt in the selected mode.
 
     Raises:
-        DataError: no question file; a file that is not in FunBench's form.
+        DataError: no question file; one that FunBench does not have; one that is not in its form.
     """
     files = sorted(
-        path for depth in ("L?-*/*.json", "L?-*/*/*.json") for path in source.glob(depth) if path.is_file()
+        path.relative_to(source).as_posix()
+        for depth in ("L?-*/*.json", "L?-*/*/*.json")
+        for path in source.glob(depth)
+        if path.is_file() and not path.name.startswith(".")
     )
     if not files:
         raise DataError(f"{source} has no L?-*/*.json: give FunBench's folder, which holds L1-... to L4-...")
-    return [item for path in files for item in read_file(path, source, selection)]
+    strange = [file for file in files if file not in FILES]
+    if strange:
+        raise DataError(f"{source} has files that FunBench has not: {complete.listed(strange)}; remove them")
+    read = [item for file in files for item in read_file(source / file, source, selection)]
+    items = [item for item in read if item is not None]
+    return items, len(read) - len(items)
 
 
-def read_file(path: Path, source: Path, selection: Selection) -> list[Item]:
-    """The items of one question file.
+def read_file(path: Path, source: Path, selection: Selection) -> list[Item | None]:
+    """The items of one question file; None for a question without a prompt in the selected mode.
 
     Raises:
         DataError: naming file and image.
     """
-    level, task = path.relative_to(source).parts[:2]
     try:
-        questions = json.loads(path.read_text(encoding="utf-8"))["data"].items()
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        questions = pairs["data"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f'{path}: not a FunBench file with an object "data": {error}') from error
-    return [
-        _item(key, question, level.split("-")[0], task.removesuffix(".json"), path.stem, selection)
-        for key, question in questions
-    ]
+    level, task = _place(path.relative_to(source).as_posix())
+    return [_item(key, question, level, task, path.stem, selection) for key, question in questions]
 
 
-def _item(key: str, question: Any, level: str, task: str, part: str, selection: Selection) -> Item:
+def _place(file: str) -> tuple[str, str]:
+    """Level and task of a question file: "L3-x/L3a-y/L3a0-y-z.json" -> ("L3", "L3a-y")."""
+    level, task = file.split("/")[:2]
+    return level.split("-")[0], task.removesuffix(".json")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
+
+
+def _item(key: str, question: Any, level: str, task: str, part: str, selection: Selection) -> Item | None:
     where = f"{part}: {key}"
     try:
-        raw, prompt, marked = question["raw_data"], question["E-mode3"], question["gt"].split(",")
-        options, gold = tuple(raw["options"]), raw["gt"]
+        raw, prompt = question["raw_data"], question[f"E-mode{selection.emode}"]
+        marked, options, gold = question["gt"].split(","), tuple(raw["options"]), raw["gt"]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{where}: not a question with E-mode3, gt, raw_data.options and .gt: {error!r}"
+            f"{where}: not a question with E-mode{selection.emode}, gt, raw_data.options and .gt: {error!r}"
         ) from error
     multiple = isinstance(gold, list)
     answers = tuple(gold) if multiple else (gold,)
     table = dialog.lettered(options)
     if [table.get(letter.strip()) for letter in marked] != list(answers):
         raise DataError(f"{where}: gt {question['gt']!r} does not name {answers!r} among {options!r}")
-    if selection.instruct:
-        prompt += "\n" + (dialog.THINK_INSTRUCTION if selection.think else dialog.ANSWER_INSTRUCTION)
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    if prompt is None and selection.emode == 2:
+        return None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f"{where}: E-mode{selection.emode} is {prompt!r}, not a prompt")
     return Item(
         id=f"{part}:{key}",
-        image=key,
-        messages=({"role": "user", "content": content},),
+        images=(key,),
+        messages=turn(prompt, selection),
         options=options,
         answers=answers,
         level=level,
@@ -151,32 +225,3 @@ def modality_of(key: str) -> str:
         if key.lower().startswith(beginning.lower()):
             return modality
     raise DataError(f"{key}: no modality is known for this data set; add a row to MODALITY_OF")
-
-
-def find_file(root: Path, key: str) -> Path | None:
-    """The file `key` under `root`, exactly spelt or else with case ignored; None if there is none.
-
-    Raises:
-        DataError: a key that leads out of `root`.
-    """
-    parts = PurePosixPath(key).parts
-    if not parts or key.startswith("/") or ".." in parts or "\\" in key:
-        raise DataError(f"image key {key!r} leads out of its folder")
-    path = root.joinpath(*parts)
-    if path.is_file():
-        return path
-    folder = root
-    for part in parts:
-        name = _names(folder).get(part.lower())
-        if name is None:
-            return None
-        folder = folder / name
-    return folder if folder.is_file() else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _names(folder: Path) -> dict[str, str]:
-    """Lower-case name -> name of everything in a folder; of two that differ in case only, the first."""
-    if not folder.is_dir():
-        return {}
-    return {path.name.lower(): path.name for path in sorted(folder.iterdir(), reverse=True)}

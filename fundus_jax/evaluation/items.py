@@ -1,34 +1,38 @@
 """What is asked: items, which of them are selected, and what every benchmark offers.
 
-An `Item` is one question about one image in the form the scores need: FunBench's level, task and file, the
-modality, and the unit (patient or image) that a bootstrap draws. Neighbours: benchmarks.py (the readers),
-run.py (asks a model), report.py (scores the answers).
+An `Item` is one question about one image, or a few, in the form the scores need: level, task and question
+file, the modality, and the unit (patient or image) that a bootstrap draws. Neighbours: benchmarks.py (the
+readers), complete.py (what of a source is there), run.py (asks a model), report.py (scores the answers).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image
 
+from fundus_jax import dialog
 from fundus_jax.records import Box, ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One question about one image.
+    """One question.
 
     Attributes:
         id: unique in its benchmark.
-        image: what the benchmark's `load_image` takes.
+        images: what the benchmark's `load_image` takes, one for each image part of the prompt, in their
+        order.
         messages: the prompt, one user turn in Hugging Face's message format.
         options: the choices; () for a question without choices.
         answers: the right one, or all right ones where `multiple`.
-        level, task, part: FunBench's level (L1 to L4), task and question file.
-        modality: CFP, OCT or UWF.
+        level: FunBench's, L1 to L4; "" where the benchmark has none, and no FunBench score.
+        task, part: the task, by the benchmark's own name, and the question file.
+        modality: CFP, OCT or UWF; or what the publisher calls it.
         unit: patient or image; the answers about one unit are not independent.
         lettered: whether the prompt numbers the options with letters.
         multiple: whether all suitable options are asked for.
@@ -38,7 +42,7 @@ class Item:
     """
 
     id: str
-    image: str
+    images: tuple[str, ...]
     messages: tuple[dict[str, Any], ...]
     options: tuple[str, ...]
     answers: tuple[str, ...]
@@ -73,9 +77,13 @@ class Selection:
         style, think, instruct, boxes: the prompt, as in `dialog.messages`. A benchmark with its own prompts
         keeps them and only adds the instruction.
         tasks: keep these tasks only; () keeps all.
+        modalities: of OmniMedVQA and GMAI-MMBench keep these, in the publisher's words; () keeps the default.
         limit: at most this many items, drawn by the hash of their id, so the same ones every time; 0 keeps
         all. split: the split of Examples. images: the folder under which a benchmark's images lie, where it
-        does not bring them itself. allow_partial: go on without the items whose image is missing.
+        does not bring them itself. allow_partial: go on without what is missing, and say so at every score.
+        emode, preprocess, side: FunBench's evaluation mode (3: the image alone, 2: with a description), its
+        preprocess_info.json where the images are raw, and the side in pixels that its own script resizes
+        images to (0: as they are).
     """
 
     style: str = "options"
@@ -83,10 +91,14 @@ class Selection:
     instruct: bool = True
     boxes: int = 0
     tasks: tuple[str, ...] = ()
+    modalities: tuple[str, ...] = ()
     limit: int = 0
     split: str = "test"
     images: str = ""
     allow_partial: bool = False
+    emode: int = 3
+    preprocess: str = ""
+    side: int = 0
 
     def choose(self, items: Sequence[Item]) -> tuple[Item, ...]:
         """The selected items, in their order.
@@ -115,12 +127,42 @@ class Selection:
 
 
 class Benchmark(Protocol):
-    """Items, their images, and the image keys that were not found."""
+    """Items and their images, and how complete they are.
+
+    Attributes:
+        published: under which name the paper prints its score (`scores.PAPER_GROUPS`); "" where it has none.
+        missing: the image keys that were not found; their items are left out.
+        partial: why a score is not of the whole benchmark, one reason a line; () where it is.
+        notes: what was read and what a rule left out, with counts, for people.
+    """
 
     name: str
+    published: str
     items: tuple[Item, ...]
     missing: tuple[str, ...]
+    partial: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def load_image(self, image: str) -> Image.Image:
-        """The picture of an item's `image`; its pixels are decoded when they are used."""
+        """The picture of one of an item's `images`; its pixels are decoded when they are used."""
         ...
+
+
+def turn(text: str, selection: Selection, images: int = 1) -> tuple[dict[str, Any], ...]:
+    """A prompt of a benchmark's own, as one user turn: images first, the instruction how to answer last."""
+    if selection.instruct:
+        text += "\n" + (dialog.THINK_INSTRUCTION if selection.think else dialog.ANSWER_INSTRUCTION)
+    content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
+    return ({"role": "user", "content": content},)
+
+
+def choice_prompt(question: str, options: Sequence[str]) -> str:
+    """A multiple-choice question as VLMEvalKit asks it (image_mcq.py), by whom OmniMedVQA and GMAI-MMBench
+    are asked; the blank before the last line break is its own."""
+    asked = "Please select the correct answer from the options above. \n"
+    return f"Question: {question}\n{dialog.option_lines(options)}\n{asked}"
+
+
+def counted(groups: Iterable[str]) -> str:
+    """How often each name occurs, in the order of the names: "AI 439, DD 769"."""
+    return ", ".join(f"{name} {count}" for name, count in sorted(Counter(groups).items()))

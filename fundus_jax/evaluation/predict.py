@@ -48,7 +48,7 @@ def predict(
     next batch's images are prepared while the model decodes. Equal arguments give equal responses.
 
     Args:
-        load_image: the benchmark's; gets an item's `image`.
+        load_image: the benchmark's; gets one of an item's `images`.
         batch_size: rows of a batch; B * group_size responses are decoded at once.
         temperature: 0 is greedy.
         mesh: what the model lies on, if on more than one device; batches are split over it, and every process
@@ -102,16 +102,16 @@ def _batches(
         rows = []
         for i in range(start, min(start + stretch, len(items))):
             text = processor.chat(list(items[i].messages), add_generation_prompt=True)
-            image = load_image(items[i].image)
-            length, slots = processor.row_size(text, [image])
-            rows.append((slots, length, i, text, image))
+            images = [load_image(image) for image in items[i].images]
+            length, slots = processor.row_size(text, images)
+            rows.append((slots, length, i, text, images))
         rows.sort(key=lambda row: row[:3])
         for first in range(0, len(rows), batch_size):
             chosen = rows[first : first + batch_size]
             filled = [chosen[k % len(chosen)] for k in range(batch_size)]
             batch = processor(
                 [row[3] for row in filled],
-                [[row[4]] for row in filled],
+                [row[4] for row in filled],
                 length=bucket(max(row[1] for row in chosen), _TEXT_STEP),
                 patches=bucket(max(row[0] for row in chosen), processor.image_config.window_slots),
             )

@@ -1,8 +1,9 @@
 """Answers in, report out: scores every answer and sums them up by modality, level and task.
 
-Pure Python and numpy: no model, no file. The report is a plain dict of JSON values, in which every number is
-a `Figure` (value, n, low, high); `table` prints it. A model is compared with the best constant answer of each
-question file and modality, because fundus data sets are so unbalanced that accuracy alone says little.
+Pure Python and numpy: no model, no file. The report is a plain dict of JSON values, in which every number
+is a `Figure` (value, n, low, high); table.py prints it. A model is compared with the best constant answer
+of each question file and modality, because fundus data sets are so unbalanced that accuracy alone says
+little.
 Neighbours: extract.py (answers), scores.py (numbers), run.py (asks the model and writes the files).
 """
 
@@ -10,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fundus_jax import dialog, localisation
 from fundus_jax.evaluation import scores
-from fundus_jax.evaluation.extract import MODES, Mode, extract_option, match_answer, match_answers
+from fundus_jax.evaluation.extract import VLMEVALKIT, Mode, extract_option, match_answer, match_answers
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.places import evaluate_places
+from fundus_jax.evaluation.published import evaluate_published, evaluate_sets
 from fundus_jax.findings import parse_mentions
 from fundus_jax.records import ConfigError
 
@@ -80,18 +81,33 @@ def outcome_of(prediction: Prediction, mode: Mode = "tail") -> Outcome:
     return Outcome(extracted=extracted, correct=correct, well_formed=parsed.well_formed, claimed=claimed)
 
 
-def evaluate(answers: Sequence[Prediction], *, mode: Mode = "tail", seed: int = 0) -> Report:
+def evaluate(
+    answers: Sequence[Prediction],
+    *,
+    mode: Mode = "tail",
+    seed: int = 0,
+    published: str = "",
+    partial: Sequence[str] = (),
+) -> Report:
     """Scores answers; the report is a plain dict of JSON values, whose every number has n and a 95% interval.
+
+    `published` and `partial` are the benchmark's (`items.Benchmark`).
 
     Keys:
         n, items, units, extraction: what was scored, and by which rules.
+        partial: why these are not scores of the whole benchmark; [] where they are.
+        published: the benchmark's score by the rules of `mode` alone (`evaluate_published`); None where it
+            has none.
         accuracy, well_formed, finished, tokens: over all answers (tokens: mean length).
         unparsed: share, and the ids "ITEM#SAMPLE" of the answers that name no option; they count as wrong.
         vlmevalkit: accuracy by VLMEvalKit's rules alone, of each period, over the answers to lettered
             questions with one right option; None where there are none.
         by_modality, by_level, by_task: accuracy; majority (of the best constant answers: majority_answers);
             difference of the two; and funbench for a level or task.
-        funbench: overall, files with sensitivity, specificity and score of each label, undefined labels.
+        funbench: overall, files with sensitivity, specificity and score of each label, undefined labels; None
+            where no item has a level.
+        sets: scores of several answers and of open ones, by task (`evaluate_sets`); None where there
+            are none.
         findings: answers, precision, recall, f1, by_finding; None where no answer's findings are known.
         localisation: of the boxes in the traces, see `evaluate_places`; None where no item asks for boxes.
 
@@ -105,18 +121,15 @@ def evaluate(answers: Sequence[Prediction], *, mode: Mode = "tail", seed: int = 
     outcomes = [outcome_of(answer, mode) for answer in answers]
     items = [answer.item for answer in answers]
     units = [item.unit for item in items]
-    share = partial(_share, units=units, seed=seed)
+
+    def share(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
+        return _share(values, units=units, seed=seed)
+
     upstream = [answer for answer in answers if answer.item.lettered and not answer.item.multiple]
     unparsed = [outcome.extracted is None for outcome in outcomes]
     hits = np.array([outcome.correct for outcome in outcomes])
-    fun = scores.funbench(
-        [(item.level, item.task, item.part) for item in items],
-        [item.answers for item in items],
-        [outcome.extracted or () for outcome in outcomes],
-        [item.options or item.answers for item in items],
-        units=units,
-        seed=seed,
-    )
+    fun = _levels(items, outcomes, seed)
+    texts = [answer.response for answer in answers]
     best, baseline = scores.majority([i.answer for i in items], [(i.modality, i.part) for i in items])
     groups = _Groups(items, hits, baseline, best, fun, units, seed)
     return {
@@ -124,6 +137,8 @@ def evaluate(answers: Sequence[Prediction], *, mode: Mode = "tail", seed: int = 
         "items": len({item.id for item in items}),
         "units": len(set(units)),
         "extraction": mode,
+        "partial": list(partial),
+        "published": evaluate_published(published, items, texts, mode=mode, seed=seed) if published else None,
         "accuracy": share(hits),
         "well_formed": share([outcome.well_formed for outcome in outcomes]),
         "finished": share([answer.finished for answer in answers]),
@@ -132,14 +147,30 @@ def evaluate(answers: Sequence[Prediction], *, mode: Mode = "tail", seed: int = 
             "share": share(unparsed),
             "ids": [f"{a.item.id}#{a.sample}" for a, bad in zip(answers, unparsed, strict=True) if bad],
         },
-        "vlmevalkit": {rules: _by_letter(upstream, rules, seed) for rules in MODES} if upstream else None,
+        "vlmevalkit": {rules: _by_letter(upstream, rules, seed) for rules in VLMEVALKIT}
+        if upstream
+        else None,
         "by_modality": groups.by(lambda item: item.modality),
         "by_level": groups.by(lambda item: item.level, lambda item: (item.level,)),
         "by_task": groups.by(lambda item: item.task, lambda item: (item.level, item.task)),
-        "funbench": _funbench(fun),
+        "funbench": _funbench(fun) if fun.figures else None,
+        "sets": evaluate_sets(items, [outcome.extracted for outcome in outcomes], texts, seed=seed),
         "findings": _findings(items, outcomes, seed),
         "localisation": evaluate_places(items, [_think(answer) for answer in answers], seed=seed),
     }
+
+
+def _levels(items: Sequence[Item], outcomes: Sequence[Outcome], seed: int) -> scores.FunBenchScores:
+    """FunBench's scores of the answers to items that have a level."""
+    index = [i for i, item in enumerate(items) if item.level]
+    return scores.funbench(
+        [(items[i].level, items[i].task, items[i].part) for i in index],
+        [items[i].answers for i in index],
+        [outcomes[i].extracted or () for i in index],
+        [items[i].options or items[i].answers for i in index],
+        units=[items[i].unit for i in index],
+        seed=seed,
+    )
 
 
 def compare(
@@ -226,10 +257,11 @@ class _Groups:
     def by(
         self, key: Callable[[Item], str], node: Callable[[Item], tuple[str, ...]] | None = None
     ) -> dict[str, Any]:
-        """One entry for each key, in sorted order; `node` is where FunBench's score of the group stands."""
+        """One entry for each key but "", in sorted order; `node` is where FunBench's score of one stands."""
         members: dict[str, list[int]] = {}
         for i, item in enumerate(self.items):
-            members.setdefault(key(item), []).append(i)
+            if key(item):
+                members.setdefault(key(item), []).append(i)
         return {name: self._entry(members[name], node) for name in sorted(members)}
 
     def _entry(self, index: list[int], node: Callable[[Item], tuple[str, ...]] | None) -> dict[str, Any]:
@@ -244,7 +276,7 @@ class _Groups:
                 f"{modality} {part}": self.best[modality, part] for modality, part in strata
             },
         }
-        if node is not None:
+        if node is not None and self.items[index[0]].level:
             entry["funbench"] = self.fun.figures[node(self.items[index[0]])].as_dict()
         return entry
 
@@ -280,45 +312,3 @@ def _findings(items: Sequence[Item], outcomes: Sequence[Outcome], seed: int) -> 
 
     by_finding = {name: figures(counts[:, [k]]) for k, name in enumerate(names)}
     return {"answers": len(known), **figures(counts), "by_finding": by_finding}
-
-
-def table(report: Report) -> str:
-    """The report as a plain text table: a line a number, in per cent, with its interval and its n."""
-    lines = [_line("accuracy", report["accuracy"])]
-    for group in ("by_modality", "by_level", "by_task"):
-        for name, entry in report[group].items():
-            lines.append(_line(f"{group.removeprefix('by_')} {name}", entry["accuracy"]))
-            lines.append(_line("    best constant answer", entry["majority"]))
-            lines.append(_line("    difference", entry["difference"]))
-            if "funbench" in entry:
-                lines.append(_line("    FunBench score", entry["funbench"]))
-    lines.append(_line("FunBench score, mean of levels", report["funbench"]["overall"]))
-    if report["findings"] is not None:
-        for name in ("precision", "recall", "f1"):
-            lines.append(_line(f"findings {name}", report["findings"][name]))
-        for name, figures in report["findings"]["by_finding"].items():
-            lines.append(_line(f"    {name} f1", figures["f1"]))
-    if report["localisation"] is not None:
-        for name, shown in (("iou", "boxes, matched IoU"), ("f1", "boxes, F1 at IoU 0.5")):
-            lines.append(_line(shown, report["localisation"][name]))
-            for group in ("by_modality", "by_finding"):
-                for member, figures in report["localisation"][group].items():
-                    lines.append(_line(f"    {member} {name}", figures[name]))
-        lines.append(_line("boxes malformed", report["localisation"]["malformed"]))
-    lines += [_line(name.replace("_", "-"), report[name]) for name in ("well_formed", "finished")]
-    for rules, figure in (report["vlmevalkit"] or {}).items():
-        lines.append(_line(f"accuracy by VLMEvalKit, {rules}", figure))
-    lines.append(_line("unparsed", report["unparsed"]["share"]))
-    head = f"{'':<44}{'%':>7}  {'95% interval':>15}{'n':>9}"
-    scope = f"{report['n']} answers to {report['items']} items of {report['units']} patients or images"
-    undefined = report["funbench"]["undefined"]
-    notes = [f"without a FunBench score: {', '.join(undefined)}"] if undefined else []
-    return "\n".join([f"{scope}; extraction: {report['extraction']}", head, *lines, *notes]) + "\n"
-
-
-def _line(name: str, figure: dict[str, Any]) -> str:
-    value, n = figure["value"], figure["n"]
-    if value is None:
-        return f"{name:<44}{'-':>7}  {'-':>15}{n:>9}"
-    interval = f"[{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
-    return f"{name:<44}{100 * value:>7.1f}  {interval:>15}{n:>9}"

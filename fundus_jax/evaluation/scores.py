@@ -1,4 +1,5 @@
-"""Pure scores: accuracy, majority baseline, FunBench's score, findings' precision, recall and F1.
+"""Pure scores: accuracy, majority baseline, FunBench's score, findings' precision, recall and F1, the paper's
+averages, sets of answers.
 
 They take plain sequences of answers and give `Figure`s, so that each can be checked by hand. FunBench scores
 a label by the harmonic mean of its sensitivity and specificity and averages label -> file -> task -> level ->
@@ -15,12 +16,12 @@ shown).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fundus_jax.evaluation.bootstrap import Figure, figure, interval, resampled_totals
+from fundus_jax.evaluation.bootstrap import Figure, figure, interval, resampled_totals, unit_totals
 from fundus_jax.records import ConfigError
 
 Hits = Sequence[bool] | np.ndarray
@@ -278,3 +279,68 @@ def paper_average(benchmark: str, parts: Mapping[str, float]) -> float:
             f"{benchmark} averages {', '.join(groups)}, but got {', '.join(parts) or 'nothing'}"
         )
     return sum(parts[group] for group in groups) / len(groups)
+
+
+def group_figures(
+    benchmark: str,
+    groups: Sequence[str],
+    hits: Hits,
+    *,
+    units: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> dict[str, Figure]:
+    """Accuracy of each group that a benchmark's published score averages, and "" the score, their plain mean.
+
+    `groups[i]` is that of answer i. A group without an answer has no value, and then the score has none. All
+    groups are resampled together, because one image is asked about in several of them.
+
+    Raises:
+        ConfigError: unknown benchmark, or a group that it does not average.
+    """
+    names = PAPER_GROUPS.get(benchmark)
+    strange = sorted(set(groups) - set(names or ()))
+    if names is None or strange:
+        raise ConfigError(f"{benchmark!r} does not average {strange}: {PAPER_GROUPS}")
+    place = {name: k for k, name in enumerate(names)}
+    rows = np.zeros((len(groups), len(names), 2))
+    index = np.arange(len(groups)), np.array([place[group] for group in groups], np.intp)
+    rows[(*index, 0)] = np.asarray(hits, dtype=bool)
+    rows[(*index, 1)] = 1
+    totals = unit_totals(rows.reshape(len(groups), -1), units)
+    sums = np.concatenate([totals.sum(axis=0, keepdims=True), resampled_totals(totals, seed=seed)])
+    sums = sums.reshape(len(sums), len(names), 2)
+    shares = ratio(sums[..., 0], sums[..., 1])
+    found = {name: interval(shares[0, k], shares[1:, k], int(sums[0, k, 1])) for name, k in place.items()}
+    return found | {"": interval(shares[0].mean(), shares[1:].mean(axis=-1), len(groups))}
+
+
+# Sets of answers ------------------------------------------------------------------------------------------
+
+
+def set_figures(
+    gold: Sequence[Collection[str]],
+    predicted: Sequence[Collection[str]],
+    *,
+    units: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> dict[str, Figure]:
+    """How well sets of answers agree with the right ones: means over the answers of
+
+    exact (1 if the sets are equal), precision (share of the chosen that are right; 0 where nothing is
+    chosen), recall (share of the right that are chosen) and f1 (2 * common / (chosen + right)).
+
+    Raises:
+        ConfigError: no right answer to some question.
+    """
+    rows = []
+    for right, given in zip(map(set, gold), map(set, predicted), strict=True):
+        if not right:
+            raise ConfigError("a question without a right answer has no recall")
+        common = len(right & given)
+        f1 = 2 * common / (len(right) + len(given))
+        rows.append((float(right == given), common / max(1, len(given)), common / len(right), f1))
+    table = np.array(rows, float).reshape(-1, 4)
+    return {
+        name: mean(table[:, k], units=units, seed=seed)
+        for k, name in enumerate(("exact", "precision", "recall", "f1"))
+    }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def item(name: str = "q1", answer: str = "PDR", **changes: Any) -> Item:
     content = [{"type": "image"}, {"type": "text", "text": "Which disease?"}]
     fields: dict[str, Any] = {
         "id": name,
-        "image": f"{name}.png",
+        "images": (f"{name}.png",),
         "messages": ({"role": "user", "content": content},),
         "options": DISEASES,
         "answers": (answer,),
@@ -88,3 +89,14 @@ def _write(shard: ShardInput, scratch: Path, *, side: int) -> Iterator[Example]:
         writer.write(stream.getvalue())
         yield one
     writer.close()
+
+
+def growth(call: Callable[[int], object], small: int, large: int) -> float:
+    """How many times longer `call` takes for `large` than for `small`: the best of three each, in turns."""
+    taken: dict[int, list[float]] = {small: [], large: []}
+    for _ in range(3):
+        for size, times in taken.items():
+            start = time.perf_counter()
+            call(size)
+            times.append(time.perf_counter() - start)
+    return min(taken[large]) / max(min(taken[small]), 1e-4)

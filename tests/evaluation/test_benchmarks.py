@@ -48,7 +48,7 @@ def test_pictures_are_the_examples_own(source: Path) -> None:
     for one in benchmark.items:
         number = int(one.id[1:])
         np.testing.assert_array_equal(
-            np.asarray(benchmark.load_image(one.image).convert("RGB")), np.asarray(picture(number))
+            np.asarray(benchmark.load_image(one.images[0]).convert("RGB")), np.asarray(picture(number))
         )
     with pytest.raises(DataError, match="has 5 images"):
         benchmark.load_image("toy.images.array_record#5")
@@ -124,7 +124,7 @@ def test_pictures_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_the_table_of_benchmarks(source: Path) -> None:
-    assert set(BENCHMARKS) == {"phantom", "funbench"}
+    assert set(BENCHMARKS) == {"phantom", "funbench", "omnimedvqa", "gmai", "retinal_reason", "reports"}
     assert open_benchmark("phantom", source, Selection()).name == "phantom"
-    with pytest.raises(ConfigError, match="'mmlu' is unknown: use one of phantom, funbench"):
+    with pytest.raises(ConfigError, match="'mmlu' is unknown: use one of phantom, funbench, omnimedvqa"):
         open_benchmark("mmlu", source, Selection())

@@ -10,7 +10,8 @@ from fundus_jax.dialog import render_boxes
 from fundus_jax.evaluation.benchmarks import item_of
 from fundus_jax.evaluation.items import Selection
 from fundus_jax.evaluation.places import evaluate_places
-from fundus_jax.evaluation.report import compare, compare_places, evaluate, table
+from fundus_jax.evaluation.report import compare, compare_places, evaluate
+from fundus_jax.evaluation.table import table
 from fundus_jax.records import Box
 from tests.evaluation.samples import answered, example, item
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fundus_jax.evaluation.report import Prediction, compare, evaluate, outcome_of, table
+from fundus_jax.evaluation.report import Prediction, compare, evaluate, outcome_of
+from fundus_jax.evaluation.table import table
 from fundus_jax.records import ConfigError
 from tests.evaluation.samples import DISEASES, answered, item, reply
 from tests.growth import LINEAR, growth

@@ -169,6 +169,49 @@ def test_averages_of_the_paper(row: str) -> None:
     assert scores.paper_average("overall", computed) == pytest.approx(overall, abs=0.1001)
 
 
+# Table 7: FunBench, Omni-Fundus, GMAI-Fundus, average.
+TABLE_7 = """
+Qwen2.5-VL-3B 41.0 66.4 37.4 48.3
+InternVL2.5-8B 51.0 55.6 48.2 51.6
+Qwen2.5-VL-7B 46.1 68.1 42.1 52.1
+HealthGPT-M3-7B 52.4 64.0 46.3 54.2
+HuatuoGPT-Vision-7B 59.0 69.6 47.3 58.6
+Lingshu-7B 55.1 97.7 58.7 70.5
+MedVLM-R1 46.2 56.3 37.1 46.6
+QoQ-Med-7B 62.5 57.9 32.8 51.1
+FundusExpert-8B 48.3 78.4 71.1 65.9
+OphthaReason-Intern 44.9 57.7 44.1 48.9
+OphthaReason-Qwen 48.8 62.4 49.7 53.6
+Med-R1-fundus 48.2 79.2 36.5 54.7
+Fundus-R1-3B 67.1 79.8 50.1 65.6
+Fundus-R1-7B 69.2 91.1 61.1 73.8
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("row", TABLE_7, ids=[row.split()[0] for row in TABLE_7])
+def test_averages_of_table_7(row: str) -> None:
+    *parts, average = (float(cell) for cell in row.split()[1:])
+    computed = scores.paper_average("overall", dict(zip(scores.PAPER_GROUPS, parts, strict=True)))
+    assert computed == pytest.approx(average, abs=0.1001)
+
+
+def test_which_counts_the_printed_accuracies_of_omni_fundus_allow() -> None:
+    """docs/evaluation.md: neither all photographs nor these with OCT can be the paper's questions on anatomy,
+    and photographs alone can not be those on diagnosis."""
+    place = {"MR": 9, "AI": 10, "LG": 11, "DD": 12}
+    column = {task: [float(row.split()[k]) for row in TABLE_5] for task, k in place.items()}
+
+    def odd(task: str, n: int) -> list[float]:
+        """The printed numbers that no count of right answers among n rounds to."""
+        near = [(value, round(value * n / 100)) for value in column[task]]
+        return [v for v, k in near if all(abs(100 * c / n - v) > 0.0501 for c in (k - 1, k, k + 1))]
+
+    assert odd("MR", 1190) == odd("MR", 1678) == odd("DD", 3230) == []
+    assert sorted(odd("DD", 769)) == [50.9, 59.5, 63.0]
+    assert odd("AI", 439)
+    assert min(n for n in range(10, 600) if not odd("AI", n)) == 531
+
+
 def test_averages_need_all_their_groups() -> None:
     with pytest.raises(ConfigError, match="FunBench averages L1, L2, L3, L4, but got L1"):
         scores.paper_average("FunBench", {"L1": 1.0})
@@ -176,7 +219,21 @@ def test_averages_need_all_their_groups() -> None:
         scores.paper_average("MMLU", {})
 
 
+# Table 6: sensitivity, specificity, S2 of ours and of the model compared with.
+TABLE_6 = (
+    (78.3, 49.5, 60.7, 58.4, 23.3, 33.3),
+    (73.7, 44.4, 55.4, 45.5, 51.0, 48.1),
+    (78.7, 58.1, 66.9, 49.9, 65.8, 56.7),
+    (48.2, 94.4, 63.8, 31.9, 85.3, 46.4),
+    (62.5, 75.4, 68.3, 37.5, 81.0, 51.3),
+    (55.8, 66.3, 60.6, 32.6, 72.2, 44.9),
+)
+
+
 def test_table_6_of_the_paper_is_the_same_harmonic_mean() -> None:
-    """Microaneurysms: sensitivity 78.3 and specificity 49.5 are printed as S2 = 60.7."""
-    sums = np.array([783.0, 217.0, 495.0, 505.0])
-    assert 100 * scores.label_scores(sums) == pytest.approx(60.7, abs=0.05)
+    """The last row averages the S2 of the findings; it is not the S2 of the averages."""
+    for column, average in ((0, 62.6), (3, 46.8)):
+        sums = [(row[column], 100 - row[column], row[column + 1], 100 - row[column + 1]) for row in TABLE_6]
+        computed = 100 * scores.label_scores(np.array(sums))
+        assert computed == pytest.approx([row[column + 2] for row in TABLE_6], abs=0.1)
+        assert computed.mean() == pytest.approx(average, abs=0.1)
