@@ -254,7 +254,7 @@ def new_report(args: Any, model: Any, settings: Sequence[str]) -> dict[str, Any]
 def finish(report: dict[str, Any], out: str) -> None:
     """Add the versions of what was loaded, and write the report to `out`, if it names a file; floats to five
     digits."""
-    libraries = ("jax", "torch", "transformers", "orbax.checkpoint", "safetensors", "PIL")
+    libraries = ("jax", "torch", "transformers", "orbax.checkpoint", "safetensors", "PIL", "openai")
     report["versions"] = {name: sys.modules[name].__version__ for name in libraries if name in sys.modules}
     print(f"{report['device']}; load {report['load']:.2f}; {report['settings']}")
     if out:

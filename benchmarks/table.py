@@ -21,7 +21,8 @@ HEAD = """# How fast it is
 
 Made by `python -m benchmarks.table` from the JSON files beside it, which the benchmarks wrote. Each ran this
 project and transformers in one process, in turns, on the same weights and inputs, after checking that both
-compute the same. A ratio above 1 says that this project is faster:
+compute the same (the pipeline's jobs stand beside what their server gives without them). A ratio above 1 says
+that this project is faster:
 
 * **ratio**: of the medians, by the clock;
 * **by least**: of each side's least time, which other programs on the machine disturb least;
@@ -105,6 +106,17 @@ def convert(report: Report) -> Iterable[tuple[str, ...]]:
         )
 
 
+def pipeline(report: Report) -> Iterable[tuple[str, ...]]:
+    """Rows of the table of `benchmarks.pipeline`."""
+    yield ("what", "under way", "items", "a second", "of the server's best", "seconds", "peak memory")
+    for row in report["rows"]:
+        rate = f"{row['per_second']:.1f}" if "per_second" in row else ""
+        share = f"{row['share']:.0%} of {row['server_per_second']:.1f}" if "share" in row else ""
+        spent = f"{row['seconds']:.2f}" if "seconds" in row else ""
+        memory = f"{row['memory_mb']:.0f} MB" if "memory_mb" in row else ""
+        yield (row["what"], str(row.get("under_way", "")), f"{row['items']:,}", rate, share, spent, memory)
+
+
 # file -> (title, its rows)
 TABLES: dict[str, tuple[str, Callable[[Report], Iterable[tuple[str, ...]]]]] = {
     "forward": ("Forward pass", forward),
@@ -114,6 +126,8 @@ TABLES: dict[str, tuple[str, Callable[[Report], Iterable[tuple[str, ...]]]]] = {
     "rollout_text": ("Rollouts of text prompts", rollout),
     "images": ("Images to patches", images),
     "convert": ("Checkpoints", convert),
+    "pipeline": ("The pipeline's jobs beside a fake server, and resumed", pipeline),
+    "pipeline_vllm": ("The pipeline's jobs beside vLLM", pipeline),
 }
 
 
@@ -127,7 +141,7 @@ def _section(name: str, report: Report) -> str:
     head, *body = rows(report)
     lines = [f"## {title}", ""]
     settings = ", ".join(f"{key} {_plain(value)}" for key, value in report["settings"].items())
-    lines += [f"`python -m benchmarks.{name.removesuffix('_text')}`: {settings}."]
+    lines += [f"`python -m benchmarks.{name.removesuffix('_text').removesuffix('_vllm')}`: {settings}."]
     versions = ", ".join(f"{library} {version}" for library, version in report["versions"].items())
     lines += [f"{_size(report)}{report['device']}; load {report['load']:.1f} before; {versions}.", ""]
     lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]

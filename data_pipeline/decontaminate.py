@@ -27,7 +27,7 @@ import numpy as np
 from absl import app, flags, logging
 from numpy.typing import NDArray
 
-from data_pipeline import candidates, files, images, jobs, leaks, manifest, near, pictures, stages
+from data_pipeline import candidates, files, images, jobs, leaks, manifest, near, parts, pictures, stages
 from data_pipeline.leaks import Pair, Print, Said
 from fundus_jax.records import ConfigError, DataError, Example
 
@@ -109,8 +109,8 @@ def _look(
     made, paired = out / "prints", out / "pairs"
     shards = [one for number, source in enumerate(sources) for one in pictures.shards(source, str(number))]
     config = {"near": near.VERSION, "alike": alike}
-    parts = {"workers": workers, "shard": shard, "limit": 1.0}
-    jobs.run(jobs.Job("prints", config), shards, functools.partial(_fingerprint, alike=alike), made, **parts)
+    share = {"workers": workers, "shard": shard, "limit": 1.0}
+    jobs.run(jobs.Job("prints", config), shards, functools.partial(_fingerprint, alike=alike), made, **share)
     if not _finished(made, shards):
         return None
     prints: list[Print] = list(jobs.read(made, Print))
@@ -123,7 +123,7 @@ def _look(
     table = out / f"table-{whole[:16]}"
     process = functools.partial(_compare, made=made, table=table)
     config |= {"same": [*map(list, near.SAME_EYE.items()), near.SAME_PICTURE]}
-    jobs.run(jobs.Job("pairs", config), inputs, process, paired, **parts)
+    jobs.run(jobs.Job("pairs", config), inputs, process, paired, **share)
     if not _finished(paired, inputs):
         return None
     shutil.rmtree(table, ignore_errors=True)
@@ -257,7 +257,7 @@ def _define_flags() -> None:
         "alike", True, "Look for pictures that are alike, not only for the same bytes or pixels."
     )
     flags.DEFINE_integer("workers", 1, "Processes.")
-    flags.DEFINE_string("shard", "0/1", "i/n: every n-th shard from the i-th on.")
+    flags.DEFINE_string("shard", "", parts.HELP)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -267,13 +267,14 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; every option begins with --")
     if bool(values.examples) == bool(values.images) or (values.images and values.against):
         raise app.UsageError("give either --examples (and --against), or --images")
-    out, parts = Path(values.out), {"workers": values.workers, "shard": values.shard}
+    out = Path(values.out)
     try:
+        share = {"workers": values.workers, "shard": parts.chosen(values.shard)}
         if values.images:
-            done = look([Path(one) for one in values.images], out, **parts)
+            done = look([Path(one) for one in values.images], out, **share)
         else:
             against = [Path(one) for one in values.against]
-            done = run(Path(values.examples), out, against=against, alike=values.alike, **parts)
+            done = run(Path(values.examples), out, against=against, alike=values.alike, **share)
     except (ConfigError, DataError) as error:
         raise SystemExit(f"decontaminate: {error}") from error
     if done is None:

@@ -5,11 +5,13 @@ directory have been flushed; every write here does both. Neighbours: `jobs` comm
 set builders list publishers' folders with it.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fundus_jax.records import ConfigError, DataError
@@ -48,6 +50,19 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Raise ConfigError where the disk of `folder` gets full within the block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(
+            f"{folder}: the disk is full ({error}); make room: the same command then goes on from here"
+        ) from error
 
 
 def require_free(folder: Path, needed: int) -> None:

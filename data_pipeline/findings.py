@@ -15,7 +15,7 @@ from typing import Protocol
 
 from absl import app, flags, logging
 
-from data_pipeline import jobs, manifest, stages
+from data_pipeline import jobs, manifest, parts, stages
 from fundus_jax import findings
 from fundus_jax.records import ConfigError, Example, Findings
 
@@ -113,14 +113,14 @@ def _define_flags() -> None:
     flags.DEFINE_string("examples", None, "Finished directory of Examples.", required=True)
     flags.DEFINE_string("out", None, "Directory for the Findings records.", required=True)
     flags.DEFINE_integer("workers", 1, "Processes.")
-    flags.DEFINE_string("shard", "0/1", "i/n: every n-th shard from the i-th on.")
+    flags.DEFINE_string("shard", "", parts.HELP)
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     values = flags.FLAGS
-    run(Path(values.examples), Path(values.out), workers=values.workers, shard=values.shard)
+    run(Path(values.examples), Path(values.out), workers=values.workers, shard=parts.chosen(values.shard))
 
 
 if __name__ == "__main__":

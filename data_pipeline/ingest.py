@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from array_record.python.array_record_module import ArrayRecordWriter  # pyright: ignore
 
-from data_pipeline import files, images, jobs, questions
+from data_pipeline import files, images, jobs, parts, questions
 from data_pipeline.datasets import heldout, registry
 from data_pipeline.datasets.base import Sample, annotated, fingerprint, picture
 from data_pipeline.datasets.phantom_source import PhantomConfig
@@ -208,7 +208,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("shard_size", SHARD_SIZE, "Images a shard.", 1)
     flags.DEFINE_float("quarantine", 0.02, "Share of bad images that stops the job.", 0, 1)
     flags.DEFINE_integer("workers", 1, "Processes that share the shards.", 1)
-    flags.DEFINE_string("shard", "0/1", "i/n: every n-th shard from the i-th on.")
+    flags.DEFINE_string("shard", "", parts.HELP)
 
 
 def _rates(texts: Sequence[str]) -> dict[str, float] | None:
@@ -255,7 +255,7 @@ def main(argv: Sequence[str]) -> None:
             shard_size=values.shard_size,
             quarantine=values.quarantine,
             workers=values.workers,
-            shard=values.shard,
+            shard=parts.chosen(values.shard),
         )
     except (ConfigError, DataError) as error:
         raise SystemExit(f"ingest: {error}") from error

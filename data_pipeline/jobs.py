@@ -3,7 +3,8 @@
 A shard is written into a hidden directory, flushed, renamed file by file, and then exists by virtue of one
 line in manifest.jsonl (`manifest`). A killed run loses at most the shards in flight; running the same command
 again does what is missing and nothing else. An item ends as answers (records), as a quarantine with a reason,
-or it stops the job: there are no default values. Users: ingest and the stages after it.
+or it stops the job: there are no default values. Users: ingest and the stages after it; those that ask a
+server do so through `asking`.
 """
 
 import json
@@ -13,8 +14,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection, get_context, parent_process
@@ -24,7 +26,7 @@ from typing import Any
 from absl import logging
 from tqdm import tqdm
 
-from data_pipeline import faults, files, manifest
+from data_pipeline import faults, files, kept, manifest, parts
 from fundus_jax import records
 from fundus_jax.records import ConfigError, DataError
 
@@ -69,6 +71,9 @@ class Summary:
 
 
 Process = Callable[[ShardInput, Path], Iterable[Any]]
+# Gets the shards in order (items loaded) and the job's directory; gives for each shard an iterator over its
+# answers: one an item, a record or a Quarantine. It may read shards ahead, and is resumed after the last.
+Through = Callable[[Iterator[ShardInput], Path], Generator[Iterator[Any], None, None]]
 
 
 def run(
@@ -80,6 +85,7 @@ def run(
     limit: float = 0.02,
     workers: int = 1,
     shard: str = "0/1",
+    through: Through | None = None,
 ) -> Summary:
     """Process the shards that `out` lacks and publish them there.
 
@@ -91,28 +97,33 @@ def run(
         the items must be picklable (a module's function or a `functools.partial` of one).
       limit: share of quarantined items beyond which the job stops (from 50 items on, and at the end).
       workers: processes that share this part's shards.
-      shard: "i/n": take every n-th shard from the i-th on, for n processes or hosts on one file system.
+      shard: "i/n": take every n-th shard by name from the i-th on, for n processes or hosts on one file
+        system. Whichever part ends last completes the directory.
+      through: what turns items into answers, if that is not `process`: a server (`asking.through`).
+        `process` then gets an iterator over the answers in the place of the items, its quarantines taken
+        out, and has but to yield them. For one worker: it is the server that does many things at a time.
 
     Raises:
-      ConfigError: other config than `out` was made with, bad names, another process at work on the same part.
+      ConfigError: other config than `out` was made with, bad names, another process at work on the same part,
+        a full disk.
       DataError: too many items quarantined; the message quotes the first reasons.
     """
     config = json.loads(json.dumps(job.config, allow_nan=False))
-    mine = _part(_checked(shards), shard)
+    taken = parts.take([one.name for one in _checked(shards)], shard)
+    mine = [one for one in shards if one.name in taken]
     out.mkdir(parents=True, exist_ok=True)
-    with manifest.running(out, shard):
+    with manifest.running(out, shard), files.room(out):
         manifest.claim(out, job.name, config, [one.name for one in shards])
         keys = {one.name: files.digest({"job": job.name, "config": config, "input": one.key}) for one in mine}
         done = manifest.load(out)
-        ready = [
+        ready = {
             n for n, k in keys.items() if n in done and done[n].key == k and manifest.intact(out, done[n])
-        ]
-        todo = [one for one in mine if one.name not in set(ready)]
-        for left in out.glob(".*.part-*"):
-            if left.name[1:].rsplit(".part-", 1)[0] in keys:
-                shutil.rmtree(left)
-        tally = _Tally(limit, [done[name] for name in ready])
-        for entry in _built(todo, keys, process, out, tally, workers):
+        }
+        todo = [one for one in mine if one.name not in ready]
+        _sweep(out, keys, ready)
+        tally = _Tally(limit, [done[one.name] for one in mine if one.name in ready])
+        builds = _builds(todo, keys, process, out, workers, through)
+        for entry in _published(builds, len(todo), out, tally, workers):
             tally.add(entry)
         tally.judge(at_end=True)
         manifest.finish(out, [one.name for one in shards])
@@ -129,6 +140,16 @@ def read(out: Path, cls: type, *, side_files: bool = False) -> Iterator[Any]:
             if side_files or name == f"{entry.name}.jsonl" or not manifest.intact(Path(out), entry):
                 manifest.check(Path(out), entry, name)
         yield from records.read_jsonl(Path(out) / f"{entry.name}.jsonl", cls)
+
+
+def _sweep(out: Path, mine: Collection[str], ready: Collection[str]) -> None:
+    """Remove what a killed run left: the scratch folders of this part, and answers about published shards."""
+    for left in out.glob(".*.*"):
+        name, _, kind = left.name[1:].partition(".")
+        if name in mine and kind.startswith("part-"):
+            shutil.rmtree(left)
+        elif name in ready and left == kept.path(out, name):
+            left.unlink()
 
 
 class _Tally:
@@ -166,28 +187,56 @@ class _Built:
     quarantined: tuple[Quarantine, ...]
 
 
-def _built(
-    todo: Sequence[ShardInput], keys: dict[str, str], process: Process, out: Path, tally: _Tally, workers: int
-) -> Iterator[manifest.Entry]:
-    """Build and publish shards, in order with one worker, as they come with more."""
+def _builds(
+    todo: Sequence[ShardInput],
+    keys: dict[str, str],
+    process: Process,
+    out: Path,
+    workers: int,
+    through: Through | None,
+) -> Generator[_Built, None, None]:
+    """The shards that are built: in order with one worker, as they come with more."""
     build = partial(_build, process=process, out=out)
-    in_order = (build(one, keys[one.name]) for one in todo)
+    if through is None:
+        in_order = (build(one, keys[one.name]) for one in todo)
+        return in_order if workers <= 1 else _pooled(todo, keys, build, workers)
+    if workers > 1:
+        raise ConfigError(f"workers is {workers}; a stage that asks a server takes 1, and its concurrency")
+    loaded = (replace(one, items=_items(one)) for one in todo)
+    return _answered(todo, keys, build, through(loaded, out))
+
+
+def _answered(
+    todo: Sequence[ShardInput],
+    keys: dict[str, str],
+    build: Callable,
+    answers: Generator[Iterator[Any], None, None],
+) -> Generator[_Built, None, None]:
+    with closing(answers):
+        for given, one in zip(answers, todo, strict=True):
+            yield build(one, keys[one.name], answers=given)
+
+
+def _published(
+    builds: Generator[_Built, None, None], count: int, out: Path, tally: _Tally, workers: int
+) -> Iterator[manifest.Entry]:
+    """Publish `count` shards as they are built."""
     largest = 0
     files.require_free(out, HEADROOM)
-    with _Progress(len(todo), out.name) as progress:
-        for count, built in enumerate(in_order if workers <= 1 else _pooled(todo, keys, build, workers), 1):
+    with closing(builds), _Progress(count, out.name) as progress:
+        for number, built in enumerate(builds, 1):
             tally.judge(items=built.entry.items, quarantined=built.quarantined)
             _publish(out, built)
             progress.step(built.entry)
             yield built.entry
             largest = max(largest, sum(int(facts["bytes"]) for facts in built.entry.files.values()))
-            if count < len(todo):
+            if number < count:
                 files.require_free(out, HEADROOM + 2 * largest * max(1, workers))
 
 
 def _pooled(
     todo: Sequence[ShardInput], keys: dict[str, str], build: Callable, workers: int
-) -> Iterator[_Built]:
+) -> Generator[_Built, None, None]:
     waiting = iter(todo)
     with ProcessPoolExecutor(min(workers, max(1, len(todo))), get_context("spawn"), _die_with_parent) as pool:
         flying: set[Future[_Built]] = set()
@@ -219,21 +268,24 @@ def _die_with_parent() -> None:
         threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
-def _build(shard: ShardInput, key: str, *, process: Process, out: Path) -> _Built:
+def _build(
+    shard: ShardInput, key: str, *, process: Process, out: Path, answers: Iterator[Any] | None = None
+) -> _Built:
     """Run `process` over one shard in a hidden folder of `out`; in a pool this is what the workers do."""
     folder = out / f".{shard.name}.part-{os.getpid()}-{time.time_ns():x}"
     folder.mkdir()
     try:
-        items = shard.items() if callable(shard.items) else shard.items
+        items = _items(shard) if answers is None else ()
         faults.hit("before_process")
-        answers, quarantined = 0, []
+        given = _Given(answers) if answers is not None else None
+        written, quarantined = 0, given.quarantined if given else []
         with (folder / f"{shard.name}.jsonl").open("w", encoding="utf-8") as stream:
-            for result in process(replace(shard, items=items), folder):
+            for result in process(replace(shard, items=given or items), folder):
                 if isinstance(result, Quarantine):
                     quarantined.append(result)
                 else:
                     stream.write(records.to_json(result) + "\n")
-                    answers += 1
+                    written += 1
         faults.hit("after_process")
         lines = [json.dumps({"key": one.key, "reason": one.reason}) + "\n" for one in quarantined]
         (folder / f"{shard.name}.quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -242,10 +294,31 @@ def _build(shard: ShardInput, key: str, *, process: Process, out: Path) -> _Buil
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    count = given.count if given else len(items)
     entry = manifest.Entry(
-        name=shard.name, key=key, items=len(items), answers=answers, quarantined=len(quarantined), files=facts
+        name=shard.name, key=key, items=count, answers=written, quarantined=len(quarantined), files=facts
     )
     return _Built(folder, entry, tuple(quarantined))
+
+
+def _items(shard: ShardInput) -> Sequence:
+    return shard.items() if callable(shard.items) else shard.items
+
+
+class _Given:
+    """The answers about a shard's items: counted as they are read, the quarantines among them kept apart."""
+
+    def __init__(self, answers: Iterator[Any]) -> None:
+        self.answers, self.count = answers, 0
+        self.quarantined: list[Quarantine] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for one in self.answers:
+            self.count += 1
+            if isinstance(one, Quarantine):
+                self.quarantined.append(one)
+            else:
+                yield one
 
 
 def _facts(path: Path, shard: str) -> dict[str, int | str]:
@@ -311,10 +384,3 @@ def _checked(shards: Sequence[ShardInput]) -> Sequence[ShardInput]:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) or name == "manifest":
             raise ConfigError(f"shard name {name!r}: use letters, digits, '-' and '_', and not 'manifest'")
     return shards
-
-
-def _part(shards: Sequence[ShardInput], shard: str) -> Sequence[ShardInput]:
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not found or int(found[1]) >= int(found[2]):
-        raise ConfigError(f"shard {shard!r}: write i/n with 0 <= i < n, as in 0/1")
-    return shards[int(found[1]) :: int(found[2])]

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 
-from data_pipeline import files, jobs
+from data_pipeline import files, jobs, parts
 from data_pipeline.knowledge.index import QUERY, Bm25Retriever, split_notes
 from data_pipeline.knowledge.note import Note, read_notes, shipped_notes
 from data_pipeline.stages import LABEL_TASKS
@@ -114,6 +114,7 @@ def run(
     notes: Path | None = None,
     passages: int = PASSAGES,
     limit: float = 0.02,
+    shard: str = "0/1",
 ) -> jobs.Summary:
     """Writes the Knowledge of all pairs in play to `out`, by the embedded back end.
 
@@ -124,6 +125,7 @@ def run(
         notes: folder of notes to use in place of the shipped ones.
         passages: how many passages are retrieved for a pair.
         limit: share of pairs that may be quarantined.
+        shard: as in `jobs.run`.
     """
     wanted = set(pairs) | set(pairs_in_play(jobs.read(examples, Example)) if examples else ())
     if not wanted:
@@ -133,7 +135,8 @@ def run(
     key = files.digest([items, [dataclasses.asdict(note) for note in texts]])
     job = jobs.Job("knowledge_base", {"source": "notes", "passages": passages})
     process = functools.partial(_process, notes=texts, passages=passages)
-    summary = jobs.run(job, [jobs.ShardInput("knowledge", key, items)], process, out, limit=limit)
+    inputs = [jobs.ShardInput("knowledge", key, items)]
+    summary = jobs.run(job, inputs, process, out, limit=limit, shard=shard)
     logging.info("knowledge (notes): %d records, %d quarantined", summary.answers, summary.quarantined)
     return summary
 
@@ -163,6 +166,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("pairs", "", "Further labels, as MODALITY:LABEL,MODALITY:LABEL.")
     flags.DEFINE_string("notes", None, "Folder of notes to use in place of the shipped ones.")
     flags.DEFINE_float("limit", 0.02, "Share of labels that may be without knowledge.")
+    flags.DEFINE_string("shard", "", parts.HELP)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -175,6 +179,7 @@ def main(argv: Sequence[str]) -> None:
         pairs=parse_pairs(values.pairs),
         notes=Path(values.notes) if values.notes else None,
         limit=values.limit,
+        shard=parts.chosen(values.shard),
     )
 
 

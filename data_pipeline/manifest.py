@@ -10,12 +10,14 @@ a crash. `jobs` writes through this module, `jobs.read` and the later stages rea
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from data_pipeline import files
+from data_pipeline import files, parts
 from fundus_jax.records import ConfigError, DataError
 
 SCHEMA = 1
@@ -67,21 +69,39 @@ def load(out: Path) -> dict[str, Entry]:
 
 @contextmanager
 def _locked(out: Path, name: str, *, wait: bool) -> Iterator[None]:
-    with (out / name).open("w") as stream:
+    with (out / name).open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
+            part = name.removeprefix(f"{LOCK}-").replace("-", "/")
             raise ConfigError(
-                f"{out}: another process runs this part of the job; let it finish or stop it"
+                f"{out}: another process runs part {part} of the job; let it finish or stop it"
             ) from error
         yield
 
 
 @contextmanager
 def running(out: Path, part: str) -> Iterator[None]:
-    """Hold part `part` ("i/n") of the directory; the kernel lets go of it when the process dies."""
-    with _locked(out, f"{LOCK}-{part.replace('/', '-')}", wait=False):
+    """Hold part `part` ("i/n") of the directory; the kernel lets go of it when the process dies.
+
+    Raises ConfigError when another process holds it, or a part of another n: it would have the same shards.
+    """
+    mine = f"{LOCK}-{part.replace('/', '-')}"
+    with ExitStack() as held:
+        with _locked(out, LOCK, wait=True):
+            for path, count in _parts(out):
+                if count != parts.parse(part)[1]:
+                    with _locked(out, path.name, wait=False):
+                        pass
+            held.enter_context(_locked(out, mine, wait=False))
+            (out / mine).touch()
         yield
+
+
+def _parts(out: Path) -> list[tuple[Path, int]]:
+    """The locks of all parts that ever ran, the last first; each with the number of parts that there were."""
+    paths = sorted(out.glob(f"{LOCK}-*-*"), key=lambda path: -path.stat().st_mtime_ns)
+    return [(path, int(path.name.rsplit("-", 1)[1])) for path in paths]
 
 
 def append(out: Path, entry: Entry) -> None:
@@ -90,8 +110,7 @@ def append(out: Path, entry: Entry) -> None:
     with _locked(out, LOCK, wait=True):
         fresh = not path.exists()
         with path.open("a+b") as stream:
-            stream.seek(0)
-            stream.truncate(stream.read().rfind(b"\n") + 1)
+            _cut(stream)
             stream.write(entry.line().encode())
             stream.flush()
             files.sync(path)
@@ -99,12 +118,23 @@ def append(out: Path, entry: Entry) -> None:
             files.sync(out)
 
 
+def _cut(stream: BinaryIO) -> None:
+    """Cut off a torn last line; whether there is one is seen by the last byte."""
+    if end := stream.seek(0, os.SEEK_END):
+        stream.seek(end - 1)
+        if stream.read() != b"\n":
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)
+
+
 def finish(out: Path, names: Sequence[str]) -> None:
     """Once all of `names` are published, sort the manifest: its bytes must not depend on who ran when."""
     with _locked(out, LOCK, wait=True):
         entries = load(out)
         if set(names) == set(entries):
-            files.write_atomic(out / MANIFEST, "".join(entries[name].line() for name in sorted(entries)))
+            lines = "".join(entries[name].line() for name in sorted(entries)).encode()
+            if (out / MANIFEST).read_bytes() != lines:
+                files.write_atomic(out / MANIFEST, lines)
 
 
 def claim(out: Path, name: str, config: dict, shards: Sequence[str]) -> None:
@@ -166,21 +196,25 @@ def differences(old: object, new: object, field: str = "") -> list[str]:
 
 def intact(out: Path, entry: Entry) -> bool:
     """Whether all files of a shard are there with their size (their bytes are hashed when they are read)."""
-    return all(
-        (out / name).is_file() and (out / name).stat().st_size == facts["bytes"]
-        for name, facts in entry.files.items()
-    )
+    try:
+        return all(os.stat(out / name).st_size == facts["bytes"] for name, facts in entry.files.items())
+    except FileNotFoundError:
+        return False
 
 
 def complete(out: Path) -> list[Entry]:
-    """The entries of a finished directory in name order; DataError if it is no job's or is not finished."""
+    """The entries of a finished directory in name order. Raises DataError if it is no job's, or is not
+    finished; the message names the parts that are missing."""
     if not (out / JOB).is_file():
         raise DataError(f"{out}: no {JOB} here; give the output directory of a pipeline job")
     entries, names = load(out), _job(out / JOB)["shards"]
     if missing := [name for name in names if name not in entries]:
+        count = next((count for _, count in _parts(out)), 1)
+        lacking = [f"{i}/{count}" for i in range(count) if set(missing) & parts.take(names, f"{i}/{count}")]
+        again = f"of parts {', '.join(lacking)}: wait for them, or run them again"
         raise DataError(
-            f"{out}: {len(missing)} of {len(names)} shards are not finished (first: {missing[0]}); "
-            "run the job again"
+            f"{out}: {len(missing)} of {len(names)} shards are not finished (first: {missing[0]}), "
+            f"{again if count > 1 else 'run the job again'}"
         )
     return [entries[name] for name in sorted(names)]
 

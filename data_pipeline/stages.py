@@ -28,6 +28,13 @@ def hashes(directory: Path) -> dict[str, str]:
     }
 
 
+@functools.lru_cache(maxsize=8)
+def _entries(directory: Path, changed: int, size: int) -> dict[str, manifest.Entry]:
+    """The manifest as it was when it was `size` bytes long: read once, not once a shard."""
+    del changed, size
+    return manifest.load(directory)
+
+
 def shards(directory: Path, cls: type[R]) -> list[ShardInput]:
     """One input a shard; its records are loaded where it is processed, and its key is their hash."""
     return [
@@ -38,7 +45,8 @@ def shards(directory: Path, cls: type[R]) -> list[ShardInput]:
 
 def load(directory: Path, name: str, cls: type[R]) -> Sequence[R]:
     """The records of one shard, after its hash was checked."""
-    entry = manifest.load(directory).get(name)
+    stamp = (directory / manifest.MANIFEST).stat()
+    entry = _entries(directory, stamp.st_mtime_ns, stamp.st_size).get(name)
     if entry is None:
         raise DataError(f"{directory}: has no shard {name}; run the stage before this one again")
     manifest.check(directory, entry, f"{name}.jsonl")

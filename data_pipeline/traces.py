@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from data_pipeline import files, jobs, manifest, quality, stages
+from data_pipeline import files, jobs, manifest, parts, quality, stages
 from data_pipeline.writer import RuleWriter, TraceWriter
 from fundus_jax.records import DataError, Example, Findings, Knowledge, Trace
 
@@ -130,7 +130,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("most_words", quality.MOST_WORDS, "Longest trace that is kept, in words.")
     flags.DEFINE_integer("boxes", 0, "Say where each finding lies, with at most so many boxes.", 0)
     flags.DEFINE_integer("workers", 1, "Processes.")
-    flags.DEFINE_string("shard", "0/1", "i/n: every n-th shard from the i-th on.")
+    flags.DEFINE_string("shard", "", parts.HELP)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
         most_words=values.most_words,
         boxes=values.boxes,
         workers=values.workers,
-        shard=values.shard,
+        shard=parts.chosen(values.shard),
     )
 
 

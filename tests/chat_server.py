@@ -19,7 +19,10 @@ Body = dict[str, Any]
 
 @dataclass(kw_only=True)
 class Reply:
-    """What one request gets. texts: the choices. raw: the whole body, in the place of a completion."""
+    """What one request gets. texts: the choices. raw: the whole body, in the place of a completion. wait:
+    seconds before it. drip: seconds between its bytes. half, hang_up: the connection ends in the middle of
+    it, or before it.
+    """
 
     texts: list[str] = field(default_factory=list)
     finish: str = "stop"
@@ -28,6 +31,8 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     raw: str | None = None
     wait: float = 0.0
+    drip: float = 0.0
+    half: bool = False
     hang_up: bool = False
 
     def payload(self) -> bytes:
@@ -53,8 +58,9 @@ class Reply:
 class Server:
     """`with Server(lambda body, number: Reply(...)) as server`: number counts requests from 0.
 
-    Attributes: bodies, headers and times of all requests; most: how many were under way at once. `stop` and
-    `start` take it off its port and put it back.
+    Attributes: bodies, headers and times of all requests; most: how many were under way at once; looks: how
+    often a client asked whether it is there, which `there` answers. `stop` and `start` take it off its port
+    and put it back.
     """
 
     def __init__(self, reply: Callable[[Body, int], Reply]) -> None:
@@ -62,7 +68,8 @@ class Server:
         self.bodies: list[Body] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
-        self.now = self.most = 0
+        self.now = self.most = self.looks = 0
+        self.there = 200  # status of the answer to GET
         self._lock, self._server = threading.Lock(), None
 
     @property
@@ -86,6 +93,9 @@ class Server:
             def do_POST(self) -> None:  # noqa: N802 - the name that http.server calls
                 outer.serve(self)
 
+            def do_GET(self) -> None:  # noqa: N802
+                outer.look(self)
+
             def log_message(self, *_: Any) -> None:
                 pass
 
@@ -104,7 +114,11 @@ class Server:
 
     def serve(self, handler: BaseHTTPRequestHandler) -> None:
         """Answer one request."""
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        length = int(handler.headers["Content-Length"])
+        sent = handler.rfile.read(length)
+        if len(sent) < length:
+            return  # the client went away while it asked
+        body = json.loads(sent)
         with self._lock:
             number = len(self.bodies)
             self.bodies.append({"path": handler.path, **body})
@@ -128,6 +142,26 @@ class Server:
             for name, value in reply.headers.items():
                 handler.send_header(name, value)
             handler.end_headers()
-            handler.wfile.write(payload)
+            self._send(handler, payload[: len(payload) // 2] if reply.half else payload, reply.drip)
         except (BrokenPipeError, ConnectionResetError):
             handler.close_connection = True  # the client waited no longer
+
+    @staticmethod
+    def _send(handler: BaseHTTPRequestHandler, payload: bytes, drip: float) -> None:
+        for byte in payload if drip else ():
+            handler.wfile.write(bytes([byte]))
+            time.sleep(drip)
+        handler.wfile.write(b"" if drip else payload)
+
+    def look(self, handler: BaseHTTPRequestHandler) -> None:
+        """Say whether the server is there, as a list of its models does."""
+        with self._lock:
+            self.looks += 1
+        payload = b'{"object": "list", "data": []}'
+        handler.send_response(self.there if handler.path == "/v1/models" else 404)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(payload)))
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(payload)
+        handler.close_connection = True

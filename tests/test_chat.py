@@ -14,8 +14,9 @@ from typing import Any, Literal
 import pydantic
 import pytest
 
-from fundus_jax import chat
-from fundus_jax.chat import Breaker, Chat, ChatConfig, ChatError, picture
+from fundus_jax import chat, endpoints
+from fundus_jax.chat import Chat, ChatConfig, ChatError, picture
+from fundus_jax.endpoints import Endpoints
 from fundus_jax.records import ConfigError
 from tests.chat_server import Reply, Server
 
@@ -31,7 +32,7 @@ class Animal(pydantic.BaseModel):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "BACKOFF", chat.tenacity.wait_random_exponential(multiplier=0.01, max=0.05))
-    monkeypatch.setattr(chat, "PROBES", (0.1, 0.2))
+    monkeypatch.setattr(endpoints, "PROBES", (0.1, 0.2))
 
 
 def client(server: Server, **changes: Any) -> Chat:
@@ -208,20 +209,20 @@ def test_calls_under_way_are_bounded() -> None:
 
 
 def test_a_lost_server_fails_at_once_without_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "PROBES", (600.0, 600.0))
+    monkeypatch.setattr(endpoints, "PROBES", (600.0, 600.0))
     with Server(in_turn(Reply(status=500))) as server:
         one = client(server, tries=2, breaker=4)
         assert [kind(ask(one)) for _ in range(2)] == ["failed", "failed"]
-        assert one.breaker.open
+        assert one.endpoints.lost
         assert kind(ask(one)) == "down", "nothing is sent"
         assert len(server.bodies) == 4
-        one.breaker._probe_at = 0.0
+        one.endpoints.all[0]._probe_at = 0.0
         assert kind(ask(one)) == "down"  # it looked once, and then
         assert len(server.bodies) == 5
         server.reply = in_turn(Reply(texts=[GOOD]))
-        one.breaker._probe_at = 0.0
+        one.endpoints.all[0]._probe_at = 0.0
         assert ask(one) == [Animal(label="cat", sure=True)]
-        assert not one.breaker.open
+        assert not one.endpoints.lost
 
 
 def test_a_lost_server_is_waited_for_and_nothing_is_lost(caplog: pytest.LogCaptureFixture) -> None:
@@ -235,7 +236,7 @@ def test_a_lost_server_is_waited_for_and_nothing_is_lost(caplog: pytest.LogCaptu
     assert "is not there; waiting for it, " in caplog.text
     assert re.search(r"is back after [1-9]\d* s", caplog.text)
     looks = one.counts["requests"] - 40
-    assert one.breaker.limit <= looks < 30, "one at a time, with pauses"
+    assert one.config.breaker <= looks < 30, "one at a time, with pauses"
 
 
 def test_patience_ends() -> None:
@@ -260,24 +261,28 @@ def test_a_request_that_no_server_survives_does_not_hold_up_the_others() -> None
 
 
 def test_one_call_at_a_time_looks_whether_the_server_is_back() -> None:
+    async def enter(servers: Endpoints) -> bool:
+        return (await servers.enter(lambda _: pytest.fail("a lone server is not asked twice")))[1]
+
     async def run() -> None:
-        breaker = Breaker("the server", limit=2, patience=600.0)
-        breaker.leave(False, True)
-        assert await breaker.enter() is False, "one failure is none"
-        breaker.leave(False, True)
-        waiting = {asyncio.create_task(breaker.enter()) for _ in range(5)}
+        servers = Endpoints("the server", ["http://here"], limit=2, patience=600.0)
+        [here] = servers.all
+        here.leave(here.enter(), True)
+        assert await enter(servers) is False, "one failure is none"
+        here.leave(False, True)
+        waiting = {asyncio.create_task(enter(servers)) for _ in range(5)}
         for _ in range(2):
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             assert [one.result() for one in done] == [True]
-            breaker.leave(False, True)  # one that was under way from before
+            here.leave(False, True)  # one that was under way from before
             assert not (await asyncio.wait(waiting, timeout=0.5))[0], "while it looks, nobody else does"
-            breaker.leave(True, True)
+            here.leave(True, True)
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        breaker.leave(True, False)
+        here.leave(True, False)
         done, waiting = await asyncio.wait(waiting, timeout=60)
         assert [one.result() for one in done] == [False] * 2
         assert not waiting
-        assert not breaker.open
+        assert not servers.lost
 
     asyncio.run(run())
 
@@ -337,7 +342,7 @@ def test_only_plain_web_addresses_are_taken(address: str, monkeypatch: pytest.Mo
         Chat(ChatConfig(address="http://me:secret@host/v1", model="m"), "judge")
     assert "secret" not in str(caught.value)
     monkeypatch.setenv("FUNDUS_SERVER", "http://elsewhere:1/v1")
-    assert Chat(ChatConfig(model="m"), "judge").address == "http://elsewhere:1/v1"
+    assert Chat(ChatConfig(model="m"), "judge").endpoints.all[0].address == "http://elsewhere:1/v1"
 
 
 @pytest.mark.parametrize(

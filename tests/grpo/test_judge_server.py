@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundus_jax import chat
+from fundus_jax import chat, endpoints
 from fundus_jax.chat import ChatConfig
 from fundus_jax.grpo import judge_server
 from fundus_jax.grpo import train as grpo
@@ -50,7 +50,7 @@ def judge(address: str, **changes: Any) -> ServerJudge:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "BACKOFF", chat.tenacity.wait_random_exponential(multiplier=0.01, max=0.05))
-    monkeypatch.setattr(chat, "PROBES", (0.1, 0.2))
+    monkeypatch.setattr(endpoints, "PROBES", (0.1, 0.2))
 
 
 # ---- what is asked ----------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_a_run_waits_for_its_judge_and_goes_on_when_it_is_back(source: Path, tmp
         assert len((tmp_path / "server" / "metrics.jsonl").read_text().splitlines()) == 2
         server.reply = stand_in.reply
         lines = run(tmp_path / "server", source, judge(server.address))
-    assert lines[1]["judge/retries"] >= one.chat.breaker.limit, "the server was away"
+    assert lines[1]["judge/retries"] >= one.chat.config.breaker, "the server was away"
     for ours, theirs in zip(lines, rules, strict=True):
         assert ours["judge/abstained"] == 0 < ours["judge/asked"]
         assert ours["reward/agreement"] == 1

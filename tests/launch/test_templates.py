@@ -1,4 +1,7 @@
-"""The templates for clusters: every one starts the same line, in a form that its reader accepts."""
+"""The templates for training on clusters: every one starts the same line, in a form that its reader accepts.
+
+Those for the data pipeline have tests of their own, test_data_templates.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from launch.distributed import settings
 from tests.conftest import ROOT
 
 LINE = "python launch/run.py --config=CONFIG --mesh=MESH --workdir=WORKDIR"
-TEMPLATES = sorted((ROOT / "launch" / "templates").iterdir())
+TEMPLATES = sorted(
+    path for path in (ROOT / "launch" / "templates").iterdir() if not path.name.startswith("data_jobs")
+)
 
 
 def shell(text: str) -> None:

@@ -96,6 +96,6 @@ def test_the_server_is_killed_and_comes_back(vllm: Vllm, data: Path, tmp_path: P
     lines = run(tmp_path, data, judge, 3)
     assert [line["step"] for line in lines] == [1, 2, 3]
     retries = sum(line["judge/retries"] for line in lines)
-    assert retries >= judge.judge.chat.breaker.limit, "the server was lost, and looked for"
-    assert not judge.judge.chat.breaker.open
+    assert retries >= judge.judge.chat.config.breaker, "the server was lost, and looked for"
+    assert not judge.judge.chat.endpoints.lost
     check(tmp_path, lines)

@@ -1,0 +1,206 @@
+"""The pipeline's jobs: answers a second beside what the server gives at its best, and how soon a job resumes.
+
+    python -m benchmarks.pipeline --out=pipeline.json
+    python -m benchmarks.pipeline --address=http://HOST:8000/v1 --model=NAME --out=pipeline_vllm.json
+
+First a client without weight (`serving`) sends the same requests with 1, 2, 4, ... of them under way; the
+best of these is the server's own best. Then a job, with shards, files and kept answers, asks about as many
+items, beside another run of that client. Without --address the server is one of 50 ms with `slots` requests
+at a time; and then jobs of so many records in shards of 500, which lack their last shard, are given again:
+seconds until that shard is begun, and memory. What is measured is a process of its own, without jax.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from absl import flags
+
+from benchmarks import serving
+from data_pipeline import asking, jobs, manifest, stages
+from fundus_jax.chat import Chat, ChatConfig
+from fundus_jax.records import Findings
+
+SETTINGS = ("slots", "latency", "items", "shard_size", "repeats")
+NAMES = ("drusen", "haemorrhage", "hard exudate", "microaneurysm")
+EMPTY = {"present": (), "votes": {}, "n": 0, "origin": "pixels"}
+
+
+class Answer(pydantic.BaseModel):
+    """What the server is asked for: a few tokens in a grammar."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    findings: list[Literal[NAMES]] = pydantic.Field(max_length=8)  # type: ignore[valid-type]
+
+
+def messages(item: int) -> list[dict[str, Any]]:
+    """A conversation about an item, each another."""
+    text = f"{item}: which findings does the image show? " + "Look again. " * 20
+    return [{"role": "user", "content": text}]
+
+
+async def ask(chat: Chat, item: int) -> Findings:
+    """A record about an item; raises ChatError where the answer is none."""
+    [answer] = await chat.ask(messages(item), Answer, max_tokens=64, temperature=1.0)
+    if not isinstance(answer, Answer):
+        raise answer
+    return Findings(example=f"item {item}", **EMPTY)
+
+
+def body(model: str, item: int) -> dict[str, Any]:
+    """The request that `ask` makes."""
+    described = {"name": Answer.__name__, "schema": Answer.model_json_schema(), "strict": True}
+    said = {"messages": messages(item), "n": 1, "max_tokens": 64, "temperature": 1.0}
+    return {"model": model, **said, "response_format": {"type": "json_schema", "json_schema": described}}
+
+
+def shards(items: int, size: int) -> list[jobs.ShardInput]:
+    """Items 0, 1, 2, ... in shards."""
+    starts = range(0, items, size)
+    return [jobs.ShardInput(f"s{at:07d}", f"{at}", range(at, min(at + size, items))) for at in starts]
+
+
+def job(out: Path, address: str, model: str, items: int, size: int, concurrency: int) -> float:
+    """Items a second of a job."""
+    config, inputs = ChatConfig(address=address, model=model, concurrency=concurrency), shards(items, size)
+    through = asking.through(ask, config, "server", name=str)
+    begun = time.perf_counter()
+    summary = jobs.run(jobs.Job("ask", {}), inputs, asking.as_answered, out, limit=1.0, through=through)
+    spent = time.perf_counter() - begun
+    if summary.answers + summary.quarantined != items:
+        raise RuntimeError(f"{items} items became {summary}")
+    return items / spent
+
+
+def fill(folder: Path, records: int, size: int) -> None:
+    """Two stages of so many records, the second made from the first and without its last shard."""
+    jobs.run(jobs.Job("first", {}), shards(records, size), _records, folder / "first")
+    jobs.run(jobs.Job("second", {}), stages.shards(folder / "first", Findings), _again, folder / "second")
+    path = folder / "second" / manifest.MANIFEST
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def _records(shard: jobs.ShardInput, folder: Path) -> Iterator[Findings]:
+    return (Findings(example=f"item {item}", **EMPTY) for item in shard.items)  # type: ignore[union-attr]
+
+
+def _again(shard: jobs.ShardInput, folder: Path) -> Any:
+    return shard.items
+
+
+def resume(folder: Path) -> float:
+    """Seconds until a job with everything but its last shard begins that shard."""
+    began: list[float] = []
+
+    def process(shard: jobs.ShardInput, scratch: Path) -> Any:
+        began.append(time.perf_counter())
+        return shard.items
+
+    begun = time.perf_counter()
+    inputs = stages.shards(folder / "first", Findings)
+    jobs.run(jobs.Job("second", {}), inputs, process, folder / "second")
+    [at] = began
+    return at - begun
+
+
+def _measured(call: Callable[[], float], answer: Any) -> None:
+    value = call()
+    answer.send((value, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def apart(call: Callable[[], float]) -> tuple[float, float]:
+    """What `call` returns, and the most memory in MB that a process of its own took for it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_measured, args=(call, theirs))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
+
+
+def throughput(args: Any, address: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """The sweep, and the job at the concurrency that it found best."""
+    bodies = [body(args.model, item) for item in range(args.items)]
+    rates: dict[int, float] = {}
+    for concurrency in map(int, args.sweep):
+        some = bodies[: max(4 * concurrency, args.items // 4)]
+        rates[concurrency] = rate = serving.plain(address, some, concurrency)
+        yield {"what": "server", "under_way": concurrency, "items": len(some), "per_second": rate}
+    best = max(rates, key=lambda one: rates[one])
+    for concurrency in sorted({best, 2 * best}):
+        runs = []
+        for repeat in range(args.repeats):
+            rate = serving.plain(address, bodies, best)
+            out = folder / f"job-{concurrency}-{repeat}"
+            call = functools.partial(job, out, address, args.model, args.items, args.shard_size, concurrency)
+            runs.append((*apart(call), rate))
+        got, memory, rate = (statistics.median(values) for values in zip(*runs, strict=True))
+        yield {
+            **{"what": "job", "under_way": concurrency, "items": args.items, "per_second": got},
+            **{"memory_mb": memory, "server_per_second": rate},
+            "share": statistics.median(run[0] / run[2] for run in runs),
+        }
+
+
+def scans(args: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    """The resumed jobs."""
+    for records in map(int, args.records):
+        place = folder / f"{records}"
+        fill(place, records, 500)
+        seconds, memory = apart(functools.partial(resume, place))
+        yield {"what": "resume", "items": records, "seconds": seconds, "memory_mb": memory}
+
+
+def run(args: Any) -> dict[str, Any]:
+    """The whole measurement, as it is written to --out."""
+    from benchmarks import common  # here, since the children that are measured import this file
+
+    report = common.new_report(args, None, SETTINGS)
+    report["server"] = "vLLM or the like" if args.address else "fake"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.address:
+            rows = [throughput(args, args.address, folder)]
+        else:
+            rows = [_faked(args, folder), scans(args, folder)]
+        for row in (row for some in rows for row in some):
+            report["rows"].append(row)
+            print(" ".join(f"{key} {common.short(value)}" for key, value in row.items()), flush=True)
+    return report
+
+
+def _faked(args: Any, folder: Path) -> Iterator[dict[str, Any]]:
+    with serving.server(args.slots, args.latency / 1e3) as address:
+        yield from throughput(args, address, folder)
+
+
+def define_flags() -> None:
+    """Declares the command's flags."""
+    flags.DEFINE_string("address", "", "A real server, up to and with the /v1.")
+    flags.DEFINE_string("model", "m", "The name it serves.")
+    flags.DEFINE_integer("slots", 8, "Requests that the fake server works on at a time.", lower_bound=1)
+    flags.DEFINE_integer("latency", 50, "Milliseconds that it takes for one.", lower_bound=0)
+    flags.DEFINE_list("sweep", ["1", "2", "4", "8", "16", "32"], "Requests under way.")
+    flags.DEFINE_integer("items", 2000, "Items of the job.", lower_bound=1)
+    flags.DEFINE_integer("shard_size", 100, "Items of a shard.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 3, "Runs of the job, each beside one of the plain client.", lower_bound=1)
+    flags.DEFINE_list("records", ["10000", "100000", "1000000"], "Records of the jobs that are resumed.")
+    flags.DEFINE_string("out", "", "JSON file to write.")
+
+
+if __name__ == "__main__":
+    from benchmarks import common
+
+    common.command(define_flags, run)
