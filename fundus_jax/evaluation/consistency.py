@@ -125,4 +125,5 @@ def consistency_table(report: dict[str, Any]) -> str:
     lines = [line(shown, report[name]) + mark for name, shown in names.items()]
     notes = [f"PARTIAL: {reason}" for reason in report["partial"]]
     notes += [f"without findings, and mentioning none: {report['empty']}; not read: {report['unread']}"]
-    return "\n".join([scope, *lines, *notes]) + "\n"
+    apart = consistency_table(report["server"]) if "server" in report else ""
+    return "\n".join([scope, *lines, *notes]) + "\n" + apart

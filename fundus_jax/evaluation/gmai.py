@@ -8,6 +8,7 @@ is known of the paper's own choice. Neighbours: wide.py reads the rows, benchmar
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from fundus_jax.evaluation.items import Item, Selection, choice_prompt, counted,
 from fundus_jax.records import ConfigError, DataError
 
 FILE = "GMAI-MMBench_VAL.tsv"
+MD5 = "254bd581627866f1c499d3d6b4422324"  # of the published one, by VLMEvalKit
 MODALITIES = {"fundus photography": "CFP", "oct": "OCT"}
 TASKS = {
     "attribute recognition": "AR",
@@ -57,11 +59,15 @@ class GmaiMMBench:
         table = _Table(self.path)
         self._place, self._width = table.columns["image"], len(table.columns)
         items, left = table.items(wanted, selection)
-        self.notes = (
+        self.notes: tuple[str, ...] = (
             f"GMAI-MMBench, {', '.join(sorted(wanted))}: {len(items)} of {table.rows} questions, "
             f"{counted(one.task for one in items)}; {counted(one.modality for one in items)}",
             f"left out by the rule: {', '.join(f'{name} {n}' for name, n in sorted(left.items())) or 'none'}",
         )
+        with open(self.path, "rb") as file:
+            known = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False))
+        same = "is" if known.hexdigest() == MD5 else "is not"
+        self.notes += (f"{self.path.name} {same} the published validation file (md5 {known.hexdigest()})",)
         chosen = complete.choose(items, selection, "GMAI-MMBench")
         self.items, self.missing, self.partial = chosen.items, chosen.missing, chosen.partial
 

@@ -20,7 +20,7 @@ import jax
 from absl import app, flags, logging
 
 from fundus_jax import dialog
-from fundus_jax.chat import ChatConfig, ChatError
+from fundus_jax.chat import Chat, ChatConfig, ChatError
 from fundus_jax.evaluation import by_server, minilm
 from fundus_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
 from fundus_jax.evaluation.consistency import consistency_table, evaluate_reports
@@ -143,7 +143,7 @@ def _ask_and_write() -> None:
         logging.info("%s", note)
     reader = ChatConfig(address=args.reader, model=args.reader_model) if args.reader else None
     if reader is not None:
-        reader.validate("reader")  # before hours of asking
+        Chat(reader, "reader")  # a wrong address is said before hours of asking
     if args.extraction == "funbench":
         minilm.model()
     sampling = {name: given[name] for name in _SAMPLING}

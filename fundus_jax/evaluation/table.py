@@ -38,6 +38,9 @@ def table(report: dict[str, Any]) -> str:
     for rules, figure in (report["vlmevalkit"] or {}).items():
         lines.append(line(f"accuracy by VLMEvalKit, {rules}", figure))
     lines.append(line("unparsed", report["unparsed"]["share"]))
+    if "server" in report:
+        for name in ("accuracy", "agreement"):
+            lines.append(line(f"read by a language model, {name}", report["server"][name]))
     return _framed(report, lines)
 
 

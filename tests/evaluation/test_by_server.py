@@ -10,9 +10,11 @@ import pytest
 from fundus_jax.chat import ChatConfig, ChatError
 from fundus_jax.evaluation import by_server
 from fundus_jax.evaluation.benchmarks import PhantomBenchmark
+from fundus_jax.evaluation.consistency import consistency_table
 from fundus_jax.evaluation.describe import Reports
 from fundus_jax.evaluation.report import Prediction
 from fundus_jax.evaluation.run import report_of
+from fundus_jax.evaluation.table import table
 from fundus_jax.findings import Mentions
 from fundus_jax.records import ConfigError
 from tests.chat_server import Body, Reply, Server
@@ -34,8 +36,7 @@ def between(body: Body) -> str:
     return told.split(f"TEXT {nonce.group(1)} BEGINS\n")[1].split(f"\nTEXT {nonce.group(1)} ENDS")[0]
 
 
-def test_letters_or_none(  # the model says what the text ends with
-) -> None:
+def test_letters_or_none() -> None:
     def said(body: Body, number: int) -> Reply:
         letters = re.findall(r"\b[A-G]\b", between(body))
         return Reply(texts=[json.dumps({"letters": letters})])
@@ -102,10 +103,12 @@ def test_the_report_has_both_and_apart(tmp_path) -> None:
         report = report_of(benchmark, answers, reader=config(server))
     assert report["accuracy"]["value"] == 1.0
     assert (report["server"]["accuracy"]["value"], report["server"]["agreement"]["value"]) == (0.0, 0.0)
+    assert "read by a language model, accuracy" in table(report)
     reports = Reports(source)
     written = [Prediction(item=one, response=reply("No haemorrhage.")) for one in reports.items]
     with Server(lambda *_: Reply(texts=['{"present": ["drusen"], "absent": []}'])) as server:
         found = report_of(reports, written, reader=config(server))
     assert found["mean"]["value"] == pytest.approx((1 / 2 + 1) / 2)  # by rules: 1 of 2, and 1 of 1
     assert found["server"]["reader"] == "m"
+    assert consistency_table(found).count("clinical consistency, pooled") == 2
     assert found["server"]["mean"]["value"] == pytest.approx((1 + 0) / 2)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fundus_jax import dialog
 from fundus_jax.evaluation.complete import find_file
+from fundus_jax.evaluation.extract import VLMEVALKIT
 from fundus_jax.evaluation.funbench import FILES, FunBench, modality_of
 from fundus_jax.evaluation.items import Selection
 from fundus_jax.evaluation.report import Prediction, evaluate
@@ -100,6 +101,36 @@ def test_right_and_wrong_answers_to_the_real_samples(samples: Path) -> None:
     mute = evaluate([Prediction(item=one, response="I cannot tell.") for one in items])
     assert mute["unparsed"]["share"]["value"] == 1.0
     assert mute["funbench"]["overall"]["value"] == 0.0
+
+
+def test_naming_every_letter_wins_nothing(samples: Path) -> None:
+    items = FunBench(samples, PART).items
+    said = [", ".join(dialog.lettered(one.options)) for one in items]
+    found = evaluate(
+        [Prediction(item=one, response=text) for one, text in zip(items, said, strict=True)],
+        published="FunBench",
+    )
+    assert found["accuracy"]["value"] == 0.0
+    single = [one.id for one in items if not one.multiple]
+    assert found["published"]["unparsed_ids"] == single
+    # where several may be right all are found and nothing is left alone: specificity, and so the score, is 0
+    file = "L3/L3b-lesion_localization/L3b5-lesion_localization-Microaneurysm"
+    assert found["funbench"]["files"][file]["score"]["value"] == 0.0
+    sets = found["sets"]["L3b-lesion_localization"]
+    assert sets["recall"]["value"] == 1.0
+    assert sets["precision"]["value"] < 0.5
+
+
+def test_the_published_score_of_right_answers_by_every_rule(samples: Path) -> None:
+    items = FunBench(samples, PART).items
+    for mode in VLMEVALKIT:
+        letters = [{text: k for k, text in dialog.lettered(one.options).items()} for one in items]
+        said = [",".join(table[a] for a in one.answers) for one, table in zip(items, letters, strict=True)]
+        answers = [Prediction(item=one, response=text) for one, text in zip(items, said, strict=True)]
+        found = evaluate(answers, mode=mode, published="FunBench")["published"]
+        assert found["score"]["value"] == 1.0
+        assert found["unparsed"] == 0
+        assert list(found["groups"]) == ["L1", "L2", "L3", "L4"]
 
 
 def test_modalities_of_the_data_sets() -> None:

@@ -90,6 +90,7 @@ def test_the_subset_and_its_counts(source: Path) -> None:
     assert Counter(one.modality for one in benchmark.items) == {"CFP": 8, "OCT": 2}
     assert "10 of 13 questions, AR 1, BVR 1, DD 3, NT 2, SG 3" in benchmark.notes[0]
     assert benchmark.notes[1] == "left out by the rule: Image Quality Grading 1, modality X-ray 2"
+    assert benchmark.notes[2].startswith(f"{FILE} is not the published validation file (md5 ")
     assert benchmark.partial == ()
     only = GmaiMMBench(source / FILE, Selection(modalities=("OCT",)))
     assert [one.id for one in only.items] == ["20", "21"]

@@ -159,6 +159,23 @@ def tiny_model(folder: Path) -> tuple[Any, Any]:
     return Qwen2_5_VL(read_config(folder), rngs=nnx.Rngs(0)), Processor.from_pretrained(folder)
 
 
+def test_questions_with_several_images(tmp_path: Path) -> None:
+    """In one batch with a question that has one; every picture is loaded, in the order of the prompt."""
+    model, processor = tiny_model(tmp_path / "tiny")
+    loaded: list[str] = []
+
+    def load(name: str) -> Image.Image:
+        loaded.append(name)
+        return Image.new("RGB", (56, 56), (len(loaded), 80, 10))
+
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which disease?"}]
+    two = item("two", images=("left.png", "right.png"), messages=({"role": "user", "content": content},))
+    found = predict(model, processor, [two, item("one")], load_image=load, max_new_tokens=3, batch_size=2)
+    assert [one.item.id for one in found] == ["two", "one"]
+    assert all(1 <= one.tokens <= 3 for one in found)
+    assert loaded == ["left.png", "right.png", "one.png"]
+
+
 def test_the_command_on_a_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
