@@ -37,6 +37,7 @@ class Prediction:
         sample: its number in the item's group.
         tokens: its length.
         finished: whether it ended by itself; False where max_new_tokens cut it off.
+        logprob: sum of its tokens' log-probabilities, where the engine tells them.
     """
 
     item: Item
@@ -44,6 +45,7 @@ class Prediction:
     sample: int = 0
     tokens: int = 0
     finished: bool = True
+    logprob: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
