@@ -88,8 +88,13 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
 
 def _engine(config: RunConfig, trainer: Trainer, stage: str) -> Engine:
     """The policy after `stage`."""
-    sizes = {"slots": config.evaluate.batch, "threads": config.data.workers}
-    return Sampler(trainer.after(stage), trainer.processor, mesh=trainer.mesh, **sizes)
+    return Sampler(
+        trainer.after(stage),
+        trainer.processor,
+        mesh=trainer.mesh,
+        slots=config.evaluate.batch,
+        threads=config.data.workers,
+    )
 
 
 def _answers(

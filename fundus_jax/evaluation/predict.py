@@ -72,7 +72,7 @@ class Sampler:
         sizes = self._sizes(items, load_image)
         asked = set(wanted)
         for group in reversed(ladder([length for length, _ in sizes], self.groups, self.slots)):
-            shape = tuple(max(sizes[index][axis] for index in group) for axis in range(2))
+            shape = max(sizes[index][0] for index in group), max(sizes[index][1] for index in group)
             said = stream(
                 self.model,
                 partial(self._row, items, load_image, shape),

@@ -108,7 +108,8 @@ class Feed:
         self.prompts, self.mesh, self._prepare = prompts, mesh, prepare
         self.per = round_up(len(prompts), shards) // shards
         self.waiting = 0.0  # seconds in which there was no row
-        self._mine = np.arange(shards) if mesh is None else training.rows_here(shards, mesh)
+        mine = np.arange(shards) if mesh is None else training.rows_here(shards, mesh)
+        self._mine: list[int] = mine.tolist()
         self._pool, self._depth = ThreadPoolExecutor(threads), 2 * self.refill + threads
         self._coming: dict[tuple[int, int], Future[Batch]] = {}
         self._held: tuple[np.ndarray, Batch] | None = None  # the newest result, and what it is for
@@ -125,7 +126,9 @@ class Feed:
         if self._held is None or not np.array_equal(self._held[0], given):
             began = time.perf_counter()
             self._go_on(given)
-            rows = [self._row(shard, given[shard] + k) for shard in self._mine for k in range(self.refill)]
+            rows = [
+                self._row(shard, int(given[shard]) + k) for shard in self._mine for k in range(self.refill)
+            ]
             self.waiting += time.perf_counter() - began
             batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
             placed = jax.device_put(batch) if self.mesh is None else training.place(batch, self.mesh)
@@ -143,17 +146,18 @@ class Feed:
         self._coming = {key: row for key, row in self._coming.items() if key[1] >= given[key[0]]}
         for k in range(self._depth):
             for shard in self._mine:
-                prompt = self.prompt(shard, given[shard] + k)
-                if prompt is not None and (shard, given[shard] + k) not in self._coming:
-                    self._coming[shard, given[shard] + k] = self._pool.submit(self._prepare, prompt)
+                place = int(given[shard]) + k
+                prompt = self.prompt(shard, place)
+                if prompt is not None and (shard, place) not in self._coming:
+                    self._coming[shard, place] = self._pool.submit(self._prepare, prompt)
 
     def _row(self, shard: int, place: int) -> Batch:
         coming = self._coming.get((shard, place))
         if coming is not None:
             return coming.result()
-        if self._blank is None:
-            self._blank = jax.tree.map(np.zeros_like, self._prepare(self.prompts[0]))
-        return self._blank
+        blank = self._blank or jax.tree.map(np.zeros_like, self._prepare(self.prompts[0]))
+        self._blank = blank
+        return blank
 
 
 def stream(
