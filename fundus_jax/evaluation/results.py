@@ -10,20 +10,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fundus_jax.evaluation import paper, vlmevalkit
 from fundus_jax.evaluation.consistency import consistency_table
 from fundus_jax.evaluation.extract import Mode
 from fundus_jax.evaluation.report import Prediction, Report, outcome_of
 from fundus_jax.evaluation.table import table
+from fundus_jax.evaluation.workbook import workbook
 from fundus_jax.files import write_atomic
 
 
 def write(out: Path, predictions: Sequence[Prediction], report: Report, mode: Mode = "tail") -> None:
-    """Writes report.json, report.txt, and predictions.jsonl: every prompt, response, extraction and score."""
+    """Writes what there is to say of answers into the folder `out`.
+
+    predictions.jsonl: every prompt, response, extraction and score. report.txt and report.json, the last to
+    be written. paper.md, beside the paper's numbers, where it has the benchmark. vlmevalkit.tsv and .xlsx, to
+    be scored by others, where the questions have options.
+    """
     out.mkdir(parents=True, exist_ok=True)
     run = {name: report["run"][name] for name in ("engine", "config")} if "run" in report else {}
     lines = [json.dumps(_as_json(one, mode) | run, ensure_ascii=False) + "\n" for one in predictions]
     write_atomic(out / "predictions.jsonl", "".join(lines))
     write_atomic(out / "report.txt", text_of(report))
+    if report.get("published"):
+        published = report["published"]
+        notes = [f"PARTIAL: {reason}" for reason in report["partial"]]
+        page = paper.render({published["benchmark"]: published}, "this run", notes)
+        write_atomic(out / "paper.md", page)
+    rows = vlmevalkit.rows(predictions)
+    if len(rows) > 1:
+        write_atomic(out / "vlmevalkit.tsv", vlmevalkit.as_tsv(rows))
+        write_atomic(out / "vlmevalkit.xlsx", workbook(rows))
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomic(out / "report.json", text + "\n")
 
