@@ -26,7 +26,7 @@ from fundus_jax.workdir import Workdir, differences
 _ASKS = ("data.grpo_tasks", "data.probe_tasks")
 _SFT = ("name", "stages", "evaluate", "grpo", "judge", "max_prompt", "data.workers", *_ASKS)
 _BASE = (*_SFT, "sft", "prompt", "lora", "freeze", "compute", "remat", "data.sft_part")
-_DATA = (*_BASE, "base", "policy", "model", "unroll", "attention", "min_pixels", "max_pixels")
+_DATA = (*_BASE, "base", "exam", "policy", "model", "unroll", "attention", "min_pixels", "max_pixels")
 INDEPENDENT = {"data": _DATA, "base": _BASE, "sft": _SFT}
 # What the answers after a stage depend on besides.
 ASKED = ("evaluate", "prompt", "grpo.max_new_tokens", *_ASKS)
@@ -81,7 +81,9 @@ class Heir:
                 there = self.parent / "evaluation" / kind
                 if (there / "report.json").is_file():  # written last
                     copy_tree(there, self.work.path / "evaluation" / kind)
-        self.work.checkpoints.adopt(last, self.parent / "checkpoints")
+        best = self.work.best(stage)
+        for step in sorted({self.work.offset(stage) + best, last} if best else {last}):
+            self.work.checkpoints.adopt(step, self.parent / "checkpoints")
 
     def _agree(self, stage: str, besides: tuple[str, ...] = ()) -> bool:
         ours = [field for field in self.differing if not _within(field, INDEPENDENT[stage])]

@@ -8,6 +8,7 @@ resumed run computes what an uninterrupted one would have.
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -19,7 +20,11 @@ from data_pipeline import findings as findings_job
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax import hosts, sft, training
 from fundus_jax.base import policy, warmup
-from fundus_jax.data import Pool, open_pool
+from fundus_jax.data import Pool, load_image, open_pool
+from fundus_jax.evaluation.benchmarks import item_of
+from fundus_jax.evaluation.engines import Asking
+from fundus_jax.evaluation.exam import Exam
+from fundus_jax.evaluation.items import Selection
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.judge_server import make_judge
 from fundus_jax.models import load_pretrained, read_config, save_adapter, save_pretrained
@@ -59,6 +64,15 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
     )
 
 
+def _set_aside(pool: Pool, config: RunConfig) -> tuple[Pool, Pool | None]:
+    """The examples to train on, and those of the patients that the exam asks about, if there is one."""
+    if not config.exam.every:
+        return pool, None
+    part = config.exam.part
+    held = pool.choose(tasks=names(config.data.probe_tasks), part=(0.0, part), salt="exam")
+    return pool.choose(part=(part, 1.0), salt="exam"), held
+
+
 def chosen(config: RunConfig, model: Qwen2_5_VL) -> Qwen2_5_VL:
     """`model`, marked with what SFT and GRPO train of it: adapters, which it gets, or what `freeze`
     leaves."""
@@ -78,7 +92,7 @@ class Trainer:
         if not (work.path / "data" / "clean").is_dir():
             raise ConfigError(f"{work.path} has no data yet; run --stage=data first, or --stage=all")
         self.judge = make_judge(config.judge)  # here, and not after hours of SFT: its key may be missing
-        self.pool = open_pool(work.path / "data", "train")
+        self.pool, self.held = _set_aside(open_pool(work.path / "data", "train"), config)
         self.hf_dir = Path(config.model) if config.model else self._policy_directory()
         bounds = {"min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
         self.processor = Processor.from_pretrained(self.hf_dir, **bounds)
@@ -132,10 +146,12 @@ class Trainer:
         if self.work.finished(stage):
             logging.info("%s has finished already", stage)
             return
-        config, common = self.config, {"compute": self.config.compute, "remat": self.config.remat}
+        config = self.config
+        common: dict[str, Any] = {"compute": config.compute, "remat": config.remat}
         if stage == "base":
             warmup.warm_up(self.work, self.start(), self.processor, self.pool, config.base, self.mesh)
         elif stage == "sft":
+            common["exam"] = self.exam()
             sft.train(
                 self.work, self.before(stage), self.rows, self.processor, config.sft, self.mesh, **common
             )
@@ -144,8 +160,26 @@ class Trainer:
             prompts = grpo.Prompts(
                 self.grpo_pool(), self.processor, config.prompt, config.max_prompt, **sizes
             )
+            common["exam"] = self.exam()
             grpo.train(self.work, self.before(stage), prompts, self.judge, config.grpo, self.mesh, **common)
         self.work.checkpoints.wait()
+
+    def exam(self) -> Exam | None:
+        """What measures the policy while it is trained; None where nothing does."""
+        if self.held is None:
+            return None
+        config, examples = self.config, self.work.path / "data" / "examples"
+        selection = Selection(limit=config.exam.questions, **dataclasses.asdict(config.prompt))
+        items = selection.choose([item_of(example, selection) for example in self.held.examples])
+        return Exam(
+            items,
+            functools.partial(load_image, examples),
+            self.processor,
+            self.mesh,
+            every=config.exam.every,
+            asking=Asking(max_new_tokens=config.grpo.max_new_tokens),
+            slots=config.evaluate.batch,
+        )
 
     def grpo_pool(self) -> Pool:
         """GRPO's examples: of patients that SFT has not seen, or of all where SFT saw all."""
@@ -179,9 +213,10 @@ class Trainer:
         return model
 
     def after(self, stage: str) -> Qwen2_5_VL:
-        """The policy that `stage` ended with, in float32: what its last bundle holds, and where parts were
-        frozen the rest from the policy before all stages that freeze. After `base` it is the given model
-        where there is one. Raises ConfigError if the stage has not finished."""
+        """The policy that `stage` ended with, or with `exam.use` "best" its best one, in float32: what the
+        bundle holds, and where parts were frozen the rest from the policy before all stages that freeze.
+        After `base` it is the given model where there is one. Raises ConfigError if the stage has not
+        finished."""
         if stage == "base" and stage not in self.plan:
             return self.start()
         if not self.work.finished(stage):
@@ -203,7 +238,7 @@ class Trainer:
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
         )
         trained, frozen = skeleton.divide(wanted)
-        trained = self.work.params(stage, trained)
+        trained = self.work.params(stage, trained, best=self.config.exam.use == "best")
         if frozen:
             frozen = skeleton.divide(training.split(self.after("base"))[1])[1]
         return self._with_options(skeleton.merge(training.join(trained, frozen)))

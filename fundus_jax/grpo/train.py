@@ -199,11 +199,13 @@ def train(
     *,
     compute: str = "float32",
     remat: str = "none",
+    exam: training.Exam | None = None,
 ) -> training.Params:
     """Improve what is not frozen of the policy and return all its parameters. Resumes from, and ends with, a
     bundle of stage `grpo`, which holds the trained ones.
 
-    `model` is the policy to start from, and the reference. Raises JudgeError when the judge abstains too
+    `model` is the policy to start from, and the reference. `exam` measures it now and then, and the bundle
+    that does best in it is kept. Raises JudgeError when the judge abstains too
     often or is lost, after saving what is there; ConfigError at an alarm that is to stop the run; DataError
     when gradients stay non-finite.
     """
@@ -246,8 +248,12 @@ def train(
                     state, metrics = update(state, samples, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
+            if exam is not None and exam.due(step, config.steps):
+                with watch("exam"):
+                    values |= exam(policy(state.params))
             values |= describe(drawn, think=prompts.think) | credited | told | judged | watch.lap()
-            if diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages):
+            best = work.leads("grpo", step, values)
+            if diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages) or best:
                 work.save("grpo", step, state, iterator)
             diary.halt()
             del drawn, samples  # the next step's prompts need their room
