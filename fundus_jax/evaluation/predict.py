@@ -113,6 +113,7 @@ class Sampler:
         for sample, (tokens, logprob) in enumerate(zip(said.tokens, said.logprobs, strict=True)):
             finished = len(tokens) > 0 and int(tokens[-1]) in self.processor.eos_ids
             text = self.processor.decode(tokens[:-1] if finished else tokens)
+            text = text if finished else text.rstrip("\ufffd")  # half a character that was cut off
             found.append(
                 Prediction(
                     item=item,

@@ -34,7 +34,7 @@ from fundus_jax.evaluation.predict import Sampler
 from fundus_jax.evaluation.report import Prediction, Report, evaluate, outcome_of
 from fundus_jax.evaluation.results import text_of, write
 from fundus_jax.evaluation.served import PLAIN, Served
-from fundus_jax.models import load_pretrained
+from fundus_jax.models import load_pretrained, read_config
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import SPLITS, ConfigError, DataError
 from fundus_jax.sharding import parse_mesh
@@ -164,6 +164,7 @@ def _engine(args: Any, mesh: Mesh) -> Engine:
     return Served(
         config,
         Processor.from_pretrained(args.model),
+        banned=read_config(args.model).banned_ids,
         fields=fields,
         logprobs=args.server_logprobs,
         facts=facts,

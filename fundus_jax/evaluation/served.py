@@ -33,6 +33,7 @@ class Served:
     """Answers by the server of `config`; `processor` is that of the checkpoint which it serves.
 
     Args:
+        banned: ids that it must not say: the model's `banned_ids`, as for our sampler.
         fields: what else a request says; `PLAIN` unless the server knows no such fields.
         logprobs: whether to ask for log-probabilities, which not all servers give.
         facts: see `Engine`.
@@ -46,11 +47,13 @@ class Served:
         config: ChatConfig,
         processor: Processor,
         *,
+        banned: Sequence[int] = (),
         fields: dict[str, Any] | None = None,
         logprobs: bool = True,
         facts: dict[str, Any] | None = None,
     ) -> None:
         self.chat, self.processor = Chat(config, "server"), processor
+        self.banned = {str(token): -100 for token in banned}
         self.fields, self.logprobs = PLAIN if fields is None else fields, logprobs
         self.facts = {"engine": "server", "served_model": config.model, "fields": self.fields} | (facts or {})
         self.failures: dict[int, str] = {}
@@ -115,9 +118,9 @@ class Served:
         fields: dict[str, Any] = {
             "max_tokens": asking.max_new_tokens,
             "temperature": asking.temperature,
-            "logit_bias": {str(token): -100 for token in self.processor.banned_ids},
             "extra_body": self.fields,
         }
+        fields |= {"logit_bias": self.banned} if self.banned else {}
         fields |= {"logprobs": True} if self.logprobs else {}
         fields |= {"seed": _seed(asking.seed, index)} if asking.temperature else {}
         try:

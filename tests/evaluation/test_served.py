@@ -66,7 +66,7 @@ def test_answers_and_what_was_sent(processor: Processor) -> None:
         return Reply(texts=texts, finish="length" if number == 0 else "stop")
 
     with Server(reply) as server:
-        engine = Served(config(server), processor)
+        engine = Served(config(server), processor, banned=[3, 9])
         found = answers(engine, samples=2, temperature=0.7, seed=4)
     assert {index: [one.response for one in said] for index, said in found.items()} == {
         number: [f"question {number}/0", f"question {number}/1"] for number in range(12)
@@ -80,7 +80,7 @@ def test_answers_and_what_was_sent(processor: Processor) -> None:
         number = int(text_of(body).split()[1])
         assert (body["temperature"], body["max_tokens"], body["n"]) == (0.7, 9, 2)
         assert (body["repetition_penalty"], body["top_k"]) == (1.0, -1)
-        assert set(body["logit_bias"]) == set(map(str, processor.banned_ids))
+        assert body["logit_bias"] == {"3": -100, "9": -100}
         url = body["messages"][0]["content"][0]["image_url"]["url"]
         sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
         ours, theirs = (

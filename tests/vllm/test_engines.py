@@ -23,14 +23,14 @@ from tests.vllm.conftest import NAME, Vllm
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 ASKING = Asking(max_new_tokens=16)
-CLOSE = 3e-2  # of the sum of log-probabilities of up to 16 tokens
+CLOSE = 5e-3  # of the sum of log-probabilities of up to 16 tokens
 
 
 @pytest.fixture(scope="module")
 def engines(vllm: Vllm, exported: Path) -> list[Any]:
     model, processor = load_pretrained(exported, "float32")
     server = ChatConfig(address=vllm.address, model=NAME, concurrency=4, timeout=120, deadline=240)
-    return [Sampler(model, processor, slots=4), Served(server, processor)]
+    return [Sampler(model, processor, slots=4), Served(server, processor, banned=model.config.banned_ids)]
 
 
 def asked(trainer: Trainer, folder: Path) -> PhantomBenchmark:
@@ -63,18 +63,10 @@ def test_both_engines_say_the_same(engines: list[Any], trainer: Trainer, tmp_pat
         for one, other, alike in zip(ours, theirs, same, strict=True)
         if alike
     ]
-    for one, other, alike in zip(ours, theirs, same, strict=True):
-        if not alike:
-            print(
-                ascii(one.response),
-                ascii(other.response),
-                one.logprob,
-                other.logprob,
-                one.tokens,
-                other.tokens,
-            )
     print(f"{sum(same)} of {len(same)} the same; log-probabilities differ by at most {max(gaps):.1e}")
-    assert sum(same) >= len(same) - 1, "ties are rare"
+    assert sum(same) >= len(same) - 2, (
+        "ties are rare"
+    )  # tests/vllm/test_same_tokens.py shows that they are ties
     assert max(gaps) < CLOSE
     assert [one.tokens for one in ours if one.finished] == [one.tokens for one in theirs if one.finished]
     assert len({one.response for one in ours}) > len(ours) / 2, "or this would prove little"
