@@ -6,9 +6,9 @@ prepared and decoded in turns.
 A question is a JPEG photograph, decoded, resized and cut into patches for each question anew, and a prompt of
 about 100 tokens besides the image; answers end at random, after `mean_tokens` on average. "Batches" read a
 batch of the same size, sort nothing, and decode it to its last answer before the next is read: what a simple
-loop does. "Slots" is the engine of the evaluation. Its answers are the same each time. Idle is the
-share of the time in which no program runs, as far as the host knows; on a CPU the threads that read images
-take their time from the model's own cores, so that only a small model and many images tell anything here.
+loop does. "Slots" is the engine of the evaluation; its answers are the same each time. Idle is the share of
+the time in which no program runs, as far as the host knows. On a CPU the threads that read images take their
+time from the model's own cores.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Load = Callable[[str], Image.Image]
 
 
 def make_policy(args: Any) -> tuple[Any, Processor]:
-    """The demo's policy with random weights, whose answers end after `mean_tokens` on average; its processor."""
+    """The demo's policy with random weights, whose answers end at random; and its processor."""
     sizes = PolicyConfig(pixels=args.pixels)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "policy"

@@ -7,6 +7,8 @@ resumed run computes what an uninterrupted one would have.
 
 import dataclasses
 import functools
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ from jax.sharding import Mesh
 
 from data_pipeline import decontaminate, ingest, knowledge_base, traces
 from data_pipeline import findings as findings_job
+from data_pipeline.datasets import registry
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax import hosts, sft, training
 from fundus_jax.base import policy, warmup
 from fundus_jax.data import Pool, load_image, open_pool
 from fundus_jax.evaluation.benchmarks import item_of
+from fundus_jax.evaluation.card import Card, Source, render, scores_of
 from fundus_jax.evaluation.engines import Asking
 from fundus_jax.evaluation.exam import Exam
 from fundus_jax.evaluation.items import Selection
+from fundus_jax.files import write_atomic
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.judge_server import make_judge
 from fundus_jax.models import load_pretrained, read_config, save_adapter, save_pretrained
@@ -251,18 +256,47 @@ class Trainer:
         return model
 
 
-def export(work: Workdir, trainer: Trainer) -> Path:
+def write_card(target: Path, work: Workdir, trainer: Trainer, command: str) -> None:
+    """Write README.md of an export: the model card, with the scores that were measured by now."""
+    summary = work.path / "evaluation" / "summary.json"
+    stages = json.loads(summary.read_text(encoding="utf-8"))["stages"] if summary.is_file() else {}
+    report = stages.get(trainer.last, {}).get("greedy")
+    config, pool = trainer.config, trainer.pool
+    counts = Counter(example.dataset for example in pool.examples)
+    rows = {name: registry.DATASETS[name] for name in sorted(counts)}
+    sources = [
+        Source(name=row.title, licence=row.licence, citation=row.citation, count=counts[name])
+        for name, row in rows.items()
+    ]
+    passages = {one for record in pool.knowledge.values() for one in record.passages}
+    for (source, licence), count in sorted(Counter((one.source, one.licence) for one in passages).items()):
+        sources.append(Source(name=f"knowledge: {source}", licence=licence, count=count))
+    card = Card(
+        name=config.name,
+        base=Path(config.model).name or "random weights and a vision tower warmed up on its own data",
+        stages=tuple(trainer.plan),
+        sources=tuple(sources),
+        scores={f"held-out questions of {', '.join(rows)}": scores_of(report)} if report else {},
+        drawn=set(rows) == {"phantom"},
+        command=command,
+    )
+    write_atomic(target / "README.md", render(card))
+
+
+def export(work: Workdir, trainer: Trainer, command: str = "") -> Path:
     """Write the policy after the last stage as a Hugging Face directory, workdir/hf, its adapters merged; and
     where they are adapters of a model that others have, these alone as PEFT's too, workdir/adapter. Without
     any training it is the policy that was given.
 
-    A directory that is there stays as it is.
+    A directory that is there stays as it is, but for its model card. command: what the card gives as the way
+    to repeat the run.
     """
     target, adapter = work.path / "hf", work.path / "adapter"
     apart = bool(trainer.config.lora.rank and trainer.config.model and trainer.plan)
     missing = [path for path in (target, *([adapter] if apart else [])) if not path.exists()]
     if not hosts.of_first(len(missing)):
         logging.info("%s is there already", target)
+        hosts.on_first(lambda: write_card(target, work, trainer, command))
         return target
     model = trainer.after(trainer.last)
     if jax.process_count() > 1:  # the first process writes, and needs what the others hold
@@ -274,6 +308,7 @@ def export(work: Workdir, trainer: Trainer) -> Path:
             save_adapter(model, adapter, trainer.config.model)
         if target in missing:
             save_pretrained(model, trainer.processor, target)
+        write_card(target, work, trainer, command)
 
     hosts.on_first(write)
     return target

@@ -23,7 +23,7 @@ from tests.vllm.conftest import NAME, Vllm
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 ASKING = Asking(max_new_tokens=16)
-CLOSE = 5e-3  # of the sum of log-probabilities of up to 16 tokens
+CLOSE = 1e-3  # of the sum of log-probabilities of up to 16 tokens
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,7 @@ def test_both_engines_say_the_same(engines: list[Any], trainer: Trainer, tmp_pat
         if alike
     ]
     print(f"{sum(same)} of {len(same)} the same; log-probabilities differ by at most {max(gaps):.1e}")
-    assert sum(same) >= len(same) - 2, (
-        "ties are rare"
-    )  # tests/vllm/test_same_tokens.py shows that they are ties
+    assert sum(same) >= len(same) - 1, "ties are rare"
     assert max(gaps) < CLOSE
     assert [one.tokens for one in ours if one.finished] == [one.tokens for one in theirs if one.finished]
     assert len({one.response for one in ours}) > len(ours) / 2, "or this would prove little"
