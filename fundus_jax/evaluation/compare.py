@@ -162,7 +162,8 @@ def image_loader(folder: Path) -> Callable[[str], Image.Image]:
     if given is None:
         return lambda key: load_image(folder.parent.parent / "data" / "examples", key)
     known = {name for name in Selection.__slots__ if name in given}
-    fields = {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in known}
+    fields: dict[str, Any] = {name: given[name] for name in known}
+    fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     return open_benchmark(given["benchmark"], given["source"], Selection(**fields)).load_image
 
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from fundus_jax import __version__, dialog
 from fundus_jax.chat import Chat, ChatConfig, ChatError
+from fundus_jax.data import read_stage
 from fundus_jax.evaluation import by_server, minilm
 from fundus_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
 from fundus_jax.evaluation.consistency import evaluate_reports
@@ -36,7 +37,7 @@ from fundus_jax.evaluation.results import text_of, write
 from fundus_jax.evaluation.served import PLAIN, Served
 from fundus_jax.models import load_pretrained, read_config
 from fundus_jax.models.qwen2_5_vl.processor import Processor
-from fundus_jax.records import SPLITS, ConfigError, DataError
+from fundus_jax.records import SPLITS, ConfigError, DataError, Findings
 from fundus_jax.sharding import parse_mesh
 
 
@@ -58,6 +59,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("think", True, "Ask for a trace before the answer.")
     flags.DEFINE_bool("instruct", True, "Say in the prompt how to answer.")
     flags.DEFINE_integer("boxes", 0, "Examples: traces say at most so many boxes a finding.", lower_bound=0)
+    flags.DEFINE_string("findings", "", "Examples: data/findings, to judge traces where there are no masks.")
     flags.DEFINE_list("tasks", [], "Ask these tasks only.")
     flags.DEFINE_enum("split", "test", SPLITS, "Examples: the split.")
     flags.DEFINE_integer("limit", 0, "Ask at most this many items; 0 asks all.", lower_bound=0)
@@ -90,8 +92,8 @@ _PROMPT = ("style", "think", "instruct", "boxes", "emode", "preprocess", "side")
 _SELECTION = (*_PROMPT, "limit", "split", "images", "allow_partial")
 _SAMPLING = ("max_new_tokens", "temperature", "group_size", "seed")
 _LISTS = ("tasks", "modalities")
-_OTHERS = ("model", "benchmark", "source", *_LISTS, "extraction", "reader", "reader_model", "batch_size")
-_ENGINES = ("dtype", "mesh", "groups", "server", "served_model", "server_fields")
+_OTHERS = ("model", "benchmark", "source", *_LISTS, "extraction", "reader", "reader_model", "findings")
+_ENGINES = ("batch_size", "dtype", "mesh", "groups", "server", "served_model", "server_fields")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -131,7 +133,9 @@ def _ask_and_write() -> None:
     if len(found) < len(benchmark.items) and not _settled(journal, engine, found, args.allow_partial):
         return
     predictions = [one for index in sorted(found) for one in found[index]]
-    report = report_of(benchmark, predictions, mode=args.extraction, seed=args.seed, reader=reader)
+    votes = _votes(args.findings) if args.findings else None
+    scoring = {"mode": args.extraction, "seed": args.seed, "reader": reader, "votes": votes}
+    report = report_of(benchmark, predictions, **scoring)
     if engine.failures:
         report["partial"].append(f"{len(engine.failures)} questions without an answer of the server")
     notes, missing = list(benchmark.notes), list(benchmark.missing)
@@ -171,6 +175,12 @@ def _engine(args: Any, mesh: Mesh) -> Engine:
     )
 
 
+def _votes(folder: str) -> dict[str, frozenset[str]]:
+    """The findings of a stage directory that a model voted for, by example."""
+    records = read_stage(folder, Findings)
+    return {one.example: frozenset(one.present) for one in records if one.origin == "votes"}
+
+
 def _shard(text: str) -> tuple[int, int]:
     """ "1/4" as (1, 4). Raises ConfigError for anything else."""
     first, slash, last = text.partition("/")
@@ -201,10 +211,12 @@ def report_of(
     mode: Mode = "tail",
     seed: int = 0,
     reader: ChatConfig | None = None,
+    votes: Mapping[str, frozenset[str]] | None = None,
 ) -> Report:
     """The report of answers to a benchmark, by the measure that it is made for.
 
-    With a `reader` also what a language model reads in the answers, apart, under "server".
+    With a `reader` also what a language model reads in the answers, apart, under "server". `votes` are for
+    `evaluate_more`.
 
     Raises:
         ConfigError: no answers; the server can not be used.
@@ -219,7 +231,7 @@ def report_of(
             read = [None if isinstance(one, ChatError) else one for one in said]
             report["server"] = evaluate_reports(predictions, read, reader=reader.model, **common)
         return report
-    report = evaluate(predictions, mode=mode, published=benchmark.published, **common)
+    report = evaluate(predictions, mode=mode, published=benchmark.published, votes=votes, **common)
     chosen = [i for i, item in enumerate(items) if item.options]
     if reader is not None and chosen:
         asked = [items[i] for i in chosen]
