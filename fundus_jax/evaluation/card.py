@@ -25,6 +25,7 @@ LIMITS = """## Limits
 * Scores on a test split of the same publishers say little about other hospitals.
 * Intervals resample patients or images. They do not say what another run of the training would have given.
 """
+CONSTANT = "best constant answer"  # beside the scores, and none itself
 _UNKNOWN = "unknown: see the publisher's page"
 
 
@@ -74,7 +75,7 @@ def _head(card: Card) -> str:
             "metrics": [
                 {"type": _slug(name), "name": name, "value": round(figure["value"], 4)}
                 for name, figure in figures.items()
-                if figure["value"] is not None
+                if figure["value"] is not None and not name.startswith(CONSTANT)
             ],
         }
         for test_set, figures in card.scores.items()
@@ -150,7 +151,7 @@ def scores_of(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         found[f"{published['benchmark']} score"] = published["score"]
     for name, entry in report["by_modality"].items():
         found[f"accuracy, {name}"] = entry["accuracy"]
-        found[f"best constant answer, {name}"] = entry["majority"]
+        found[f"{CONSTANT}, {name}"] = entry["majority"]
     for origin, entry in report["more"]["faithfulness"].items():
         for name in ("precision", "recall", "contradictions"):
             if entry and entry[name]:

@@ -204,10 +204,9 @@ def train(
     """Improve what is not frozen of the policy and return all its parameters. Resumes from, and ends with, a
     bundle of stage `grpo`, which holds the trained ones.
 
-    `model` is the policy to start from, and the reference. `exam` measures it now and then, and the bundle
-    that does best in it is kept. Raises JudgeError when the judge abstains too
-    often or is lost, after saving what is there; ConfigError at an alarm that is to stop the run; DataError
-    when gradients stay non-finite.
+    `model` is the policy to start from, and the reference. The bundle that does best in `exam` is kept.
+    Raises JudgeError when the judge abstains too often or is lost, after saving what is there; ConfigError at
+    an alarm that is to stop the run; DataError when gradients stay non-finite.
     """
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
@@ -237,8 +236,7 @@ def train(
         )  # fmt: skip
         for step in range(done + 1, config.steps + 1):
             keep(step - 1, state, iterator)
-            ask = functools.partial(examiner.ask, state.params)
-            drawn, told = redraw(ask, examiner.put, config, step)
+            drawn, told = redraw(functools.partial(examiner.ask, state.params), examiner.put, config, step)
             judged = abstentions.add(drawn.every) | judge.metrics()
             advantages, credited = credit_of(drawn, config)
             with watch("update"):
@@ -252,8 +250,8 @@ def train(
                 with watch("exam"):
                     values |= exam(policy(state.params))
             values |= describe(drawn, think=prompts.think) | credited | told | judged | watch.lap()
-            best = work.leads("grpo", step, values)
-            if diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages) or best:
+            due = diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages)
+            if work.leads("grpo", step, values) or due:
                 work.save("grpo", step, state, iterator)
             diary.halt()
             del drawn, samples  # the next step's prompts need their room
