@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import resource
+import random
+import re
 import statistics
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,10 +29,11 @@ from absl import flags
 
 from benchmarks import serving
 from data_pipeline import asking, jobs, manifest, stages
-from fundus_jax.chat import Chat, ChatConfig
+from fundus_jax.chat import Chat, ChatConfig, picture
 from fundus_jax.records import Findings
 
-SETTINGS = ("slots", "latency", "items", "shard_size", "repeats")
+SETTINGS, FAKE = ("items", "shard_size", "repeats"), ("slots", "latency")
+SIDE, SAMPLES = 112, 5  # pixels of an image; answers to a request: as the stage of findings asks
 NAMES = ("drusen", "haemorrhage", "hard exudate", "microaneurysm")
 EMPTY = {"present": (), "votes": {}, "n": 0, "origin": "pixels"}
 
@@ -43,23 +46,31 @@ class Answer(pydantic.BaseModel):
 
 
 def messages(item: int) -> list[dict[str, Any]]:
-    """A conversation about an item, each another."""
-    text = f"{item}: which findings does the image show? " + "Look again. " * 20
-    return [{"role": "user", "content": text}]
+    """A conversation about an image, each another."""
+    size = 3 * SIDE * SIDE
+    fields = (b"BM", 54 + size, 0, 54, 40, SIDE, SIDE, 1, 24, 0, size, 0, 0, 0, 0)
+    pixels = random.Random(item).randbytes(size)  # noqa: S311
+    text = {"type": "text", "text": "Which findings does the image show?"}
+    return [
+        {
+            "role": "user",
+            "content": [picture(struct.pack("<2sIIIIiiHHIIiiII", *fields) + pixels, "bmp"), text],
+        }
+    ]
 
 
 async def ask(chat: Chat, item: int) -> Findings:
-    """A record about an item; raises ChatError where the answer is none."""
-    [answer] = await chat.ask(messages(item), Answer, max_tokens=64, temperature=1.0)
-    if not isinstance(answer, Answer):
-        raise answer
+    """A record about an item, from several answers; raises ChatError where the first is none."""
+    first, *_ = await chat.ask(messages(item), Answer, n=SAMPLES, max_tokens=64, temperature=1.0)
+    if not isinstance(first, Answer):
+        raise first
     return Findings(example=f"item {item}", **EMPTY)
 
 
 def body(model: str, item: int) -> dict[str, Any]:
     """The request that `ask` makes."""
     described = {"name": Answer.__name__, "schema": Answer.model_json_schema(), "strict": True}
-    said = {"messages": messages(item), "n": 1, "max_tokens": 64, "temperature": 1.0}
+    said = {"messages": messages(item), "n": SAMPLES, "max_tokens": 64, "temperature": 1.0}
     return {"model": model, **said, "response_format": {"type": "json_schema", "json_schema": described}}
 
 
@@ -113,8 +124,9 @@ def resume(folder: Path) -> float:
 
 
 def _measured(call: Callable[[], float], answer: Any) -> None:
-    value = call()
-    answer.send((value, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    value = call()  # getrusage would count what the parent had when it forked
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    answer.send((value, int(peak[1]) / 1024 if peak else float("nan")))
 
 
 def apart(call: Callable[[], float]) -> tuple[float, float]:
@@ -167,8 +179,7 @@ def run(args: Any) -> dict[str, Any]:
     """The whole measurement, as it is written to --out."""
     from benchmarks import common  # here, since the children that are measured import this file
 
-    report = common.new_report(args, None, SETTINGS)
-    report["server"] = "vLLM or the like" if args.address else "fake"
+    report = common.new_report(args, None, SETTINGS if args.address else (*SETTINGS, *FAKE))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.address:

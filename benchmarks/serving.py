@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 SAID = '{"findings": ["drusen"]}'
 
 
-def _completion() -> bytes:
+def _completion(n: int) -> bytes:
     message = {"role": "assistant", "content": SAID}
     body = {
-        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        "choices": [{"index": i, "finish_reason": "stop", "message": message} for i in range(n)],
         "usage": {"prompt_tokens": 1, "completion_tokens": 1},
     }
     text = json.dumps(body).encode()
@@ -32,15 +32,15 @@ def _completion() -> bytes:
 
 
 async def _serve(slots: int, latency: float, ready: Connection) -> None:
-    free, answer = asyncio.Semaphore(slots), _completion()
+    free = asyncio.Semaphore(slots)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                await _read(reader)
+                asked = json.loads(await _read(reader))
                 async with free:
                     await asyncio.sleep(latency)
-                writer.write(answer)
+                writer.write(_completion(asked["n"]))
                 await writer.drain()
         writer.close()
 

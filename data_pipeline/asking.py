@@ -171,3 +171,4 @@ async def _end(chat: Chat) -> None:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
     await chat.__aexit__()
+    await asyncio.get_running_loop().shutdown_default_executor()

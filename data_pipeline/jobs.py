@@ -286,6 +286,8 @@ def _build(
                 else:
                     stream.write(records.to_json(result) + "\n")
                     written += 1
+        for _ in given or ():
+            pass  # what `process` left unread is counted too, and its quarantines are kept
         faults.hit("after_process")
         lines = [json.dumps({"key": one.key, "reason": one.reason}) + "\n" for one in quarantined]
         (folder / f"{shard.name}.quarantine.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -55,6 +55,11 @@ class Reply:
         ).encode()
 
 
+class _Listening(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # 5 by default: a busy machine would reset connections at random
+
+
 class Server:
     """`with Server(lambda body, number: Reply(...)) as server`: number counts requests from 0.
 
@@ -99,8 +104,7 @@ class Server:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self._server.daemon_threads = True
+        self._server = _Listening(("127.0.0.1", self.port), Handler)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self

@@ -25,16 +25,20 @@ DOCUMENTS = (
     "docs/hosts.md",
     "docs/judge.md",
     "docs/evaluation.md",
+    "docs/data_jobs.md",
     "docs/scaling.md",
     "docs/benchmarks.md",
 )
 COMMANDS_OF = (
-    "README.md",
-    "ARCHITECTURE.md",
-    "CONTRIBUTING.md",
-    "docs/hosts.md",
-    "docs/judge.md",
-    "docs/evaluation.md",
+    *(
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "docs/hosts.md",
+        "docs/judge.md",
+        "docs/evaluation.md",
+        "docs/data_jobs.md",
+    ),
 )
 
 

@@ -118,7 +118,7 @@ class Served:
         fields: dict[str, Any] = {
             "max_tokens": asking.max_new_tokens,
             "temperature": asking.temperature,
-            "extra_body": self.fields,
+            **self.fields,
         }
         fields |= {"logit_bias": self.banned} if self.banned else {}
         fields |= {"logprobs": True} if self.logprobs else {}
