@@ -201,6 +201,7 @@ def stream(
     holder = np.full(queue.free.shape, -1)
     with clock(work), feed, ThreadPoolExecutor(1) as watch:
         decoding = _open(split, stepper, feed.rows(queue.given), key, settings, slots)
+        heard: list[Said] = []
         while not queue.over:
             while queue.waits:
                 batch, first = feed.rows(queue.given), queue.given.copy()
@@ -210,13 +211,14 @@ def stream(
             began = time.perf_counter()
             decoding, ended = decode_slots(stepper, decoding, key, settings, queue.enough)
             moment = watch.submit(_moment, ended)
+            yield from heard  # and what is done with it, and the next rows, while the devices decode
             if (queue.given < queue.rows).any():
-                feed.rows(queue.given)  # while the devices decode
+                feed.rows(queue.given)
             queue.free = np.array(settle(ended)).reshape(queue.free.shape)
             work.busy += moment.result() - began
-            for said in _heard(decoding, queue.free, holder):
-                work.prompts += 1
-                yield said
+            heard = list(_heard(decoding, queue.free, holder))
+            work.prompts += len(heard)
+        yield from heard
         work.steps += slots * int(decoding.steps)
         work.told += int(decoding.busy)
     work.waiting += feed.waiting
