@@ -193,6 +193,8 @@ def run(args: Any) -> dict[str, Any]:
         convert(sources["hf"], sources["orbax"])
         shards = [path.stat().st_size for path in sources["hf"].glob("*.safetensors")]
         report |= {"bytes": sum(shards), "shards": len(shards), "largest_shard": max(shards)}
+        if args.hf:
+            import transformers  # noqa: F401 - so that the report names its version
         tasks = {task: source for task, (_, source) in TASKS.items() if args.hf or "transformers" not in task}
         found: dict[str, list[dict[str, float]]] = {task: [] for task in tasks}
         for _ in range(args.repeats):

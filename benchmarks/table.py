@@ -117,6 +117,17 @@ def pipeline(report: Report) -> Iterable[tuple[str, ...]]:
         yield (row["what"], str(row.get("under_way", "")), f"{row['items']:,}", rate, share, spent, memory)
 
 
+def evaluation(report: Report) -> Iterable[tuple[str, ...]]:
+    """Rows of the table of `benchmarks.evaluation`."""
+    yield ("way", "questions", "questions/s", "idle", "waiting for images", "slots in use")
+    for row in report["rows"]:
+        shares = [
+            f"{row[key]['median']:.1%}" if key in row else "" for key in ("idle", "waiting", "occupancy")
+        ]
+        rate = row["questions_per_second"]
+        yield (row["way"], f"{row['questions']:,}", f"{rate['median']:.1f}", *shares)
+
+
 # file -> (title, its rows)
 TABLES: dict[str, tuple[str, Callable[[Report], Iterable[tuple[str, ...]]]]] = {
     "forward": ("Forward pass", forward),
@@ -126,6 +137,7 @@ TABLES: dict[str, tuple[str, Callable[[Report], Iterable[tuple[str, ...]]]]] = {
     "rollout_text": ("Rollouts of text prompts", rollout),
     "images": ("Images to patches", images),
     "convert": ("Checkpoints", convert),
+    "evaluation": ("Evaluation of image questions", evaluation),
     "pipeline": ("The pipeline's jobs beside a fake server, and resumed", pipeline),
     "pipeline_vllm": ("The pipeline's jobs beside vLLM", pipeline),
 }

@@ -187,6 +187,18 @@ class Chat:
             "response_format": {"type": "json_schema", "json_schema": _described(schema)},
             **({} if seed is None else {"seed": seed}),
         }
+        return [_read(choice, schema) for choice in await self._choices(body)]
+
+    async def say(
+        self, messages: Sequence[Mapping[str, Any]], *, n: int = 1, **fields: Any
+    ) -> "list[Choice]":
+        """n free answers to one conversation, as the server gives them; `fields` are the rest of the request.
+
+        Raises as `ask`.
+        """
+        return await self._choices({"model": self.config.model, "messages": list(messages), "n": n, **fields})
+
+    async def _choices(self, body: dict[str, Any]) -> "list[Choice]":
         known = self._memory.take(body) if self._memory else None
         if known is not None:
             completion = _Completion.model_validate_json(known)
@@ -195,9 +207,9 @@ class Chat:
                 completion = await self._persist(body)
             if self._memory:
                 self._memory.keep(body, completion.model_dump_json())
-        if len(completion.choices) != n:
-            raise ChatError("malformed", f"{len(completion.choices)} answers where {n} were asked for")
-        return [_read(choice, schema) for choice in completion.choices]
+        if (count := len(completion.choices)) != body["n"]:
+            raise ChatError("malformed", f"{count} answers where {body['n']} were asked for")
+        return completion.choices
 
     async def _persist(self, body: dict[str, Any]) -> "_Completion":
         """The answer to a request, tried as often as the configuration allows."""
@@ -316,9 +328,12 @@ class _Message(pydantic.BaseModel):
     refusal: str | None = None
 
 
-class _Choice(pydantic.BaseModel):
+class Choice(pydantic.BaseModel):
+    """One answer of a completion; `logprobs` are as the server sends them, where they were asked for."""
+
     finish_reason: str | None = None
     message: _Message
+    logprobs: Any = None
 
 
 class _Usage(pydantic.BaseModel):
@@ -329,7 +344,7 @@ class _Usage(pydantic.BaseModel):
 class _Completion(pydantic.BaseModel):
     """What is read of an answer; whatever else a server sends is left alone."""
 
-    choices: list[_Choice]
+    choices: list[Choice]
     usage: _Usage | None = None
 
 
@@ -338,7 +353,7 @@ def _described(schema: type[pydantic.BaseModel]) -> dict[str, Any]:
     return {"name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}
 
 
-def _read(choice: _Choice, schema: type[Model]) -> Model | ChatError:
+def _read(choice: Choice, schema: type[Model]) -> Model | ChatError:
     ends = {"length": "truncated", "content_filter": "filtered"}
     if choice.message.refusal:
         return ChatError("refused", choice.message.refusal[:SHOWN])

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class Checkpoints:
 
     With several processes all of them call `save`, `wait` and `restore` together, on a directory that all
     see; process 0 writes everything but the arrays. Only `save` deletes anything: what an interrupted save
-    left, and bundles older than the newest `keep` unless `final`. So others may read while one trains.
+    left, and bundles older than the newest `keep` unless `final` or `spared`. So others may read while one
+    trains.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, config_hash: str, keep: int = 2) -> None:
@@ -61,7 +63,14 @@ class Checkpoints:
         self._failure: SaveError | None = None
 
     def save(
-        self, step: int, state: Any, *, data_state: bytes | dict, counters: dict, final: bool = False
+        self,
+        step: int,
+        state: Any,
+        *,
+        data_state: bytes | dict,
+        counters: dict,
+        final: bool = False,
+        spared: Collection[int] = (),
     ) -> None:
         """Start to save; returns when the arrays are copied, so that `state` may then be donated.
 
@@ -71,6 +80,7 @@ class Checkpoints:
             data_state: where the data iterator stands; the same on every process.
             counters: whatever else the loop needs to go on; plain JSON, the same on every process.
             final: the bundle ends a stage and is never pruned.
+            spared: steps whose bundles are not pruned either, this time.
 
         Raises:
             SaveError: the save before this one failed, or less than 1.2 times the bundle's size is free.
@@ -91,7 +101,9 @@ class Checkpoints:
         except Exception as error:
             shutil.rmtree(path, ignore_errors=True)
             raise self._save_error(step, error) from error
-        self._thread = threading.Thread(target=self._commit, args=(step, final), name=f"save-{step}")
+        self._thread = threading.Thread(
+            target=self._commit, args=(step, final, frozenset(spared)), name=f"save-{step}"
+        )
         self._thread.start()
 
     def adopt(self, step: int, source: Path) -> None:
@@ -198,14 +210,14 @@ class Checkpoints:
         except OSError as error:
             raise self._save_error(step, error) from error
 
-    def _commit(self, step: int, final: bool) -> None:
+    def _commit(self, step: int, final: bool, spared: frozenset[int]) -> None:
         """Runs in the background: when Orbax has committed the arrays, write the manifest, then prune."""
         path = self._path(step)
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 files.write_manifest(path, {"step": step, "final": final})
-                self._prune()
+                self._prune(spared)
         except BaseException as error:  # whatever it is, `wait` raises it in the caller's thread
             logging.error("saving step %d: %s", step, error)
             if jax.process_index() == 0 and not (path / MANIFEST).exists():
@@ -213,10 +225,10 @@ class Checkpoints:
             self._failure = self._save_error(step, error)
             self._failure.__cause__ = error
 
-    def _prune(self) -> None:
+    def _prune(self, spared: frozenset[int]) -> None:
         for step in self.steps()[: -self.keep]:
             try:
-                if not files.read_manifest(self._path(step))["facts"]["final"]:
+                if step not in spared and not files.read_manifest(self._path(step))["facts"]["final"]:
                     files.remove_sealed(self._path(step), (CONTENT, STATE))
             except DataError as error:
                 logging.warning("not pruned: %s", error)

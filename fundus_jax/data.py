@@ -103,15 +103,18 @@ class Pool:
         """The example's picture."""
         return load_image(self.directory / "examples", example.image)
 
-    def choose(self, *, tasks: Sequence[str] = (), part: tuple[float, float] = (0.0, 1.0)) -> Pool:
+    def choose(
+        self, *, tasks: Sequence[str] = (), part: tuple[float, float] = (0.0, 1.0), salt: str = ""
+    ) -> Pool:
         """The examples of some tasks (all if empty) whose patient falls into `part` of [0, 1) by its hash.
 
-        Two disjoint parts share no patient, so one may be kept from the other's training.
+        Two disjoint parts share no patient, so one may be kept from the other's training. Parts by another
+        `salt` are drawn independently.
         """
         low, high = (int(bound * 2**32) for bound in part)
 
         def place(patient: str) -> int:
-            return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:4], "big")
+            return int.from_bytes(hashlib.sha256((salt + patient).encode()).digest()[:4], "big")
 
         kept = tuple(
             e

@@ -216,12 +216,13 @@ def train(
     *,
     compute: str = "float32",
     remat: str = "none",
+    exam: training.Exam | None = None,
 ) -> training.Params:
     """Fine-tune what is not frozen and return all parameters. Resumes from, and ends with, a bundle of stage
     `sft`, which holds the trained ones.
 
     compute: dtype of the forward and backward pass; trained weights stay float32 masters. remat: a name of
-    `models.layers.REMAT`.
+    `models.layers.REMAT`. exam: measures the policy now and then; the bundle that does best in it is kept.
     """
     steps = work.stages["sft"]
     skeleton, params = training.split(model)
@@ -248,9 +249,15 @@ def train(
                 state, metrics = step_of(state, batch, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "sft", step)
+            if exam is not None and exam.due(step, steps):
+                with watch("exam"):
+                    params = training.join(training.cast(state.params, compute), frozen)
+                    values |= exam(skeleton.merge(params, model.options))
+                    del params
             work.metrics.log("sft", step, values | watch.lap())
             progress.update(note=f"loss {values['loss']:.3f}")
-            if step == steps or (config.save_every and step % config.save_every == 0):
+            best = work.leads("sft", step, values)
+            if best or step == steps or (config.save_every and step % config.save_every == 0):
                 work.save("sft", step, state, iterator)
     progress.close()
     return training.join(state.params, frozen)

@@ -10,7 +10,7 @@ the state: they have no gradient, no moments, no master, and no place in a bundl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,18 @@ Metrics = dict[str, jax.Array]
 # loss(model, micro-batch, total) -> (its share of the loss, metrics); `total` is what `count` made of the
 # whole batch
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Metrics]]
+
+
+class Exam(Protocol):
+    """Measures a policy while it is trained, on questions of its own."""
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it is time to, after `step` of a stage of `last` steps."""
+        ...
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """What metrics.jsonl records of it; with several processes all call it, and all get the same."""
+        ...
 
 
 class State(NamedTuple):

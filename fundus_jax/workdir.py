@@ -24,6 +24,8 @@ from fundus_jax.files import write_atomic
 from fundus_jax.metrics import Metrics, Progress
 from fundus_jax.records import ConfigError
 
+BEST_BY = "exam/accuracy"  # the metric by which a stage's best bundle is kept (evaluation/exam.py)
+
 
 class Workdir:
     """`path` of a run with `config` (JSON).
@@ -48,6 +50,7 @@ class Workdir:
             )
         self.checkpoints = Checkpoints(self.path / "checkpoints", config_hash=self.config_hash)
         self.metrics = Metrics(self.path)
+        self._best: dict[str, tuple[float, int]] = {}  # stage -> its best measurement, and after which step
 
     def _claim(self, config: Mapping[str, Any], text: str) -> None:
         """Write config.json, or refuse when another configuration stands there."""
@@ -86,12 +89,31 @@ class Workdir:
         done = hosts.of_first(max(steps, default=first)) - first
         later = list(self.stages)[list(self.stages).index(stage) + 1 :]
         self.metrics.rewind({stage: done} | dict.fromkeys(later, 0))
+        for name in self.stages:
+            self._best.pop(name, None)
+            for line in self.metrics.past(name):
+                self.leads(name, line["step"], line)
         if not done:
             return state, 0
         bundle = self.checkpoints.restore(first + done, state)
         iterator.set_state(bundle.data_state)
         logging.info("%s: resumed at step %d of %d", stage, done, self.stages[stage])
         return bundle.state, done
+
+    def leads(self, stage: str, step: int, values: Mapping[str, Any]) -> bool:
+        """Whether the metrics after `step` hold a measurement (`BEST_BY`) that is the best of the stage so
+        far; of equal ones the first is. The loop then saves a bundle, which is kept till a better one comes.
+        """
+        value = values.get(BEST_BY)
+        if value is None or (stage in self._best and value <= self._best[stage][0]):
+            return False
+        self._best[stage] = (float(value), step)
+        return True
+
+    def best(self, stage: str) -> int | None:
+        """The step of `stage` with the best measurement in metrics.jsonl; None where nothing was measured."""
+        lines = [line for line in self.metrics.past(stage) if line.get(BEST_BY) is not None]
+        return max(lines, key=lambda line: (line[BEST_BY], -line["step"]))["step"] if lines else None
 
     def save(self, stage: str, step: int, state: Any, iterator: Any) -> None:
         """Start to save the bundle after `step` steps of `stage`; the stage's last one is kept for good. Call
@@ -105,7 +127,9 @@ class Workdir:
             self.metrics.flush()
             counters = {"stage": stage, "step": step}
             final = step == self.stages[stage]
-            self.checkpoints.save(number, state, data_state=place, counters=counters, final=final)
+            spared = {self.offset(name) + best for name, (_, best) in self._best.items()}
+            about = {"data_state": place, "counters": counters, "final": final, "spared": spared}
+            self.checkpoints.save(number, state, **about)
 
     @contextmanager
     def stoppable(
@@ -132,13 +156,12 @@ class Workdir:
                     self._save(stage, step, state, place)
                 raise
 
-    def params(self, stage: str, abstract_params: Any) -> Any:
-        """The parameters that `stage` ended with. Raises DataError if it has not finished."""
+    def params(self, stage: str, abstract_params: Any, *, best: bool = False) -> Any:
+        """The parameters that `stage` ended with, or with `best` those that were measured best, if any were.
+        Raises DataError if it has not finished."""
         self.checkpoints.wait()
-        wanted = {"params": abstract_params}
-        return self.checkpoints.restore(self.offset(stage) + self.stages[stage], wanted, partial=True).state[
-            "params"
-        ]
+        wanted, step = {"params": abstract_params}, (best and self.best(stage)) or self.stages[stage]
+        return self.checkpoints.restore(self.offset(stage) + step, wanted, partial=True).state["params"]
 
     def progress(self, stage: str, start: int) -> Progress:
         """A bar (or log lines) for the steps of `stage`."""

@@ -108,6 +108,34 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ExamConfig:
+    """A small fixed measurement while SFT and GRPO train, by which each stage's best bundle is kept.
+
+    every: steps from one to the next; one more follows the last step (0: none at all). part: share of the
+    training patients set aside for it, on whom nothing is trained; the test split stays untouched.
+    questions: at most so many of them, greedy. use: what GRPO starts from and what is measured and exported
+    in the end, the "last" bundle of a stage or the "best".
+    """
+
+    every: int = 0
+    part: float = 0.05
+    questions: int = 100
+    use: str = "last"
+
+    def validate(self) -> None:
+        """Raises ConfigError for the first field that makes no sense."""
+        for name, low in {"every": 0, "questions": 1}.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"exam.{name} is {getattr(self, name)}; it must be at least {low}")
+        if not 0 < self.part < 1:
+            raise ConfigError(f"exam.part is {self.part}; it must lie between 0 and 1")
+        if self.use not in ("last", "best"):
+            raise ConfigError(f"exam.use is {self.use!r}; it must be last or best")
+        if self.use == "best" and not self.every:
+            raise ConfigError("exam.use is best, but exam.every is 0: nothing is measured; set exam.every")
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """A run from data to export.
 
@@ -143,6 +171,7 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    exam: ExamConfig = field(default_factory=ExamConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def validate(self) -> None:
@@ -172,7 +201,7 @@ class RunConfig:
                 "prompt.boxes to how many they say of a finding"
             )
         self.policy.validate()
-        for stage in (self.base, self.sft, self.grpo, self.judge):
+        for stage in (self.base, self.sft, self.grpo, self.judge, self.exam):
             stage.validate()
         updates = {"base": self.base.steps, "sft": self.sft.steps, "grpo": self.grpo.steps * self.grpo.mu}
         for name, steps in updates.items():  # here, and not after the data stage; 0 steps: the data decide

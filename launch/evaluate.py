@@ -16,13 +16,19 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from fundus_jax import dialog, hosts, stop
-from fundus_jax.data import load_image, open_pool
+from fundus_jax.data import open_pool
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.benchmarks import PhantomBenchmark
+from fundus_jax.evaluation.engines import Asking, Engine, LoadImage
 from fundus_jax.evaluation.items import Item, Selection
-from fundus_jax.evaluation.run import Prediction, compare, compare_places, evaluate, predict, table, write
+from fundus_jax.evaluation.journal import Journal
+from fundus_jax.evaluation.predict import Sampler
+from fundus_jax.evaluation.report import Prediction, compare, compare_places, evaluate
+from fundus_jax.evaluation.results import write
+from fundus_jax.evaluation.table import table
 from fundus_jax.files import write_atomic
 from fundus_jax.grpo import own_rewards
 from fundus_jax.grpo.judge import RulesJudge
@@ -60,20 +66,14 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
     for stage in reached:
         untrained = stage == "base" != trainer.last
         items = greedy.items[: config.evaluate.before] if untrained else greedy.items
-        ask = functools.partial(
-            _answers,
-            functools.cache(functools.partial(trainer.after, stage)),
-            trainer.processor,
-            mesh=trainer.mesh,
-            load_image=functools.partial(load_image, examples),
-            max_new_tokens=config.grpo.max_new_tokens,
-            batch_size=config.evaluate.batch,
-        )
+        engine = functools.cache(functools.partial(_engine, config, trainer, stage))
+        about = {"stage": stage}, greedy.load_image, trainer.mesh, config.grpo.max_new_tokens
+        ask = functools.partial(_answers, engine, *about)
         predictions[stage], report = ask(items, folder / f"{stage}-greedy")
         asked = [one for one in predictions[stage] if one.item.task in set(names(config.data.grpo_tasks))]
         entry = {"greedy": report} | ({"diagnosis": evaluate(asked)} if asked else {})
         if not untrained:
-            samples = {"temperature": 1.0, "group_size": config.evaluate.samples, "seed": 1}
+            samples = {"temperature": 1.0, "samples": config.evaluate.samples, "seed": 1}
             drawn, entry["sampled"] = ask(sampled.items, folder / f"{stage}-sampled", **samples)
             parts = _rewards(drawn, pool, config)
             units = [one.item.unit for one in drawn]
@@ -86,24 +86,39 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
     return summary
 
 
-def _answers(
-    model: Callable[[], Any], processor: Any, items: Sequence[Item], folder: Path, **ask: Any
-) -> tuple[list[Prediction], dict[str, Any]]:
-    """The responses to `items` and their report: from `folder`, or where it has none yet, asked and written.
+def _engine(config: RunConfig, trainer: Trainer, stage: str) -> Engine:
+    """The policy after `stage`."""
+    return Sampler(
+        trainer.after(stage),
+        trainer.processor,
+        mesh=trainer.mesh,
+        slots=config.evaluate.batch,
+        threads=config.data.workers,
+    )
 
-    `model` gives the policy and is only called to ask.
-    """
+
+def _answers(
+    engine: Callable[[], Engine],
+    facts: dict[str, Any],
+    load_image: LoadImage,
+    mesh: Mesh,
+    max_new_tokens: int,
+    items: Sequence[Item],
+    folder: Path,
+    **how: Any,
+) -> tuple[list[Prediction], dict[str, Any]]:
+    """The answers to `items`, and their report: from `folder`, or asked for as far as it has none yet, and
+    written. `engine` makes what answers, and is only called where that is needed."""
+    journal = Journal(folder, items, facts, Asking(max_new_tokens=max_new_tokens, **how))
+    known = journal.known()
+    if len(known) < len(items):
+        with jax.set_mesh(mesh), stop.deferred():
+            known = journal.ask(engine(), load_image)
+    answers = [one for index in range(len(items)) for one in known[index]]
     done = folder / "report.json"  # written last
     if hosts.of_first(done.is_file()):
         logging.info("%s is there already", folder)
-        asked = {item.id: item for item in items}
-        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")
-        facts = [json.loads(line) for line in lines if line]
-        kept = ("response", "sample", "tokens", "finished")
-        answers = [Prediction(item=asked[one["id"]], **{name: one[name] for name in kept}) for one in facts]
         return answers, json.loads(done.read_text(encoding="utf-8"))
-    with jax.set_mesh(ask["mesh"]), stop.deferred():
-        answers = predict(model(), processor, items, **ask)
     report = evaluate(answers)
     hosts.on_first(lambda: write(folder, answers, report))
     logging.info("%s\n%s", folder.name, table(report))

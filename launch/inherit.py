@@ -28,7 +28,18 @@ _SFT = ("name", "stages", "evaluate", "grpo", "judge", "max_prompt", "data.worke
 _BASE = (*_SFT, "sft", "prompt", "lora", "freeze", "compute", "remat", "data.sft_part")
 # The jobs of the data stage look again at what was taken, and do what new decisions change.
 _REVIEW = ("data.decisions", "decided")
-_DATA = (*_BASE, "base", "policy", "model", "unroll", "attention", "min_pixels", "max_pixels", *_REVIEW)
+_DATA = (
+    *_BASE,
+    "base",
+    "exam",
+    "policy",
+    "model",
+    "unroll",
+    "attention",
+    "min_pixels",
+    "max_pixels",
+    *_REVIEW,
+)
 INDEPENDENT = {"data": _DATA, "base": _BASE, "sft": _SFT}
 # What the answers after a stage depend on besides.
 ASKED = ("evaluate", "prompt", "grpo.max_new_tokens", *_ASKS)
@@ -85,7 +96,9 @@ class Heir:
                 there = self.parent / "evaluation" / kind
                 if (there / "report.json").is_file():  # written last
                     copy_tree(there, self.work.path / "evaluation" / kind)
-        self.work.checkpoints.adopt(last, self.parent / "checkpoints")
+        best = self.work.best(stage)
+        for step in sorted({self.work.offset(stage) + best, last} if best else {last}):
+            self.work.checkpoints.adopt(step, self.parent / "checkpoints")
 
     def _agree(self, stage: str, besides: tuple[str, ...] = ()) -> bool:
         ours = [field for field in self.differing if not _within(field, INDEPENDENT[stage])]

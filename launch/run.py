@@ -126,7 +126,7 @@ def run(
                 evaluate.measure(config, work, trainer)
         if "export" in wanted:
             with timed(work, "export", about):
-                stages.export(work, trainer)
+                stages.export(work, trainer, command)
         hosts.on_first(lambda: write_report(work.path))
         return work.path / "report.html"
     finally:

@@ -7,7 +7,10 @@ resumed run computes what an uninterrupted one would have.
 
 import dataclasses
 import functools
+import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -16,10 +19,17 @@ from jax.sharding import Mesh
 
 from data_pipeline import decisions, decontaminate, ingest, knowledge_base, reviewed, traces
 from data_pipeline import findings as findings_job
+from data_pipeline.datasets import registry
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax import hosts, sft, training
 from fundus_jax.base import policy, warmup
-from fundus_jax.data import Pool, open_pool
+from fundus_jax.data import Pool, load_image, open_pool
+from fundus_jax.evaluation.benchmarks import item_of
+from fundus_jax.evaluation.card import Card, Source, render, scores_of
+from fundus_jax.evaluation.engines import Asking
+from fundus_jax.evaluation.exam import Exam
+from fundus_jax.evaluation.items import Selection
+from fundus_jax.files import write_atomic
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.judge_server import make_judge
 from fundus_jax.models import load_pretrained, read_config, save_adapter, save_pretrained
@@ -67,6 +77,15 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
     )
 
 
+def _set_aside(pool: Pool, config: RunConfig) -> tuple[Pool, Pool | None]:
+    """The examples to train on, and those of the patients that the exam asks about, if there is one."""
+    if not config.exam.every:
+        return pool, None
+    part = config.exam.part
+    held = pool.choose(tasks=names(config.data.probe_tasks), part=(0.0, part), salt="exam")
+    return pool.choose(part=(part, 1.0), salt="exam"), held
+
+
 def chosen(config: RunConfig, model: Qwen2_5_VL) -> Qwen2_5_VL:
     """`model`, marked with what SFT and GRPO train of it: adapters, which it gets, or what `freeze`
     leaves."""
@@ -86,7 +105,7 @@ class Trainer:
         if not (work.path / "data" / "clean").is_dir():
             raise ConfigError(f"{work.path} has no data yet; run --stage=data first, or --stage=all")
         self.judge = make_judge(config.judge)  # here, and not after hours of SFT: its key may be missing
-        self.pool = open_pool(work.path / "data", "train")
+        self.pool, self.held = _set_aside(open_pool(work.path / "data", "train"), config)
         self.hf_dir = Path(config.model) if config.model else self._policy_directory()
         bounds = {"min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
         self.processor = Processor.from_pretrained(self.hf_dir, **bounds)
@@ -140,10 +159,12 @@ class Trainer:
         if self.work.finished(stage):
             logging.info("%s has finished already", stage)
             return
-        config, common = self.config, {"compute": self.config.compute, "remat": self.config.remat}
+        config = self.config
+        common: dict[str, Any] = {"compute": config.compute, "remat": config.remat}
         if stage == "base":
             warmup.warm_up(self.work, self.start(), self.processor, self.pool, config.base, self.mesh)
         elif stage == "sft":
+            common["exam"] = self.exam()
             sft.train(
                 self.work, self.before(stage), self.rows, self.processor, config.sft, self.mesh, **common
             )
@@ -152,8 +173,26 @@ class Trainer:
             prompts = grpo.Prompts(
                 self.grpo_pool(), self.processor, config.prompt, config.max_prompt, **sizes
             )
+            common["exam"] = self.exam()
             grpo.train(self.work, self.before(stage), prompts, self.judge, config.grpo, self.mesh, **common)
         self.work.checkpoints.wait()
+
+    def exam(self) -> Exam | None:
+        """What measures the policy while it is trained; None where nothing does."""
+        if self.held is None:
+            return None
+        config, examples = self.config, self.work.path / "data" / "examples"
+        selection = Selection(limit=config.exam.questions, **dataclasses.asdict(config.prompt))
+        items = selection.choose([item_of(example, selection) for example in self.held.examples])
+        return Exam(
+            items,
+            functools.partial(load_image, examples),
+            self.processor,
+            self.mesh,
+            every=config.exam.every,
+            asking=Asking(max_new_tokens=config.grpo.max_new_tokens),
+            slots=config.evaluate.batch,
+        )
 
     def grpo_pool(self) -> Pool:
         """GRPO's examples: of patients that SFT has not seen, or of all where SFT saw all."""
@@ -187,9 +226,10 @@ class Trainer:
         return model
 
     def after(self, stage: str) -> Qwen2_5_VL:
-        """The policy that `stage` ended with, in float32: what its last bundle holds, and where parts were
-        frozen the rest from the policy before all stages that freeze. After `base` it is the given model
-        where there is one. Raises ConfigError if the stage has not finished."""
+        """The policy that `stage` ended with, or with `exam.use` "best" its best one, in float32: what the
+        bundle holds, and where parts were frozen the rest from the policy before all stages that freeze.
+        After `base` it is the given model where there is one. Raises ConfigError if the stage has not
+        finished."""
         if stage == "base" and stage not in self.plan:
             return self.start()
         if not self.work.finished(stage):
@@ -211,7 +251,7 @@ class Trainer:
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
         )
         trained, frozen = skeleton.divide(wanted)
-        trained = self.work.params(stage, trained)
+        trained = self.work.params(stage, trained, best=self.config.exam.use == "best")
         if frozen:
             frozen = skeleton.divide(training.split(self.after("base"))[1])[1]
         return self._with_options(skeleton.merge(training.join(trained, frozen)))
@@ -224,18 +264,47 @@ class Trainer:
         return model
 
 
-def export(work: Workdir, trainer: Trainer) -> Path:
+def write_card(target: Path, work: Workdir, trainer: Trainer, command: str) -> None:
+    """Write README.md of an export: the model card, with the scores that were measured by now."""
+    summary = work.path / "evaluation" / "summary.json"
+    stages = json.loads(summary.read_text(encoding="utf-8"))["stages"] if summary.is_file() else {}
+    report = stages.get(trainer.last, {}).get("greedy")
+    config, pool = trainer.config, trainer.pool
+    counts = Counter(example.dataset for example in pool.examples)
+    rows = {name: registry.DATASETS[name] for name in sorted(counts)}
+    sources = [
+        Source(name=row.title, licence=row.licence, citation=row.citation, count=counts[name])
+        for name, row in rows.items()
+    ]
+    passages = {one for record in pool.knowledge.values() for one in record.passages}
+    for (source, licence), count in sorted(Counter((one.source, one.licence) for one in passages).items()):
+        sources.append(Source(name=f"knowledge: {source}", licence=licence, count=count))
+    card = Card(
+        name=config.name,
+        base=Path(config.model).name or "random weights and a vision tower warmed up on its own data",
+        stages=tuple(trainer.plan),
+        sources=tuple(sources),
+        scores={f"held-out questions of {', '.join(rows)}": scores_of(report)} if report else {},
+        drawn=set(rows) == {"phantom"},
+        command=command,
+    )
+    write_atomic(target / "README.md", render(card))
+
+
+def export(work: Workdir, trainer: Trainer, command: str = "") -> Path:
     """Write the policy after the last stage as a Hugging Face directory, workdir/hf, its adapters merged; and
     where they are adapters of a model that others have, these alone as PEFT's too, workdir/adapter. Without
     any training it is the policy that was given.
 
-    A directory that is there stays as it is.
+    A directory that is there stays as it is, but for its model card. command: what the card gives as the way
+    to repeat the run.
     """
     target, adapter = work.path / "hf", work.path / "adapter"
     apart = bool(trainer.config.lora.rank and trainer.config.model and trainer.plan)
     missing = [path for path in (target, *([adapter] if apart else [])) if not path.exists()]
     if not hosts.of_first(len(missing)):
         logging.info("%s is there already", target)
+        hosts.on_first(lambda: write_card(target, work, trainer, command))
         return target
     model = trainer.after(trainer.last)
     if jax.process_count() > 1:  # the first process writes, and needs what the others hold
@@ -247,6 +316,7 @@ def export(work: Workdir, trainer: Trainer) -> Path:
             save_adapter(model, adapter, trainer.config.model)
         if target in missing:
             save_pretrained(model, trainer.processor, target)
+        write_card(target, work, trainer, command)
 
     hosts.on_first(write)
     return target

@@ -22,10 +22,9 @@ import numpy as np
 from absl import app
 
 from fundus_jax import training
-from fundus_jax.evaluation import predict
+from fundus_jax.grpo import stream
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.rewards import Score
-from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.metrics import Metrics
 from launch import run, stages
 
@@ -88,18 +87,27 @@ def in_c(work: Callable[[], Any]) -> Any:
     return work()
 
 
-def on_device(work: Callable[[], Any]) -> Any:
-    """As in a long rollout: the arrays are there, but will not be computed for hours."""
-    made, side = work(), jax.numpy.ones((512, 512))  # a CPU would compute anything small before it returns
-    rollout, *counts = [made] if isinstance(made, Rollout) else made
+def in_hours(array: jax.Array) -> jax.Array:
+    """The array, which is there but will not be computed for hours."""
 
     @jax.jit
-    def spin(tokens: jax.Array, side: jax.Array) -> jax.Array:
+    def spin(array: jax.Array, side: jax.Array) -> jax.Array:
         side = jax.lax.fori_loop(0, 2**31 - 1, lambda _, x: jax.numpy.tanh(x @ x), side)
-        return tokens + (side[0, 0] > 2)
+        return array + (side[0, 0] > 2)
 
-    stuck = rollout._replace(tokens=spin(rollout.tokens, side))
-    return (stuck, *counts) if counts else stuck
+    return spin(array, jax.numpy.ones((512, 512)))  # a CPU would compute anything small before it returns
+
+
+def on_device(work: Callable[[], Any]) -> Any:
+    """As in a long rollout."""
+    rollout, counts = work()
+    return rollout._replace(tokens=in_hours(rollout.tokens)), counts
+
+
+def in_slots(work: Callable[[], Any]) -> Any:
+    """As in an evaluation whose slots do not end."""
+    decoding, ended = work()
+    return decoding, in_hours(ended)
 
 
 # POINT -> module, what is called in it, which call gets stuck, and how
@@ -108,7 +116,7 @@ STUCK: dict[str, tuple[Any, str, int, Callable[[Any], Any]]] = {
     "compile": (training, "make_step", 2, in_c),  # SFT's; the first is the base stage's
     "rollout": (grpo, "sample", 2, on_device),
     "judge": (grpo, "score_all", 3, in_python),
-    "evaluate": (predict, "generate", 2, on_device),
+    "evaluate": (stream, "decode_slots", 2, in_slots),
 }
 
 

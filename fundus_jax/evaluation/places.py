@@ -1,4 +1,4 @@
-"""Scores where traces say that findings lie: matched IoU, F1 at IoU 0.5, and how often boxes are malformed.
+"""Scores where traces say that findings lie: matched IoU, F1 at IoU 0.5, hits, how often boxes are malformed.
 
 The unit that is averaged is a finding of an answer, one that is there or that is said. Pure, as `scores.py`.
 Neighbours: fundus_jax/localisation.py matches boxes, report.py puts this into the report.
@@ -17,7 +17,8 @@ from fundus_jax.evaluation.bootstrap import figure
 from fundus_jax.evaluation.items import Item
 from fundus_jax.records import Box
 
-Row = tuple[str, float, int, int]  # finding, agreement, boxes found, boxes there and boxes said
+# Finding, agreement, boxes found, boxes there and boxes said, boxes said, those of them that point rightly.
+Row = tuple[str, float, int, int, int, int]
 
 
 def finding_rows(said: dialog.Places, there: Sequence[Box]) -> list[Row]:
@@ -29,8 +30,16 @@ def finding_rows(said: dialog.Places, there: Sequence[Box]) -> list[Row]:
     rows = []
     for name in sorted(agreed):
         pair = ours.get(name, []), theirs.get(name, [])
-        rows.append((name, agreed[name], localisation.hits(*pair), len(pair[0]) + len(pair[1])))
+        points = sum(_inside(box, pair[1]) for box in pair[0])
+        found, both = localisation.hits(*pair), len(pair[0]) + len(pair[1])
+        rows.append((name, agreed[name], found, both, len(pair[0]), points))
     return rows
+
+
+def _inside(box: Box, there: Sequence[Box]) -> bool:
+    """Whether the centre of a box lies in one of those there: the "pointing game"."""
+    x, y = (box.x1 + box.x2) / 2, (box.y1 + box.y2) / 2
+    return any(one.x1 <= x <= one.x2 and one.y1 <= y <= one.y2 for one in there)
 
 
 def evaluate_places(items: Sequence[Item], thinks: Sequence[str], *, seed: int = 0) -> dict[str, Any] | None:
@@ -41,7 +50,8 @@ def evaluate_places(items: Sequence[Item], thinks: Sequence[str], *, seed: int =
         malformed: the share of them with a group of boxes that can not be read.
         iou: mean agreement (matched IoU, 0 for a box without partner); n counts findings of answers.
         f1: of boxes that share at least half (IoU 0.5); n counts boxes there or said, those found once.
-        by_finding, by_modality: `iou` and `f1` of each.
+        hit_rate: share of the boxes said whose centre lies in a box of the same finding; n counts boxes said.
+        by_finding, by_modality: `iou`, `f1` and `hit_rate` of each.
     """
     known = [i for i, item in enumerate(items) if item.boxes is not None]
     if not known:
@@ -53,8 +63,8 @@ def evaluate_places(items: Sequence[Item], thinks: Sequence[str], *, seed: int =
     for k, (i, name, *_) in enumerate(rows):
         by_finding.setdefault(name, []).append(k)
         by_modality.setdefault(items[i].modality, []).append(k)
-    table = np.array([row[2:] for row in rows], float).reshape(-1, 3)
-    table = np.insert(table, 1, 1.0, axis=1)  # [rows, 4]: agreement, 1, found, there and said
+    table = np.array([row[2:] for row in rows], float).reshape(-1, 5)
+    table = np.insert(table, 1, 1.0, axis=1)  # [rows, 6]: agreement, 1, found, there and said, said, pointing
     units = [items[row[0]].unit for row in rows]
 
     def figures(index: Sequence[int]) -> dict[str, Any]:
@@ -77,4 +87,6 @@ def _figures(table: np.ndarray, units: Sequence[Hashable], seed: int) -> dict[st
     f1 = figure(
         table, lambda sums: scores.ratio(2 * sums[..., 2], sums[..., 3]), n=boxes, units=units, seed=seed
     )
-    return {"iou": iou.as_dict(), "f1": f1.as_dict()}
+    said = int(table[:, 4].sum())
+    hit = figure(table, lambda sums: scores.ratio(sums[..., 5], sums[..., 4]), n=said, units=units, seed=seed)
+    return {"iou": iou.as_dict(), "f1": f1.as_dict(), "hit_rate": hit.as_dict()}

@@ -1,31 +1,130 @@
-"""Asks a model: items in, responses out, in batches of few static shapes.
+"""Our sampler as an engine: items in, answers out, through slots that are refilled, in few static shapes.
 
 Evaluation and training both measure a model this way. What an answer is worth is report.py's matter.
-Neighbours: grpo/rollout.py draws the tokens, items.py says what an item is.
+Neighbours: grpo/stream.py draws the tokens, engines.py says what an engine is, items.py what an item is.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
-from tqdm import tqdm
 
-from fundus_jax import hosts, stop, training
-from fundus_jax.data import round_up
+from fundus_jax import stop
+from fundus_jax.data import ladder, round_up
+from fundus_jax.evaluation.engines import Asking, LoadImage, in_order
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.report import Prediction
-from fundus_jax.grpo.rollout import generate
+from fundus_jax.grpo.stream import Said, Work, stream
+from fundus_jax.models.batch import Batch
 from fundus_jax.records import ConfigError
 
-_TEXT_STEP = 16  # padded lengths are multiples of this
-_SORTED_BATCHES = 8  # batches among which items are sorted by size; bounds the images held
+TEXT_STEP = 16  # padded lengths are multiples of this
+
+
+class Sampler:
+    """Answers with the module `model`, on `mesh` if it lies on one.
+
+    Prompts are padded to the longest of their group; there are at most `groups` of like length, so at most as
+    many programs are compiled. Images are read and cut into patches in `threads` while the model decodes.
+
+    Args:
+        slots: prompts that are decoded at a time, each with its samples.
+        facts: see `Engine`. settle: see `stream`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        slots: int,
+        mesh: Mesh | None = None,
+        groups: int = 4,
+        threads: int = 2,
+        facts: dict[str, Any] | None = None,
+        settle: Callable[[Any], Any] = stop.settle,
+    ) -> None:
+        if min(slots, groups, threads) < 1:
+            raise ConfigError(
+                f"batch_size {slots}, groups {groups}, threads {threads}: all must be at least 1"
+            )
+        self.model, self.processor, self.mesh, self.settle = model, processor, mesh, settle
+        self.slots = slots if mesh is None else round_up(slots, mesh.shape["data"] * mesh.shape["fsdp"])
+        self.groups, self.threads, self.facts = groups, threads, {"engine": "sampler"} | (facts or {})
+        self.failures: dict[int, str] = {}  # what it is asked, it answers
+        self._work = Work()
+
+    def work(self) -> dict[str, float]:
+        """See `Engine`; idle is the share of the time in which no program ran, as far as the host knows."""
+        return self._work.metrics()
+
+    def answer(
+        self, items: Sequence[Item], wanted: Sequence[int], load_image: LoadImage, asking: Asking
+    ) -> Iterator[tuple[int, list[Prediction]]]:
+        """See `Engine`. The longest prompts come first: where memory is short, that shows at once."""
+        asking.validate()
+        if not len(wanted):
+            return
+        sizes = self._sizes(items, load_image)
+        asked = set(wanted)
+        for group in reversed(ladder([length for length, _ in sizes], self.groups, self.slots)):
+            shape = max(sizes[index][0] for index in group), max(sizes[index][1] for index in group)
+            said = stream(
+                self.model,
+                partial(self._row, items, load_image, shape),
+                [index for index in group if index in asked],
+                max_new_tokens=asking.max_new_tokens,
+                temperature=asking.temperature,
+                group_size=asking.samples,
+                seed=asking.seed,
+                slots=self.slots,
+                threads=self.threads,
+                mesh=self.mesh,
+                work=self._work,
+                settle=self.settle,
+            )
+            for one in said:
+                yield one.prompt, self._predictions(items[one.prompt], one)
+
+    def _sizes(self, items: Sequence[Item], load_image: LoadImage) -> list[tuple[int, int]]:
+        """(tokens, patch slots) of each prompt; images are opened, their pixels not decoded."""
+
+        def size(item: Item) -> tuple[int, int]:
+            images = [load_image(image) for image in item.images]
+            tokens, patches = self.processor.row_size(self._text(item), images)
+            return round_up(tokens, TEXT_STEP), patches
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(size, items))
+
+    def _text(self, item: Item) -> str:
+        return self.processor.chat(list(item.messages), add_generation_prompt=True)
+
+    def _row(self, items: Sequence[Item], load_image: LoadImage, shape: tuple[int, int], index: int) -> Batch:
+        images = [load_image(image) for image in items[index].images]
+        return self.processor([self._text(items[index])], [images], length=shape[0], patches=shape[1])
+
+    def _predictions(self, item: Item, said: Said) -> list[Prediction]:
+        found = []
+        for sample, (tokens, logprob) in enumerate(zip(said.tokens, said.logprobs, strict=True)):
+            finished = len(tokens) > 0 and int(tokens[-1]) in self.processor.eos_ids
+            text = self.processor.decode(tokens[:-1] if finished else tokens)
+            text = text if finished else text.rstrip("\ufffd")  # half a character that was cut off
+            found.append(
+                Prediction(
+                    item=item,
+                    response=text,
+                    sample=sample,
+                    tokens=len(tokens),
+                    finished=finished,
+                    logprob=logprob,
+                )
+            )
+        return found
 
 
 def predict(
@@ -33,7 +132,7 @@ def predict(
     processor: Any,
     items: Sequence[Item],
     *,
-    load_image: Callable[[str], Image.Image],
+    load_image: LoadImage,
     max_new_tokens: int,
     batch_size: int,
     temperature: float = 0.0,
@@ -41,100 +140,11 @@ def predict(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> list[Prediction]:
-    """`group_size` responses to every item, item after item in the order of `items`.
-
-    Items of like size go into one batch, and batches are padded to few lengths and patch counts, so that few
-    programs are compiled; the last batch is filled up with repeated rows, whose responses are dropped. The
-    next batch's images are prepared while the model decodes. Equal arguments give equal responses.
-
-    Args:
-        load_image: the benchmark's; gets one of an item's `images`.
-        batch_size: rows of a batch; B * group_size responses are decoded at once.
-        temperature: 0 is greedy.
-        mesh: what the model lies on, if on more than one device; batches are split over it, and every process
-            of a run gets all responses.
-
-    Raises:
-        ConfigError: a batch size below 1.
-        DataError: an image that cannot be read.
-        Stopped: the run is to stop (`fundus_jax.stop`).
-    """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}: it must be at least 1")
-    if mesh is not None:
-        batch_size = round_up(batch_size, mesh.shape["data"] * mesh.shape["fsdp"])
-    responses: dict[int, list[Prediction]] = {}
-    batches = _prefetched(_batches(processor, items, load_image, batch_size))
-    total = -(-len(items) // batch_size)
-    bar = tqdm(batches, total=total, unit="batch", desc="evaluate", disable=not sys.stderr.isatty())
-    for number, (index, batch) in enumerate(bar):
-        if mesh is not None:
-            mine = training.rows_here(batch_size, mesh)
-            batch = training.place(jax.tree.map(lambda rows, mine=mine: rows[mine], batch), mesh)
-        drawn = generate(
-            model,
-            batch,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            group_size=group_size,
-            seed=_stream(seed, number),
-        )
-        tokens, mask = map(hosts.fetch, stop.settle((drawn.tokens, drawn.mask)))
-        for row, i in enumerate(index):
-            responses[i] = [
-                _prediction(processor, items[i], g, tokens[row, g][mask[row, g]]) for g in range(group_size)
-            ]
-    return [response for i in range(len(items)) for response in responses[i]]
+    """`group_size` responses to every item, item after item in the order of `items`, by `Sampler` with
+    `batch_size` slots. Raises ConfigError, DataError and Stopped as that does."""
+    engine = Sampler(model, processor, slots=batch_size, mesh=mesh)
+    asking = Asking(max_new_tokens=max_new_tokens, temperature=temperature, samples=group_size, seed=seed)
+    return in_order(engine, items, load_image, asking)
 
 
-def _prediction(processor: Any, item: Item, sample: int, tokens: np.ndarray) -> Prediction:
-    finished = len(tokens) > 0 and int(tokens[-1]) in processor.eos_ids
-    text = processor.decode(tokens[:-1] if finished else tokens)
-    return Prediction(item=item, response=text, sample=sample, tokens=len(tokens), finished=finished)
-
-
-def _batches(
-    processor: Any, items: Sequence[Item], load_image: Callable[[str], Image.Image], batch_size: int
-) -> Iterator[tuple[list[int], Any]]:
-    """(indices of the items, batch of `batch_size` rows), sorted by size within a stretch of items."""
-    stretch = batch_size * _SORTED_BATCHES
-    for start in range(0, len(items), stretch):
-        rows = []
-        for i in range(start, min(start + stretch, len(items))):
-            text = processor.chat(list(items[i].messages), add_generation_prompt=True)
-            images = [load_image(image) for image in items[i].images]
-            length, slots = processor.row_size(text, images)
-            rows.append((slots, length, i, text, images))
-        rows.sort(key=lambda row: row[:3])
-        for first in range(0, len(rows), batch_size):
-            chosen = rows[first : first + batch_size]
-            filled = [chosen[k % len(chosen)] for k in range(batch_size)]
-            batch = processor(
-                [row[3] for row in filled],
-                [row[4] for row in filled],
-                length=bucket(max(row[1] for row in chosen), _TEXT_STEP),
-                patches=bucket(max(row[0] for row in chosen), processor.image_config.window_slots),
-            )
-            yield [row[2] for row in chosen], batch
-
-
-def _stream(seed: int, number: int) -> int:
-    """A seed of its own for every batch."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) >> 1
-
-
-def bucket(size: int, step: int) -> int:
-    """`size` rounded up to a multiple of `step`; four an octave, so that at most a fifth is padding."""
-    blocks = max(1, -(-size // step))
-    grain = max(1, 2 ** (blocks.bit_length() - 3))
-    return -(-blocks // grain) * grain * step
-
-
-def _prefetched(source: Iterator[Any]) -> Iterator[Any]:
-    """The elements of `source`, each made in a thread while the one before is used."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, source, end)
-        while (element := coming.result()) is not end:
-            coming = pool.submit(next, source, end)
-            yield element
+__all__ = ["TEXT_STEP", "Sampler", "predict"]

@@ -9,7 +9,7 @@ Neighbours: extract.py (answers), scores.py (numbers), run.py (asks the model an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from fundus_jax.evaluation.extract import VLMEVALKIT, Mode, extract_option, matc
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.places import evaluate_places
 from fundus_jax.evaluation.published import evaluate_published, evaluate_sets
+from fundus_jax.evaluation.slices import evaluate_more
 from fundus_jax.findings import parse_mentions
 from fundus_jax.records import ConfigError
 
@@ -37,6 +38,7 @@ class Prediction:
         sample: its number in the item's group.
         tokens: its length.
         finished: whether it ended by itself; False where max_new_tokens cut it off.
+        logprob: sum of its tokens' log-probabilities, where the engine tells them.
     """
 
     item: Item
@@ -44,6 +46,7 @@ class Prediction:
     sample: int = 0
     tokens: int = 0
     finished: bool = True
+    logprob: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,10 +91,11 @@ def evaluate(
     seed: int = 0,
     published: str = "",
     partial: Sequence[str] = (),
+    votes: Mapping[str, frozenset[str]] | None = None,
 ) -> Report:
     """Scores answers; the report is a plain dict of JSON values, whose every number has n and a 95% interval.
 
-    `published` and `partial` are the benchmark's (`items.Benchmark`).
+    `published` and `partial` are the benchmark's (`items.Benchmark`); `votes` are for `evaluate_more`.
 
     Keys:
         n, items, units, extraction: what was scored, and by which rules.
@@ -110,6 +114,8 @@ def evaluate(
             are none.
         findings: answers, precision, recall, f1, by_finding; None where no answer's findings are known.
         localisation: of the boxes in the traces, see `evaluate_places`; None where no item asks for boxes.
+        more: faithfulness, agreement of samples, length, and all by data set, modality and disease
+            (`evaluate_more`).
 
     Intervals resample units, so that several answers about one patient or image do not count as independent.
 
@@ -129,7 +135,7 @@ def evaluate(
     unparsed = [outcome.extracted is None for outcome in outcomes]
     hits = np.array([outcome.correct for outcome in outcomes])
     fun = _levels(items, outcomes, seed)
-    texts = [answer.response for answer in answers]
+    texts, extracted = [answer.response for answer in answers], [outcome.extracted for outcome in outcomes]
     best, baseline = scores.majority([i.answer for i in items], [(i.modality, i.part) for i in items])
     groups = _Groups(items, hits, baseline, best, fun, units, seed)
     return {
@@ -154,9 +160,10 @@ def evaluate(
         "by_level": groups.by(lambda item: item.level, lambda item: (item.level,)),
         "by_task": groups.by(lambda item: item.task, lambda item: (item.level, item.task)),
         "funbench": _funbench(fun) if fun.figures else None,
-        "sets": evaluate_sets(items, [outcome.extracted for outcome in outcomes], texts, seed=seed),
+        "sets": evaluate_sets(items, extracted, texts, seed=seed),
         "findings": _findings(items, outcomes, seed),
         "localisation": evaluate_places(items, [_think(answer) for answer in answers], seed=seed),
+        "more": evaluate_more(items, texts, extracted, [a.tokens for a in answers], votes=votes, seed=seed),
     }
 
 

@@ -1,86 +1,44 @@
-"""The evaluation command, and what a training run measures itself with.
+"""The evaluation command.
 
     python -m fundus_jax.evaluation.run --model=DIR --benchmark=phantom --source=WORKDIR/data/examples
     --out=DIR
 
-writes report.json, report.txt and predictions.jsonl under --out; docs/evaluation.md has the command for each
-benchmark. `predict` (items to responses) and
-`evaluate` (responses to a report) are handed on from their modules, for callers that have a model at hand.
+asks our sampler, or with --server=ADDRESS --served_model=NAME a server, and writes report.json, report.txt,
+predictions.jsonl and more (results.py) under --out; docs/evaluation.md has the command for each benchmark.
+Stopped, the same command goes on; --shard=i/n deals the questions out to n hosts. Neighbours: journal.py
+(what was answered), predict.py and served.py (the engines), report.py (what answers are worth).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 
-from fundus_jax import dialog
+from fundus_jax import __version__, dialog
 from fundus_jax.chat import Chat, ChatConfig, ChatError
+from fundus_jax.data import read_stage
 from fundus_jax.evaluation import by_server, minilm
 from fundus_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
-from fundus_jax.evaluation.consistency import consistency_table, evaluate_reports
+from fundus_jax.evaluation.consistency import evaluate_reports
+from fundus_jax.evaluation.engines import Asking, Engine, identity
 from fundus_jax.evaluation.extract import MODES, Mode
 from fundus_jax.evaluation.items import Benchmark, Selection
-from fundus_jax.evaluation.predict import predict
-from fundus_jax.evaluation.report import (
-    Prediction,
-    Report,
-    compare,
-    compare_places,
-    evaluate,
-    outcome_of,
-)
-from fundus_jax.evaluation.table import table
-from fundus_jax.files import write_atomic
-from fundus_jax.models import load_pretrained
-from fundus_jax.records import SPLITS, ConfigError, DataError
+from fundus_jax.evaluation.journal import Journal
+from fundus_jax.evaluation.predict import Sampler
+from fundus_jax.evaluation.report import Prediction, Report, evaluate, outcome_of
+from fundus_jax.evaluation.results import text_of, write
+from fundus_jax.evaluation.served import PLAIN, Served
+from fundus_jax.models import load_pretrained, read_config
+from fundus_jax.models.qwen2_5_vl.processor import Processor
+from fundus_jax.records import SPLITS, ConfigError, DataError, Findings
 from fundus_jax.sharding import parse_mesh
-
-__all__ = ["Prediction", "Report", "compare", "compare_places", "evaluate", "predict", "table", "write"]
-
-
-def write(out: Path, predictions: Sequence[Prediction], report: Report, mode: Mode = "tail") -> None:
-    """Writes report.json, report.txt, and predictions.jsonl: every prompt, response, extraction and score."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(_as_json(one, mode), ensure_ascii=False) + "\n" for one in predictions]
-    write_atomic(out / "predictions.jsonl", "".join(lines))
-    write_atomic(out / "report.txt", _text(report))
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(out / "report.json", text + "\n")
-
-
-def _text(report: Report) -> str:
-    return consistency_table(report) if "pooled" in report else table(report)
-
-
-def _as_json(prediction: Prediction, mode: Mode) -> dict[str, Any]:
-    item, outcome = prediction.item, outcome_of(prediction, mode)
-    return {
-        "id": item.id,
-        "images": item.images,
-        "level": item.level,
-        "task": item.task,
-        "part": item.part,
-        "modality": item.modality,
-        "unit": item.unit,
-        "sample": prediction.sample,
-        "prompt": item.prompt,
-        "options": item.options,
-        "answers": item.answers,
-        "response": prediction.response,
-        "tokens": prediction.tokens,
-        "finished": prediction.finished,
-        "extracted": outcome.extracted,
-        "correct": outcome.correct,
-        "well_formed": outcome.well_formed,
-        "findings": item.findings,
-        "claimed": outcome.claimed,
-    }
 
 
 def define_flags() -> None:
@@ -101,26 +59,41 @@ def define_flags() -> None:
     flags.DEFINE_bool("think", True, "Ask for a trace before the answer.")
     flags.DEFINE_bool("instruct", True, "Say in the prompt how to answer.")
     flags.DEFINE_integer("boxes", 0, "Examples: traces say at most so many boxes a finding.", lower_bound=0)
+    flags.DEFINE_string("findings", "", "Examples: data/findings, to judge traces where there are no masks.")
     flags.DEFINE_list("tasks", [], "Ask these tasks only.")
     flags.DEFINE_enum("split", "test", SPLITS, "Examples: the split.")
     flags.DEFINE_integer("limit", 0, "Ask at most this many items; 0 asks all.", lower_bound=0)
     flags.DEFINE_enum("extraction", "tail", MODES, "Rules that find the option in an answer.")
     flags.DEFINE_string("reader", "", "A language model that reads the answers as well: its /v1 address.")
     flags.DEFINE_string("reader_model", "", "The name that it is served under.")
-    flags.DEFINE_integer("batch_size", 16, "Rows of a batch.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 1024, "Longest response.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", lower_bound=0)
     flags.DEFINE_integer("group_size", 1, "Responses to each item.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the sampling and of the intervals.")
+    flags.DEFINE_integer("seed", 0, "Of the sampling and of the intervals.", lower_bound=0)
+    flags.DEFINE_string("shard", "0/1", "i/n: of n hosts this is number i, from 0; all have the same --out.")
+    _define_engines()
+
+
+def _define_engines() -> None:
+    flags.DEFINE_integer("batch_size", 16, "Prompts that are decoded at a time.", lower_bound=1)
+    flags.DEFINE_integer("groups", 4, "Padded lengths: more pad less and compile longer.", lower_bound=1)
+    flags.DEFINE_integer("threads", 2, "Threads that read images.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights.")
     flags.DEFINE_string("mesh", "data:-1,fsdp:1,tensor:1", "Devices by axis, as for launch/run.py.")
+    flags.DEFINE_string("server", "", "Ask this server, which serves --model: its /v1, several with commas.")
+    flags.DEFINE_string("served_model", "", "The name that it serves the model under.")
+    flags.DEFINE_string("server_key", "", "The environment variable that holds its key.")
+    flags.DEFINE_integer("server_concurrency", 16, "Requests under way at a time.", lower_bound=1)
+    flags.DEFINE_string("server_fields", json.dumps(PLAIN), "What else a request says; {} for none.")
+    flags.DEFINE_bool("server_logprobs", True, "Ask the server for log-probabilities.")
 
 
 _PROMPT = ("style", "think", "instruct", "boxes", "emode", "preprocess", "side")
 _SELECTION = (*_PROMPT, "limit", "split", "images", "allow_partial")
-_SAMPLING = ("batch_size", "max_new_tokens", "temperature", "group_size", "seed")
+_SAMPLING = ("max_new_tokens", "temperature", "group_size", "seed")
 _LISTS = ("tasks", "modalities")
-_OTHERS = ("model", "benchmark", "source", *_LISTS, "extraction", "reader", "reader_model", "dtype", "mesh")
+_OTHERS = ("model", "benchmark", "source", *_LISTS, "extraction", "reader", "reader_model", "findings")
+_ENGINES = ("batch_size", "dtype", "mesh", "groups", "server", "served_model", "server_fields")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -135,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _ask_and_write() -> None:
     args = flags.FLAGS
-    given = {name: getattr(args, name) for name in (*_SELECTION, *_SAMPLING, *_OTHERS)}
+    given = {name: getattr(args, name) for name in (*_SELECTION, *_SAMPLING, *_OTHERS, *_ENGINES)}
     lists = {name: tuple(given[name]) for name in _LISTS}
     selection = Selection(**lists, **{name: given[name] for name in _SELECTION})
     benchmark = open_benchmark(args.benchmark, args.source, selection)
@@ -146,18 +119,89 @@ def _ask_and_write() -> None:
         Chat(reader, "reader")  # a wrong address is said before hours of asking
     if args.extraction == "funbench":
         minilm.model()
-    sampling = {name: given[name] for name in _SAMPLING}
+    asking = Asking(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        samples=args.group_size,
+        seed=args.seed,
+    )
     mesh = parse_mesh(args.mesh)
     with jax.set_mesh(mesh):
-        model, processor = load_pretrained(args.model, dtype=args.dtype, mesh=mesh)
-        predictions = predict(
-            model, processor, benchmark.items, load_image=benchmark.load_image, mesh=mesh, **sampling
-        )
-    report = report_of(benchmark, predictions, mode=args.extraction, seed=args.seed, reader=reader)
+        engine = _engine(args, mesh)
+        journal = Journal(Path(args.out), benchmark.items, engine.facts, asking, _shard(args.shard))
+        found = journal.ask(engine, benchmark.load_image)
+    if len(found) < len(benchmark.items) and not _settled(journal, engine, found, args.allow_partial):
+        return
+    predictions = [one for index in sorted(found) for one in found[index]]
+    votes = _votes(args.findings) if args.findings else None
+    scoring = {"mode": args.extraction, "seed": args.seed, "reader": reader, "votes": votes}
+    report = report_of(benchmark, predictions, **scoring)
+    if engine.failures:
+        report["partial"].append(f"{len(engine.failures)} questions without an answer of the server")
     notes, missing = list(benchmark.notes), list(benchmark.missing)
     report["benchmark"] = {"name": benchmark.name, "notes": notes, "missing_images": missing, "flags": given}
+    report["run"] = {"config": journal.hash, **engine.facts, "work": engine.work()}
     write(Path(args.out), predictions, report, args.extraction)
-    print(f"{_text(report)}written to {args.out}")  # the command's result; progress goes to the log
+    print(f"{text_of(report)}written to {args.out}")  # the command's result; progress goes to the log
+
+
+def _engine(args: Any, mesh: Mesh) -> Engine:
+    """The engine that the flags name."""
+    facts = {"model": identity(args.model), "versions": {"fundus_jax": __version__, "jax": jax.__version__}}
+    if not args.server:
+        model, processor = load_pretrained(args.model, dtype=args.dtype, mesh=mesh)
+        facts |= {"dtype": args.dtype, "device": jax.devices()[0].device_kind}
+        sizes = {"slots": args.batch_size, "groups": args.groups, "threads": args.threads}
+        return Sampler(model, processor, mesh=mesh, facts=facts, **sizes)
+    config = ChatConfig(
+        address=args.server,
+        model=args.served_model,
+        key=args.server_key,
+        concurrency=args.server_concurrency,
+        timeout=600.0,
+        deadline=1800.0,
+    )
+    try:
+        fields = json.loads(args.server_fields)
+    except ValueError as error:
+        raise ConfigError(f"--server_fields={args.server_fields!r} is no JSON object: {error}") from None
+    return Served(
+        config,
+        Processor.from_pretrained(args.model),
+        banned=read_config(args.model).banned_ids,
+        fields=fields,
+        logprobs=args.server_logprobs,
+        facts=facts,
+    )
+
+
+def _votes(folder: str) -> dict[str, frozenset[str]]:
+    """The findings of a stage directory that a model voted for, by example."""
+    records = read_stage(folder, Findings)
+    return {one.example: frozenset(one.present) for one in records if one.origin == "votes"}
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """ "1/4" as (1, 4). Raises ConfigError for anything else."""
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdecimal() and last.isdecimal()):
+        raise ConfigError(f"--shard={text!r}; write i/n, e.g. 0/4 on the first of four hosts")
+    return int(first), int(last)
+
+
+def _settled(journal: Journal, engine: Engine, found: Mapping[int, Any], allow_partial: bool) -> bool:
+    """Whether a report can be made though answers are missing. Raises ConfigError where the server has none
+    to some questions, and nobody has allowed that."""
+    lacking = len(journal.items) - len(found) - len(engine.failures)
+    if engine.failures and not allow_partial:
+        index, reason = next(iter(engine.failures.items()))
+        raise ConfigError(
+            f"the server has no answer to {len(engine.failures)} of {len(journal.items)} questions, such as "
+            f"{journal.items[index].id}: {reason}; run it again, or go on without with --allow_partial"
+        )
+    if lacking:
+        print(f"{len(found)} of {len(journal.items)} questions are answered; other shards have the others")
+    return not lacking
 
 
 def report_of(
@@ -167,10 +211,12 @@ def report_of(
     mode: Mode = "tail",
     seed: int = 0,
     reader: ChatConfig | None = None,
+    votes: Mapping[str, frozenset[str]] | None = None,
 ) -> Report:
     """The report of answers to a benchmark, by the measure that it is made for.
 
-    With a `reader` also what a language model reads in the answers, apart, under "server".
+    With a `reader` also what a language model reads in the answers, apart, under "server". `votes` are for
+    `evaluate_more`.
 
     Raises:
         ConfigError: no answers; the server can not be used.
@@ -185,7 +231,7 @@ def report_of(
             read = [None if isinstance(one, ChatError) else one for one in said]
             report["server"] = evaluate_reports(predictions, read, reader=reader.model, **common)
         return report
-    report = evaluate(predictions, mode=mode, published=benchmark.published, **common)
+    report = evaluate(predictions, mode=mode, published=benchmark.published, votes=votes, **common)
     chosen = [i for i, item in enumerate(items) if item.options]
     if reader is not None and chosen:
         asked = [items[i] for i in chosen]

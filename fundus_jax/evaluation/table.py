@@ -28,12 +28,14 @@ def table(report: dict[str, Any]) -> str:
         for name, figures in report["findings"]["by_finding"].items():
             lines.append(line(f"    {name} f1", figures["f1"]))
     if report["localisation"] is not None:
-        for name, shown in (("iou", "boxes, matched IoU"), ("f1", "boxes, F1 at IoU 0.5")):
+        shown_as = {"iou": "boxes, matched IoU", "f1": "boxes, F1 at IoU 0.5", "hit_rate": "boxes that hit"}
+        for name, shown in shown_as.items():
             lines.append(line(shown, report["localisation"][name]))
             for group in ("by_modality", "by_finding"):
                 for member, figures in report["localisation"][group].items():
                     lines.append(line(f"    {member} {name}", figures[name]))
         lines.append(line("boxes malformed", report["localisation"]["malformed"]))
+    lines += _more(report["more"])
     lines += [line(name.replace("_", "-"), report[name]) for name in ("well_formed", "finished")]
     for rules, figure in (report["vlmevalkit"] or {}).items():
         lines.append(line(f"accuracy by VLMEvalKit, {rules}", figure))
@@ -42,6 +44,35 @@ def table(report: dict[str, Any]) -> str:
         for name in ("accuracy", "agreement"):
             lines.append(line(f"read by a language model, {name}", report["server"][name]))
     return _framed(report, lines)
+
+
+def _more(more: dict[str, Any]) -> list[str]:
+    """Faithfulness, agreement among samples, and both by data set and disease where there are several."""
+    lines = _faithful_and_repeated(more, "")
+    for group in ("by_dataset", "by_modality", "by_disease"):
+        if len(more[group]) > 1:
+            for name, entry in more[group].items():
+                label = f"{group.removeprefix('by_').replace('dataset', 'data set')} {name}"
+                inner = _faithful_and_repeated(entry, "    ")
+                lines += [line(label, entry["accuracy"]), *inner]
+    return lines
+
+
+def _faithful_and_repeated(entry: dict[str, Any], indent: str) -> list[str]:
+    lines = []
+    for origin, found in entry["faithfulness"].items():
+        named = [name for name in found or () if name != "traces" and found[name] is not None]
+        for name in named:
+            lines.append(line(f"{indent}traces, {name.replace('_', ' ')} ({origin})", found[name]))
+    repeats = entry["repeats"]
+    if repeats is not None:
+        for kind in ("pass_at", "majority_at"):
+            shown = f"{indent}{kind.removesuffix('_at')}@"
+            lines += [line(f"{shown}{k}", one) for k, one in repeats[kind].items()]
+        calibration = repeats["calibration"]
+        lines.append(line(f"{indent}calibration error (ECE)", calibration["ece"]))
+        lines.append(line(f"{indent}Brier score", calibration["brier"]))
+    return lines
 
 
 def _published(published: dict[str, Any] | None) -> list[str]:

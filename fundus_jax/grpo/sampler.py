@@ -229,7 +229,7 @@ def fill_slots(
     prompts = pinned(_each(shards, lambda rows, index: rows[index], batch, index))
     number = (index + jnp.arange(shards)[:, None] * (len(batch.tokens) // shards)).reshape(-1)
     new = begin(nnx.merge(*model), stepper, prompts, number, key, settings)
-    groups = jax.tree.map(lambda old, new: _put(shards, old, where, new), decoding.groups, new)
+    groups = jax.tree.map(lambda old, new: put(shards, old, where, new), decoding.groups, new)
     return decoding._replace(groups=pinned(groups)), _written(done, decoding.groups, shards)
 
 
@@ -253,7 +253,7 @@ def _written(done: Rollout, groups: Groups, shards: int) -> Rollout:
     rows = len(done.tokens) // shards
     own = groups.number.reshape(shards, -1) - rows * jnp.arange(shards)[:, None]
     own = jnp.where(groups.number.reshape(shards, -1) < rows * shards, own, rows)  # nobody's: nowhere
-    return pinned(jax.tree.map(lambda done, said: _put(shards, done, own, said), done, groups.out))
+    return pinned(jax.tree.map(lambda done, said: put(shards, done, own, said), done, groups.out))
 
 
 def _each(shards: int, act: Any, tree: Any, *more: Array) -> Any:
@@ -266,7 +266,7 @@ def _each(shards: int, act: Any, tree: Any, *more: Array) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _put(shards: int, old: Array, where: Array, new: Array) -> Array:
+def put(shards: int, old: Array, where: Array, new: Array) -> Array:
     """`old` with the rows of `new` in the places `where` [shards, n], each shard by itself."""
     new = new.reshape(shards, len(new) // shards, *new.shape[1:])
     return _each(shards, lambda old, where, new: old.at[where].set(new, mode="drop"), old, where, new)

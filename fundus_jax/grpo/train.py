@@ -199,13 +199,14 @@ def train(
     *,
     compute: str = "float32",
     remat: str = "none",
+    exam: training.Exam | None = None,
 ) -> training.Params:
     """Improve what is not frozen of the policy and return all its parameters. Resumes from, and ends with, a
     bundle of stage `grpo`, which holds the trained ones.
 
-    `model` is the policy to start from, and the reference. Raises JudgeError when the judge abstains too
-    often or is lost, after saving what is there; ConfigError at an alarm that is to stop the run; DataError
-    when gradients stay non-finite.
+    `model` is the policy to start from, and the reference. The bundle that does best in `exam` is kept.
+    Raises JudgeError when the judge abstains too often or is lost, after saving what is there; ConfigError at
+    an alarm that is to stop the run; DataError when gradients stay non-finite.
     """
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
@@ -235,8 +236,7 @@ def train(
         )  # fmt: skip
         for step in range(done + 1, config.steps + 1):
             keep(step - 1, state, iterator)
-            ask = functools.partial(examiner.ask, state.params)
-            drawn, told = redraw(ask, examiner.put, config, step)
+            drawn, told = redraw(functools.partial(examiner.ask, state.params), examiner.put, config, step)
             judged = abstentions.add(drawn.every) | judge.metrics()
             advantages, credited = credit_of(drawn, config)
             with watch("update"):
@@ -246,8 +246,12 @@ def train(
                     state, metrics = update(state, samples, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
+            if exam is not None and exam.due(step, config.steps):
+                with watch("exam"):
+                    values |= exam(policy(state.params))
             values |= describe(drawn, think=prompts.think) | credited | told | judged | watch.lap()
-            if diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages):
+            due = diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages)
+            if work.leads("grpo", step, values) or due:
                 work.save("grpo", step, state, iterator)
             diary.halt()
             del drawn, samples  # the next step's prompts need their room

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import common, convert, forward, grpo_step, images, sft_step
+from benchmarks import common, convert, evaluation, forward, grpo_step, images, sft_step
 from tests.benchmarks import run
 
 ROWS = run.MODEL | {"prompts": 2, "image_side": 8, "text_tokens": 8, "text_length": 12}
@@ -52,6 +52,15 @@ def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("56x56", 2), ("300x200", 2), ("files", 1),
     ]  # fmt: skip
     assert report["rows"][0]["tokens"] == 4
+
+
+def test_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"questions": 10, "side": 90, "pixels": 56, "slots": 4, "new_tokens": 5}
+    report = run.report(monkeypatch, evaluation, tmp_path / "out.json", **sizes)
+    assert [row["way"] for row in report["rows"]] == ["slots", "batches"]
+    for row in report["rows"]:
+        assert row["questions_per_second"]["median"] > 0
+        assert 0 <= row["idle"]["median"] <= 1
 
 
 def test_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

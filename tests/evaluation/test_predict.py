@@ -1,149 +1,118 @@
-"""Asking a model: order, filling up, static shapes, seeds, end tokens; and a real (tiny) model end to end."""
+"""Our sampler as an engine: order, seeds, shapes, errors; and a real (tiny) model through the command."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from flax import nnx
 from PIL import Image
 
 from fundus_jax import training
-from fundus_jax.evaluation import predict as predict_module
 from fundus_jax.evaluation import run
+from fundus_jax.evaluation.engines import Asking
 from fundus_jax.evaluation.items import Item
-from fundus_jax.evaluation.predict import bucket, predict
+from fundus_jax.evaluation.predict import TEXT_STEP, Sampler, predict
+from fundus_jax.models import read_config
+from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.sharding import parse_mesh
 from tests.evaluation.samples import example, item, stage
-
-END = 0
-
-
-class FakeProcessor:
-    """Tokens are character codes; an image's width is the number of its patch slots."""
-
-    eos_ids = (END,)
-    image_config = SimpleNamespace(window_slots=4)
-
-    def chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-        assert add_generation_prompt
-        return messages[0]["content"][1]["text"]
-
-    def row_size(self, text: str, images: list[Image.Image]) -> tuple[int, int]:
-        return len(text), images[0].width
-
-    def __call__(
-        self, texts: list[str], images: list[list[Image.Image]], *, length: int, patches: int
-    ) -> Any:
-        assert max(map(len, texts)) <= length
-        assert max(row[0].width for row in images) <= patches
-        assert [len(row) for row in images] == [1] * len(texts)
-        return SimpleNamespace(texts=texts, shape=(len(texts), length, patches))
-
-    def decode(self, tokens: np.ndarray) -> str:
-        return "".join(map(chr, tokens))
+from tests.small import Bigram
 
 
-class FakeModel:
-    """Answers a prompt with its own text and the number of the sample; odd samples are cut off."""
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A policy whose words depend on the last token and the pixels and end at many tokens; a processor."""
+    from tests.models import tiny
 
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def generate(self, model: Any, batch: Any, **settings: Any) -> Any:
-        assert model is self
-        self.calls.append({"shape": batch.shape, **settings})
-        rows, groups, width = len(batch.texts), settings["group_size"], settings["max_new_tokens"]
-        tokens = np.zeros((rows, groups, width), np.int32)
-        mask = np.zeros((rows, groups, width), bool)
-        for b, text in enumerate(batch.texts):
-            for g in range(groups):
-                codes = [ord(letter) for letter in f"{text}/{g}"] + ([END] if g % 2 == 0 else [])
-                tokens[b, g, : len(codes)], mask[b, g, : len(codes)] = codes, True
-        return SimpleNamespace(tokens=tokens, mask=mask)
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.tiny_config().save_pretrained(tiny.write_processor_files(folder))
+    processor = Processor.from_pretrained(folder)
+    config = dataclasses.replace(read_config(folder), eos_ids=tuple(range(0, 1000, 8)))
+    processor.eos_ids = config.eos_ids
+    return Bigram(config, rngs=nnx.Rngs(0)), processor
 
 
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
-    fake = FakeModel()
-    monkeypatch.setattr(predict_module, "generate", fake.generate)
-    return fake
-
-
-def asked(name: str, text: str) -> Item:
-    """An item with a prompt of its own."""
-    return item(name, messages=({"content": [{"type": "image"}, {"type": "text", "text": text}]},))
+def asked(number: int) -> Item:
+    """An item whose prompt and image depend on its number."""
+    text = "look " * (1 + 37 * number % 23) + str(number)
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return item(f"q{number}", images=(str(number),), messages=({"role": "user", "content": content},))
 
 
 def load_image(name: str) -> Image.Image:
-    """A picture whose width depends on its name."""
-    return Image.new("RGB", (4 + 8 * (len(name) % 3), 4))
+    """A picture whose size and colour depend on its name."""
+    return Image.new("RGB", (28 * (1 + int(name) % 3), 56), (int(name), 90, 200))
 
 
-def test_answers_stand_in_the_order_of_the_items(model: FakeModel) -> None:
-    items = [asked(f"q{k}", "x" * (37 * k % 23) + str(k)) for k in range(37)]
-    found = predict(
-        model, FakeProcessor(), items, load_image=load_image, max_new_tokens=40, batch_size=4, group_size=3
-    )
-    assert len(found) == 37 * 3
-    for k, one in enumerate(found):
-        assert one.item is items[k // 3]
-        assert one.sample == k % 3
-        assert one.response == f"{items[k // 3].prompt}/{k % 3}"
-        assert one.finished == (k % 3 != 1)  # sample 1 has no end token
-        assert one.tokens == len(one.response) + one.finished
+ITEMS = [asked(number) for number in range(23)]
+DRAWN: dict[str, Any] = {"max_new_tokens": 7, "temperature": 1.0, "group_size": 3, "seed": 5}
 
 
-def test_shapes_are_few_and_static(model: FakeModel) -> None:
-    items = [asked(f"q{k}" + "z" * (k % 3), "x" * (1 + 91 * k % 200)) for k in range(61)]
-    predict(model, FakeProcessor(), items, load_image=load_image, max_new_tokens=300, batch_size=8)
-    shapes = {call["shape"] for call in model.calls}
-    assert len(model.calls) == 8
-    assert {rows for rows, _, _ in shapes} == {8}  # the last batch is filled up
-    for _, length, patches in shapes:
-        assert length % 16 == 0
-        assert patches % 4 == 0
+def test_answers_stand_in_the_order_of_the_items(talker: tuple[Any, Any]) -> None:
+    found = predict(*talker, ITEMS, load_image=load_image, batch_size=4, **DRAWN)
+    assert [(one.item.id, one.sample) for one in found] == [
+        (one.id, sample) for one in ITEMS for sample in range(3)
+    ]
+    assert len({one.response for one in found}) > 30
+    assert {one.finished for one in found} == {True, False}
+    for one in found:
+        assert one.finished or one.tokens == 7
+        assert one.logprob is not None
+        assert one.logprob < 0
 
 
-def test_settings_reach_the_sampler_and_every_batch_has_its_own_seed(model: FakeModel) -> None:
-    items = [asked(f"q{k}", str(k)) for k in range(6)]
-    settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.7, "group_size": 2}
-
-    def seeds(seed: int) -> list[int]:
-        model.calls.clear()
-        predict(model, FakeProcessor(), items, load_image=load_image, batch_size=2, seed=seed, **settings)
-        assert all({name: call[name] for name in settings} == settings for call in model.calls)
-        return [call["seed"] for call in model.calls]
-
-    assert len(set(seeds(0) + seeds(1))) == 6
-    assert seeds(1) == seeds(1)
-    assert all(0 <= seed < 2**31 for seed in seeds(2**40))
+def test_an_answer_depends_neither_on_the_slots_nor_on_what_else_is_wanted(talker: tuple[Any, Any]) -> None:
+    whole = predict(*talker, ITEMS, load_image=load_image, batch_size=4, **DRAWN)
+    assert whole == predict(*talker, ITEMS, load_image=load_image, batch_size=4, **DRAWN)
+    other = predict(*talker, ITEMS, load_image=load_image, batch_size=9, **DRAWN)
+    assert [one.response for one in other] == [one.response for one in whole]
+    asking = Asking(max_new_tokens=7, temperature=1.0, samples=3, seed=5)
+    some = dict(Sampler(*talker, slots=4).answer(ITEMS, [20, 3, 11], load_image, asking))
+    assert some == {index: whole[3 * index : 3 * index + 3] for index in (3, 11, 20)}
+    changed = predict(*talker, ITEMS, load_image=load_image, batch_size=4, **DRAWN | {"seed": 6})
+    assert [one.response for one in changed] != [one.response for one in whole]
 
 
-def test_errors_of_the_preparing_thread_arrive(model: FakeModel) -> None:
+def test_shapes_are_few(talker: tuple[Any, Any]) -> None:
+    model, processor = talker
+    shapes = set()
+
+    class Watched:
+        """The processor, whose batches are looked at."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(processor, name)
+
+        def __call__(self, *rows: Any, **shape: Any) -> Any:
+            shapes.add((shape["length"], shape["patches"]))
+            return processor(*rows, **shape)
+
+    engine = Sampler(model, Watched(), slots=4, groups=2)
+    found = dict(engine.answer(ITEMS, range(len(ITEMS)), load_image, Asking(max_new_tokens=3)))
+    assert len(found) == len(ITEMS)
+    assert len(shapes) == 2
+    assert all(length % TEXT_STEP == 0 for length, _ in shapes)
+    work = engine.work()
+    assert work["questions_per_second"] > 0
+    assert 0 <= work["idle"] <= 1
+
+
+def test_errors_arrive(talker: tuple[Any, Any]) -> None:
     def broken(name: str) -> Image.Image:
         raise DataError(f"{name} is broken")
 
-    with pytest.raises(DataError, match="q0.png is broken"):
-        predict(model, FakeProcessor(), [item("q0")], load_image=broken, max_new_tokens=4, batch_size=2)
-    with pytest.raises(ConfigError, match="batch_size is 0"):
-        predict(model, FakeProcessor(), [item()], load_image=load_image, max_new_tokens=4, batch_size=0)
-
-
-@given(st.integers(0, 10**6), st.integers(1, 256))
-def test_buckets_hold_what_they_are_for(size: int, step: int) -> None:
-    found = bucket(size, step)
-    assert found >= max(size, 1)
-    assert found % step == 0
-    assert found < max(size, 1) * 1.25 + 2 * step
-    assert bucket(found, step) == found
-    assert len({bucket(k * step, step) for k in range(1, 257)}) <= 4 * 8
+    common: dict[str, Any] = {"max_new_tokens": 4}
+    with pytest.raises(DataError, match="7 is broken"):
+        predict(*talker, [asked(7)], load_image=broken, batch_size=2, **common)
+    with pytest.raises(ConfigError, match="batch_size 0"):
+        predict(*talker, ITEMS, load_image=load_image, batch_size=0, **common)
+    with pytest.raises(ConfigError, match="temperature 0, where all samples are alike"):
+        predict(*talker, ITEMS, load_image=load_image, batch_size=2, group_size=2, **common)
 
 
 def tiny_model(folder: Path) -> tuple[Any, Any]:
@@ -173,7 +142,7 @@ def test_questions_with_several_images(tmp_path: Path) -> None:
     found = predict(model, processor, [two, item("one")], load_image=load, max_new_tokens=3, batch_size=2)
     assert [one.item.id for one in found] == ["two", "one"]
     assert all(1 <= one.tokens <= 3 for one in found)
-    assert loaded == ["left.png", "right.png", "one.png"]
+    assert sorted(loaded) == sorted(2 * ["left.png", "right.png", "one.png"])  # for the size, and the pixels
 
 
 def test_the_command_on_a_tiny_model(
@@ -201,12 +170,19 @@ def test_the_command_on_a_tiny_model(
         )
     run.define_flags()
     out = tmp_path / "out"
-    given = {"model": "DIR", "benchmark": "phantom", "source": source, "out": out, "batch_size": 4}
+    tiny_model(tmp_path / "tiny")
+    given = {
+        "model": tmp_path / "tiny",
+        "benchmark": "phantom",
+        "source": source,
+        "out": out,
+        "batch_size": 4,
+    }
     given |= {"max_new_tokens": 6, "temperature": 1.0, "group_size": 2}
     values(["run", *(f"--{name}={value}" for name, value in given.items())])
     run.main(["run"])
     mesh = parse_mesh("data:-1")
-    assert loaded == [("DIR", {"dtype": "float32", "mesh": mesh})]
+    assert loaded == [(str(tmp_path / "tiny"), {"dtype": "float32", "mesh": mesh})]
 
     report = json.loads((out / "report.json").read_text())
     assert (report["n"], report["items"], report["benchmark"]["flags"]["group_size"]) == (10, 5, 2)
@@ -220,6 +196,24 @@ def test_the_command_on_a_tiny_model(
     assert len({line["response"] for line in lines}) > 2  # noise, not one constant
     assert "accuracy" in capsys.readouterr().out
     assert (out / "report.txt").read_text().startswith("10 answers to 5 items of 5 patients or images")
+
+    journal = out / "answers" / "00000-of-00001.jsonl"
+    whole = journal.read_bytes()
+    parts = whole.splitlines(keepends=True)
+    journal.write_bytes(b"".join(parts[:2]) + parts[2][:20])  # killed while it wrote the third
+    (out / "report.json").unlink()
+    run.main(["run"])
+    assert sorted(journal.read_bytes().splitlines()) == sorted(whole.splitlines())
+    values.seed = 3
+    with pytest.raises(SystemExit, match="answers of another evaluation .asking.seed: 0 there, 3 here"):
+        run.main(["run"])
+    values.seed, values.out = 0, str(tmp_path / "shards")
+    for shard, said in (("0/2", "3 of 5 questions"), ("1/2", "accuracy")):
+        values.shard = shard
+        run.main(["run"])
+        assert said in capsys.readouterr().out
+    name = "predictions.jsonl"
+    assert (tmp_path / "shards" / name).read_text() == (out / name).read_text()
 
     values.source = str(tmp_path)
     with pytest.raises(SystemExit, match="DataError: .*no finished stage directory"):

@@ -16,7 +16,7 @@ import pytest
 from fundus_jax import stop
 from fundus_jax.data import open_pool
 from fundus_jax.evaluation.items import Item
-from fundus_jax.evaluation.run import Prediction
+from fundus_jax.evaluation.report import Prediction
 from fundus_jax.grpo import own_rewards
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.config import GrpoConfig

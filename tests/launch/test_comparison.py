@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from configs.setups import b_sft, f_sft_grpo_traces, g_fundus_r1
-from fundus_jax.evaluation.run import evaluate, write
+from fundus_jax.evaluation.report import evaluate
+from fundus_jax.evaluation.results import write
 from fundus_jax.records import ConfigError
 from fundus_jax.workdir import Workdir
 from launch.comparison import COLUMNS, MORE, PAIRS, SETUPS, tabulate

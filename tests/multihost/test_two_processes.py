@@ -15,6 +15,7 @@ from tests.e2e.conftest import ROOT, environment
 from tests.run_worker import command
 
 STOPPED = 128 + 15
+EXAM = [f"--config.exam.{name}={value}" for name, value in {"every": 4, "part": 0.2, "questions": 5}.items()]
 
 
 def start(workdir: Path, cache: Path, processes: int, stop_at: str = "") -> list[int]:
@@ -22,7 +23,7 @@ def start(workdir: Path, cache: Path, processes: int, stop_at: str = "") -> list
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--mesh=data:2,fsdp:2", "--config.grpo.extra_draws=1"]
+    words = ["--mesh=data:2,fsdp:2", "--config.grpo.extra_draws=1", *EXAM]
     if processes > 1:
         words += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", "--one_host"]
     started = []
@@ -48,6 +49,11 @@ def lines(workdir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k != "time" and not k.startswith("time/")} for line in told]
 
 
+def said(path: Path) -> list[dict[str, object]]:
+    """predictions.jsonl without log-probabilities, whose last digits depend on the devices."""
+    return [{**json.loads(line), "logprob": None} for line in path.read_text().splitlines()]
+
+
 @pytest.mark.timeout(600)  # about two minutes of two processors, which others may want too
 def test_two_processes_do_what_one_does_and_either_goes_on_for_the_other(tmp_path: Path) -> None:
     cache, one, two = tmp_path / "compiled", tmp_path / "one", tmp_path / "two"
@@ -56,7 +62,8 @@ def test_two_processes_do_what_one_does_and_either_goes_on_for_the_other(tmp_pat
     assert start(two, cache, 2, "sft:4") == [STOPPED] * 2
     assert sorted(int(path.name) for path in (two / "checkpoints").iterdir()) == [2, 2 + 4]
     assert start(two, cache, 1, "grpo:2") == [STOPPED]
-    assert sorted(int(path.name) for path in (two / "checkpoints").iterdir()) == [2, 12, 12 + 2]
+    kept = [2, 2 + 4, 12, 12 + 2]  # after step 4 of SFT the first exam was, and none was better
+    assert sorted(int(path.name) for path in (two / "checkpoints").iterdir()) == kept
     assert start(two, cache, 2) == [0, 0]
 
     assert [line["step"] for line in lines(one)] == [*range(1, 3), *range(1, 11), *range(1, 6)]
@@ -76,7 +83,7 @@ def test_two_processes_do_what_one_does_and_either_goes_on_for_the_other(tmp_pat
     ours, theirs = (load_file(path / "hf" / "model.safetensors") for path in (one, two))
     assert ours.keys() == theirs.keys()
     assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) < 1e-5
-    answers = [
-        (path / "evaluation" / "grpo-sampled" / "predictions.jsonl").read_text() for path in (one, two)
-    ]
+    measured = [(line["stage"], line["step"]) for line in lines(one) if "exam/accuracy" in line]
+    assert measured == [("sft", 4), ("sft", 8), ("sft", 10), ("grpo", 4), ("grpo", 5)]
+    answers = [said(path / "evaluation" / "grpo-sampled" / "predictions.jsonl") for path in (one, two)]
     assert answers[0] == answers[1]

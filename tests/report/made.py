@@ -20,7 +20,8 @@ from fundus_jax.data import Pool, open_pool
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.benchmarks import PhantomBenchmark
 from fundus_jax.evaluation.items import Selection
-from fundus_jax.evaluation.run import Prediction, compare, evaluate, write
+from fundus_jax.evaluation.report import Prediction, compare, evaluate
+from fundus_jax.evaluation.results import write
 from fundus_jax.findings import vocabulary
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge

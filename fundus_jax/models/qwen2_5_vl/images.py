@@ -168,6 +168,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ) from error
 
 
+def resized(image: Image.Image, config: ImageConfig) -> Image.Image:
+    """The RGB picture that the patches of `image` are cut from. Resizing it once more changes nothing. Raises
+    DataError for an image that can not be used."""
+    _, tall, wide = config.grid(image)
+    size = wide * config.patch_size, tall * config.patch_size
+    return to_rgb(image).resize(size, Image.Resampling(config.resample))
+
+
 @lru_cache(maxsize=16)
 def _byte_table(config: ImageConfig) -> np.ndarray:
     """[3, 256] float32: the normalised value of each byte in each channel.
@@ -189,7 +197,7 @@ def image_patches(image: Image.Image, config: ImageConfig) -> tuple[np.ndarray, 
     """
     frames, tall, wide = grid = config.grid(image)
     size, merge = config.patch_size, config.merge_size
-    rgb = to_rgb(image).resize((wide * size, tall * size), Image.Resampling(config.resample))
+    rgb = resized(image, config)
     blocks = np.asarray(rgb).reshape(tall // merge, merge, size, wide // merge, merge, size, 3)
     cut = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(tall * wide, 3, size**2)
     entries = (

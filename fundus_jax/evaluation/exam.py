@@ -1,0 +1,63 @@
+"""A few fixed questions that a policy is asked while it is trained.
+
+They are the same every time, greedy, and about patients that nothing is trained on, so the numbers of a stage
+can be compared with each other, and the best bundle be kept by them; the test split is not touched. Few
+questions say little: 100 have an interval of about 10 points to each side. Neighbours: predict.py (the
+sampler), sft.py and grpo/train.py (which call it), workdir.py (what is kept).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fundus_jax.evaluation.engines import Asking, LoadImage, in_order
+from fundus_jax.evaluation.items import Item
+from fundus_jax.evaluation.predict import Sampler
+from fundus_jax.evaluation.report import outcome_of
+from fundus_jax.workdir import BEST_BY
+
+
+class Exam:
+    """Asks `items` after every `every` steps, and after a stage's last; see `training.Exam`."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        load_image: LoadImage,
+        processor: Any,
+        mesh: Mesh,
+        *,
+        every: int,
+        asking: Asking,
+        slots: int,
+    ) -> None:
+        self.items, self.load_image, self.processor, self.mesh = items, load_image, processor, mesh
+        self.every, self.asking, self.slots = every, asking, slots
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it is time to, after `step` of a stage of `last` steps."""
+        return step % self.every == 0 or step == last
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Accuracy, share of well-formed answers, mean length, and n. It is not stopped half-way: what was
+        trained up to here would be lost, or saved without its measurement."""
+        engine = Sampler(
+            model,
+            self.processor,
+            slots=min(self.slots, len(self.items)),
+            mesh=self.mesh,
+            settle=jax.block_until_ready,
+        )
+        answers = in_order(engine, self.items, self.load_image, self.asking)
+        outcomes = [outcome_of(one) for one in answers]
+        return {
+            BEST_BY: float(np.mean([one.correct for one in outcomes])),
+            "exam/well_formed": float(np.mean([one.well_formed for one in outcomes])),
+            "exam/length": float(np.mean([one.tokens for one in answers])),
+            "exam/n": float(len(answers)),
+        }

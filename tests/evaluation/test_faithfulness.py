@@ -1,0 +1,89 @@
+"""Traces against findings, and everything by data set, modality and disease, by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fundus_jax.evaluation.faithfulness import Trace, evaluate_faithfulness
+from fundus_jax.evaluation.report import evaluate
+from fundus_jax.evaluation.slices import dataset_of, evaluate_more
+from fundus_jax.evaluation.table import table
+from tests.evaluation.samples import answered, item, reply
+
+
+def trace(text: str, *there: str, diagnosis: bool = True, unit: str = "p") -> Trace:
+    return Trace(text, frozenset(there), diagnosis, unit)
+
+
+def test_by_hand() -> None:
+    found = evaluate_faithfulness(
+        [
+            trace("There are drusen and hard exudates. No haemorrhage.", "drusen", "haemorrhage", unit="a"),
+            trace("Drusen are seen. No drusen are seen.", "drusen", unit="b"),
+            trace("No hard exudate is seen.", "drusen", diagnosis=False, unit="c"),
+            trace("The image is dark.", unit="d"),
+        ]
+    )
+    assert found is not None
+    assert found["traces"] == 4
+    values = {name: (one["value"], one["n"]) for name, one in found.items() if name != "traces"}
+    assert values == {
+        "precision": (pytest.approx(2 / 3), 3),  # drusen and not exudates; drusen
+        "recall": (pytest.approx(2 / 3), 3),  # the haemorrhage is not claimed; c need not name drusen
+        "false_denials": (pytest.approx(2 / 3), 3),  # haemorrhage, drusen; not exudate
+        "contradictions": (0.5, 4),
+    }
+    assert evaluate_faithfulness([]) is None
+
+
+ITEMS = [
+    item("a", "PDR", unit="idrid/1", findings=("drusen",)),
+    item("b", "AMD", unit="idrid/2", findings=None),
+    item("c", "PDR", unit="octid/1", modality="OCT", findings=("drusen", "haemorrhage")),
+    item("d", "CFP", unit="octid/1", task="modality", level="L1", part="modality", findings=("drusen",)),
+]
+TEXTS = [reply("PDR", "Drusen."), reply("PDR", "Drusen."), reply("PDR", "No drusen."), reply("CFP", "Round.")]
+CHOSEN = [("PDR",), ("PDR",), None, ("CFP",)]
+
+
+def test_slices() -> None:
+    found = evaluate_more(ITEMS, TEXTS, CHOSEN, [10, 20, 30, 40], votes={"b": frozenset({"haemorrhage"})})
+    assert found["accuracy"]["value"] == 0.5
+    length = found["length"]
+    assert (length["all"]["value"], length["right"]["value"], length["wrong"]["value"]) == (25, 25, 25)
+    assert (length["median"], length["p90"]) == (25, pytest.approx(37))
+    masks, votes = found["faithfulness"]["masks"], found["faithfulness"]["votes"]
+    assert (masks["traces"], votes["traces"]) == (2, 1)  # d asks nothing of findings
+    assert (masks["precision"]["value"], masks["recall"]["value"]) == (1.0, pytest.approx(1 / 3))
+    assert (votes["precision"]["value"], votes["recall"]["value"]) == (0.0, 0.0)
+    assert masks["contradictions"]["value"] == 0.5
+    assert {name: one["accuracy"]["n"] for name, one in found["by_dataset"].items()} == {
+        "idrid": 2,
+        "octid": 2,
+    }
+    assert {name: one["accuracy"]["value"] for name, one in found["by_disease"].items()} == {
+        "PDR": 0.5,
+        "AMD": 0,
+    }
+    assert found["by_modality"]["OCT"]["faithfulness"]["masks"]["contradictions"]["value"] == 1
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize(
+    ("unit", "dataset"),
+    [("idrid/p1", "idrid"), ("Images/OLIVES/a/b.png", "OLIVES"), ("OIA-ODIR/x.jpg", "OIA-ODIR"), ("12", "")],
+)
+def test_the_data_set_of_an_item(unit: str, dataset: str) -> None:
+    assert dataset_of(item(unit=unit)) == dataset
+
+
+def test_it_stands_in_the_report_and_its_table() -> None:
+    answers = [answered(ITEMS[0], text, "Drusen.", sample) for sample, text in enumerate(("PDR", "AMD"))]
+    report = evaluate(answers)
+    assert report["more"]["repeats"]["pass_at"]["2"]["value"] == 1
+    assert report["more"]["repeats"]["majority_at"]["2"]["value"] == 0.5
+    text = table(report)
+    for words in ("traces, contradictions (masks)", "pass@2", "majority@1", "calibration error", "Brier"):
+        assert words in text
