@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
@@ -328,10 +329,16 @@ def test_the_command_prints_an_address_and_ends_with_ctrl_c(tmp_path: Path) -> N
     reviews.make(tmp_path / "data", cases()[:1])
     command = [sys.executable, "-m", "data_pipeline.review", "--port=0", f"--data={tmp_path}/data"]
     command += [f"--decisions={tmp_path}/decisions", "--reviewer=anna"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(3)]
-        assert re.match(r"Open http://127\.0\.0\.1:\d+/\?key=[\w-]{32}$", lines[1])
-        assert str(tmp_path / "decisions" / "anna.jsonl") in lines[2]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": dict(os.environ)}
+    # what runs in a shell's background ignores Ctrl-C, and so would its children
+    options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **options) as process:
+        try:
+            assert process.stdout is not None
+            lines = [process.stdout.readline() for _ in range(3)]
+            assert re.match(r"Open http://127\.0\.0\.1:\d+/\?key=[\w-]{32}$", lines[1])
+            assert str(tmp_path / "decisions" / "anna.jsonl") in lines[2]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
