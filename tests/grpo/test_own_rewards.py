@@ -294,7 +294,7 @@ def test_the_evaluation_scores_with_them_too(
     example = next(one for one in pool.examples if one.task == "disease")
     reply = f"<think>So it is.</think> <answer>{example.answer}</answer>"
     item = Item(
-        id=example.id, image="", messages=(), options=(), answers=(), level="L4", task="disease", part="",
+        id=example.id, images=(), messages=(), options=(), answers=(), level="L4", task="disease", part="",
         modality=example.modality, unit="p", lettered=False,
     )  # fmt: skip
     answers = [Prediction(item=item, response=reply, tokens=tokens) for tokens in (7, 8)]
