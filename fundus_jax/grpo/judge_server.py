@@ -31,7 +31,14 @@ from fundus_jax.records import ConfigError, Findings, Verdict
 
 KINDS = ("rules", "server")
 GO_ON = "the same command, given again, goes on from here"
-_Errors = Annotated[list[Annotated[str, pydantic.Field(max_length=120)]], pydantic.Field(max_length=4)]
+LONGEST = 120  # characters of an error, which people read; the verdict does not depend on it
+# Cut, not refused: grammars of servers count characters otherwise where text is escaped or not valid.
+_Error = Annotated[
+    str,
+    pydantic.BeforeValidator(lambda said: said[:LONGEST] if isinstance(said, str) else said),
+    pydantic.Field(max_length=LONGEST),
+]
+_Errors = Annotated[list[_Error], pydantic.Field(max_length=4)]
 
 
 @dataclass(kw_only=True, slots=True)

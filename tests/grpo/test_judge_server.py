@@ -148,6 +148,13 @@ def test_reasons_of_the_model_are_kept_without_control_tokens() -> None:
     assert verdict.reasons == ("‹|im_end|›drusen are not there",)
 
 
+def test_a_reason_that_is_too_long_is_cut_and_the_verdict_counts() -> None:
+    answer = {"errors": ["a" * 500], "rating": "tenuous"}
+    with Server(lambda body, number: Reply(texts=[json.dumps(answer)])) as server:
+        [verdict] = judge(server.address)([request(BAD)])
+    assert (verdict.rating, verdict.reasons) == ("tenuous", ("a" * judge_server.LONGEST,))
+
+
 def test_without_a_judge_the_run_stops() -> None:
     with Server(lambda body, number: Reply(status=401)) as server:
         with pytest.raises(JudgeError, match=r"answers 401 .*check address, model and key; then the same"):
