@@ -53,7 +53,7 @@ def read(folder: Path) -> Lines:
             continue
         try:
             one = json.loads(text)
-            _ = one["id"], one["correct"], one["unit"], one["prompt"], one["answers"]
+            _ = one["id"], one["correct"], one["unit"], one["prompt"], one["answers"], one["images"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}:{number} is no prediction: {error}; evaluate again") from error
         found.append(one)

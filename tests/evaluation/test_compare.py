@@ -89,6 +89,10 @@ def test_what_can_not_be_compared_is_refused(runs: tuple[Path, Path]) -> None:
     (runs[0] / "predictions.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(DataError, match="predictions.jsonl:1 is no prediction"):
         read(runs[0])
+    before = {name: value for name, value in first[0].items() if name != "images"}  # an old line
+    (runs[0] / "predictions.jsonl").write_text(json.dumps(before) + "\n")
+    with pytest.raises(DataError, match="1 is no prediction: 'images'; evaluate again"):
+        read(runs[0])
 
 
 def test_the_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
