@@ -5,10 +5,11 @@
     python -m fundus_jax.convert --source=WORKDIR/checkpoints/120 --target=HF_DIR
 
 A converted bundle is one as `checkpoints.py` seals them, with config, tokenizer and the like under hf/, so
-that it can go back alone, byte for byte. What is written is read again and compared by sha256 before it gets
-its name. Neighbours: `models` (names, shapes, safetensors), `bundle` and `files` (the form on disk).
+that it can go back alone, byte for byte. What is written is read again and compared with the source, byte by
+byte, before it gets its name. Neighbours: `models` (names, shapes, safetensors), `later` (arrays in parts),
+`bundle` and `files` (the form on disk).
 
-    DIR/bundle.json      a table of the arrays; dtype and sha256 of every tensor they were made of
+    DIR/bundle.json      a table of the arrays; the dtype of every tensor they were made of
     DIR/state/           the arrays, in Orbax's own layout, called as in the bundles of a training run
     DIR/hf/              what stood beside the weights
     DIR/manifest.json    size and sha256 of all of the above
@@ -22,8 +23,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,9 @@ from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.records import ConfigError, DataError
 
 SIDE = "hf"
-TENSORS = "tensors"  # the counter of a converted bundle: tensor -> [dtype, sha256]
+TENSORS = "tensors"  # the counter of a converted bundle: tensor -> dtype
 SUFFIXES = (".json", ".jinja", ".txt", ".md", ".model")  # of side files; never of weights
-THREADS = min(8, os.cpu_count() or 1)  # that hash
-Digests = dict[str, str]
+Read = Callable[[str], np.ndarray]
 
 
 def convert(source: str | Path, target: str | Path, like: str | Path | None = None) -> int:
@@ -78,90 +77,63 @@ def convert(source: str | Path, target: str | Path, like: str | Path | None = No
 
 
 def _to_bundle(source: Path, target: Path) -> int:
-    """One parameter, in its stored dtype, is in memory at a time."""
+    """A few tensors are in memory at a time."""
     config = read_config(source)
     tensors = weights.TensorFiles(source)
-    shapes, arrays, facts = _shapes(config), {}, {}
+    shapes, arrays = _shapes(config), {}
+    stored: dict[str, str] = {}  # tensor -> what the directory calls it
     for path, names in params.sources(config, tensors).items():
         kinds = {np.dtype(tensors.entries[name].dtype) for name in names}
         dtype = min(kinds) if len(kinds) == 1 else np.dtype(np.float32)  # holds both 16-bit formats exactly
-        make = functools.partial(_stack, tensors, names, shapes[_name(path)], dtype, facts)
-        arrays[_name(path)] = later.Later(shapes[_name(path)], dtype, make, stacked=len(names) > 1)
+        shape, stacked = shapes[_name(path)], len(names) > 1
+        make = functools.partial(_part, tensors, names, shape[stacked:], dtype)
+        arrays[_name(path)] = later.Later(shape, dtype, make, stacked)
+        stored |= {params.hub_name(name): name for name in names}
+    dtypes = {name: tensors.entries[own].dtype for name, own in stored.items()}
     with weights.new_directory(target) as scratch:
         _require_space(scratch, sum(array.nbytes for array in arrays.values()))
         later.save_later(scratch / STATE, arrays)
         config_hash = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
-        text = bundle.to_text(0, config_hash, arrays, {}, {TENSORS: facts})
+        text = bundle.to_text(0, config_hash, arrays, {}, {TENSORS: dtypes})
         files.write_atomic(scratch / CONTENT, text)
         _copy_side_files(source, scratch / SIDE)
-        files.write_manifest(scratch, {"step": 0, "final": True}, threads=THREADS)
-        fetch = _fetcher(scratch, config, {name: dtype for name, (dtype, _) in facts.items()})
-        _compare(scratch, {name: digest for name, (_, digest) in facts.items()}, fetch)
-    return len(facts)
+        files.write_manifest(scratch, {"step": 0, "final": True}, threads=files.THREADS)
+        shaped = params.table(config)
+        _compare(
+            scratch,
+            dtypes,
+            _fetcher(scratch, config, dtypes),
+            lambda name: tensors.read(stored[name]).reshape(shaped[name].shape),
+        )
+    return len(dtypes)
 
 
-def _stack(
-    tensors: weights.TensorFiles,
-    names: list[str],
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    facts: dict[str, list[str]],
+def _part(
+    tensors: weights.TensorFiles, names: Sequence[str], shape: tuple[int, ...], dtype: np.dtype, i: int
 ) -> np.ndarray:
-    """The parameter of `shape` that is stored as `names`, one a layer; what is read is noted in `facts`."""
-    if len(names) == 1:
-        whole = tensors.read(names[0])
-        facts[params.hub_name(names[0])] = [whole.dtype.name, _sha256(whole)]
-        return whole.reshape(shape)
-    whole = np.empty((len(names), math.prod(shape) // len(names)), dtype)
-    with ThreadPoolExecutor(THREADS) as pool:
-        digests = []
-        for row, name in zip(whole, names, strict=True):
-            part = tensors.read(name)
-            row[...] = part.reshape(-1)
-            digests.append(pool.submit(_sha256, row if part.dtype == dtype else part))
-        for name, digest in zip(names, digests, strict=True):
-            facts[params.hub_name(name)] = [tensors.entries[name].dtype, digest.result()]
-    return whole.reshape(shape)
+    """Layer i of the parameter that is stored as `names`, one a layer; all of what has one name."""
+    return tensors.read(names[i]).astype(dtype, copy=False).reshape(shape)
 
 
 def _to_hf(source: Path, target: Path, side: Path) -> int:
-    """One parameter is in memory at a time."""
+    """A few tensors are in memory at a time; of a training run's bundle, which is compressed, a parameter."""
     files.verify(source)
     config = read_config(side)
     content = _content(source)
-    facts = content["counters"].get(TENSORS, {})
+    kept = content["counters"].get(TENSORS, {})
     slots = params.table(config)
     _require_parameters(source, side, config, content["arrays"])
-    dtypes = {name: facts[name][0] if name in facts else config.dtype for name in slots}
-    fetch, digests = _fetcher(source, config, dtypes), Digests()
-    hashing: dict[str, Future[str]] = {}  # of the tensor that is written meanwhile
-
-    def note() -> None:
-        for name, digest in hashing.items():
-            digests[name] = digest.result()
-            if name in facts and digests[name] != facts[name][1]:
-                raise DataError(
-                    f"{source}: {name} is not what it was converted from; convert the original again"
-                )
-        hashing.clear()
-
-    def fetch_and_note(name: str) -> np.ndarray:
-        note()
-        tensor = fetch(name)
-        hashing[name] = pool.submit(_sha256, tensor)
-        return tensor
-
-    # parameter by parameter, not layer by layer, so that each is read once
+    dtypes = {name: kept.get(name, config.dtype) for name in slots}
+    # parameter by parameter, not layer by layer, so that each is opened once
     tensors = {name: (dtypes[name], slot.shape) for name, slot in slots.items()}
-    with ThreadPoolExecutor(1) as pool, weights.new_directory(target) as scratch:
+    with weights.new_directory(target) as scratch:
         sizes = (math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in tensors.values())
         _require_space(scratch, sum(sizes))
         _copy_side_files(side, scratch)
-        weights.write_tensors(scratch, tensors, fetch_and_note)
-        note()
+        weights.write_tensors(scratch, tensors, _fetcher(source, config, dtypes))
         written = weights.TensorFiles(scratch)
         params.match(config, written)
-        _compare(scratch, digests, written.read)
+        _compare(scratch, slots, written.read, _fetcher(source, config, dtypes))
     return len(tensors)
 
 
@@ -245,36 +217,28 @@ def _fetcher(source: Path, config: Qwen2_5_VLConfig, dtypes: dict[str, str]) -> 
     return fetch
 
 
-def _compare(written: Path, digests: Digests, read: Callable[[str], np.ndarray]) -> None:
-    """Read back what was written, and raise DataError for the tensors that are not what they should be."""
-    progress, wrong = Progress(len(digests), "convert: verify"), []
-    for name, digest in _hashed(digests, read):
-        if digest != digests[name]:
+def _compare(target: Path, names: Iterable[str], written: Read, wanted: Read) -> None:
+    """Read back what was written, and raise DataError for the tensors that are not, bit by bit, what they
+    should be."""
+    names = list(names)
+    progress, wrong = Progress(len(names), "convert: verify"), []
+    for name, pair in weights.ahead(lambda name: (written(name), wanted(name)), names):
+        if not _same(*pair):
             wrong.append(name)
         progress.update()
     progress.close()
     if wrong:
         raise DataError(
             f"{len(wrong)} tensors were not written as they were read, first {wrong[:5]}; nothing was kept. "
-            f"Try again on another disk than that of {written.parent}"
+            f"Try again on another disk than that of {target.parent}"
         )
 
 
-def _sha256(tensor: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(tensor).view(np.uint8).data).hexdigest()
-
-
-def _hashed(names: Iterable[str], read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, str]]:
-    """Every name and the sha256 of its tensor, which is hashed while the next one is read."""
-    with ThreadPoolExecutor(1) as pool:
-        before: list[tuple[str, Future[str]]] = []
-        for name in names:
-            before.append((name, pool.submit(_sha256, read(name))))
-            if len(before) > 1:
-                done, digest = before.pop(0)
-                yield done, digest.result()
-        for name, digest in before:
-            yield name, digest.result()
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two tensors have the same bits; NaN is what its bits are."""
+    bits = np.dtype(f"u{one.itemsize}")
+    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return alike and np.array_equal(one.view(bits), other.view(bits))
 
 
 def _require_space(directory: Path, size: int) -> None:

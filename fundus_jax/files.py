@@ -22,6 +22,7 @@ from fundus_jax.records import DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+THREADS = min(8, os.cpu_count() or 1)  # that read or hash files side by side
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
@@ -123,7 +124,7 @@ def verify(directory: Path) -> dict[str, Any]:
         size = (directory / name).stat().st_size
         if size != expected[name]["size"]:
             raise DataError(f"{directory / name} has {size} bytes, expected {expected[name]['size']}")
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         digests = pool.map(lambda name: _digest(directory / name)[0], found)
         for name, digest in zip(found, digests, strict=True):
             if digest != expected[name]["sha256"]:

@@ -1,14 +1,14 @@
 """Arrays that are made when Orbax writes them, and read in parts: a state that never is in memory as a whole.
 
-Orbax takes a state as a whole. Here its leaves are promises, kept one after the other: each is made, written
-and let go before the next. What lies on disk is what Orbax makes of numpy arrays, and is restored as such.
+Orbax takes a state as a whole. Here its leaves are promises, kept one after the other and row by row: each is
+made, written and let go. What lies on disk is what Orbax makes of numpy arrays, and is restored as such.
 Neighbour: `convert` writes and reads bundles through here.
 """
 
 from __future__ import annotations
 
-import copy
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,17 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 PIECE = 2**24  # bytes of a chunk at most; TensorStore reads and writes whole ones
+FILE = 2**26  # bytes of a file, about: TensorStore holds back what goes into one
+AHEAD = 2  # rows that are made while others are written
 
 
 @dataclass(frozen=True)
 class Later:
-    """An array that `make` gives when it is wanted; if `stacked`, its rows will be read one by one."""
+    """An array that `make(0)` gives when it is wanted, or, if `stacked`, its row i `make(i)`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    make: Callable[[], np.ndarray]
+    make: Callable[[int], np.ndarray]
     stacked: bool = False
 
     @property
@@ -53,15 +55,22 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Sequence[Any]:
         for value, info, arg in zip(values, infos, args, strict=True):
-            await self._write(value, info, arg)
+            for written in await super().serialize([value], [info], [arg]):
+                written.result()
         return []
 
-    async def _write(self, value: Later, info: Any, arg: Any) -> None:
-        """Make one array and write it; with this call's end nothing refers to it any more."""
-        info = copy.copy(info)
-        info.ts_context = self.context
-        for written in await super().serialize([value.make()], [info], [arg]):
-            written.result()
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
+        """What NumpyHandler does with one array and Orbax's description of its place, here row by row."""
+        del ts_context
+        array = await tensorstore.open(tspec, create=True, open=True, context=self.context)
+        under_way: deque[Any] = deque()
+        for i in range(value.shape[0] if value.stacked else 1):
+            place = array[i] if value.stacked else array
+            under_way.append(place.write(value.make(i), can_reference_source_data_indefinitely=True))
+            if len(under_way) > AHEAD:
+                await under_way.popleft()
+        for write in under_way:
+            await write
 
 
 def save_later(path: Path, arrays: dict[str, Later]) -> None:
@@ -79,7 +88,8 @@ def save_later(path: Path, arrays: dict[str, Later]) -> None:
         for name, array in arrays.items()
     }
     with ocp.Checkpointer(handler) as orbax:
-        orbax.save(path, args=ocp.args.PyTreeSave(arrays, save_args=chunks))
+        save = ocp.args.PyTreeSave(arrays, save_args=chunks, ocdbt_target_data_file_size=FILE)
+        orbax.save(path, args=save)
 
 
 def open_array(path: Path, name: str) -> Any:

@@ -236,8 +236,6 @@ def test_what_was_written_wrongly_is_not_kept(
     monkeypatch.setattr(later, "open_array", open_wrongly)
     with pytest.raises(DataError, match=r"1 tensors were not written as they were read.*model\.norm\.weight"):
         convert.convert(source, tmp_path / "again")
-    with pytest.raises(DataError, match=r"model\.norm\.weight is not what it was converted from"):
-        convert.convert(tmp_path / "made", tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
 
 

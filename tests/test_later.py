@@ -24,7 +24,12 @@ VALUES = {
 
 def promised() -> dict[str, Later]:
     return {
-        name: Later(value.shape, value.dtype, lambda value=value: value.copy(), stacked=value.ndim == 3)
+        name: Later(
+            value.shape,
+            value.dtype,
+            lambda i, value=value: value[i].copy() if value.ndim == 3 else value.copy(),
+            stacked=value.ndim == 3,
+        )
         for name, value in VALUES.items()
     }
 
@@ -39,24 +44,29 @@ def test_orbax_restores_what_was_promised(tmp_path: Path) -> None:
         assert found[name].dtype == value.dtype
 
 
-def test_one_array_is_there_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stacked", [False, True])
+def test_few_arrays_are_there_at_a_time(tmp_path: Path, stacked: bool) -> None:
     made: list[weakref.ref[np.ndarray]] = []
     alive: list[int] = []
 
-    def make() -> np.ndarray:
+    def make(i: int) -> np.ndarray:
         gc.collect()
         alive.append(sum(one() is not None for one in made))
         value = np.full((512, 512), len(made), np.float32)
         made.append(weakref.ref(value))
         return value
 
-    shape, dtype = (512, 512), np.dtype(np.float32)
-    later.save_later(tmp_path / "state", {f"p{i}": Later(shape, dtype, make) for i in range(5)})
-    assert alive == [0] * 5
+    if stacked:
+        promise = {"p": Later((9, 512, 512), np.dtype(np.float32), make, stacked=True)}
+    else:
+        promise = {f"p{i}": Later((512, 512), np.dtype(np.float32), make) for i in range(9)}
+    later.save_later(tmp_path / "state", promise)
+    assert len(alive) == 9
+    assert max(alive) <= (later.AHEAD + 1 if stacked else 0)
 
 
 def test_an_error_while_making_one_is_the_callers(tmp_path: Path) -> None:
-    def fail() -> np.ndarray:
+    def fail(i: int) -> np.ndarray:
         raise OSError("the shard is gone")
 
     with pytest.raises(OSError, match="the shard is gone"):

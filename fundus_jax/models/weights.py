@@ -2,8 +2,8 @@
 name; `params` tables say what they mean.
 
 Only safetensors and JSON are opened: a pickle in the directory is never touched.
-Reading takes slices, so that a sharded model reads only what each device holds. Of what is read or written
-one tensor is in memory at a time, mapped pages of the files included.
+Reading takes slices, so that a sharded model reads only what each device holds. Of what is read one tensor
+is in memory at a time, mapped pages of the files included; of what is written two.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 MAX_SHARD = 5 * 10**9  # bytes, as on the hub
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -189,8 +191,8 @@ def write_tensors(
     """Write tensors, name -> (dtype, shape), into one file, or into shards of at most `max_shard` bytes with
     an index.
 
-    `fetch(name)` is called when its tensor is written, in their order (wider dtypes first within a shard), so
-    that one is in memory at a time.
+    `fetch(name)` is called in a thread of its own while the tensor before is written, in their order (wider
+    dtypes first within a shard), so that two are in memory at a time.
     """
     sizes = {name: _size(*tensor) for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
@@ -235,11 +237,24 @@ def write_file(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            value = np.asarray(fetch(name), order="C")
+        for name, found in ahead(fetch, order):
+            value = np.asarray(found, order="C")
             if (value.dtype.name, value.shape) != tensors[name]:
                 raise ValueError(f"{name} is {value.dtype} {value.shape}, announced as {tensors[name]}")
             file.write(value.reshape(-1).view(np.uint8).data)
+
+
+def ahead(read: Callable[[str], T], names: Iterable[str]) -> Iterator[tuple[str, T]]:
+    """Every name and what is read of it, in order; the next is read while the caller works on one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: list[tuple[str, Future[T]]] = []
+        for name in names:
+            coming.append((name, pool.submit(read, name)))
+            if len(coming) > 1:
+                done, found = coming.pop(0)
+                yield done, found.result()
+        for name, found in coming:
+            yield name, found.result()
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:

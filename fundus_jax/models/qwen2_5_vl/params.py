@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from fundus_jax import sharding
+from fundus_jax.files import THREADS
 from fundus_jax.models import lora, weights
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
@@ -210,16 +212,20 @@ def _read(
 
     def one(name: str) -> np.ndarray:
         if len(files.entries[name].shape) != len(shape) - stacked:  # the patch convolution
-            return files.read(name).reshape(shape[stacked:])[index[stacked:]].astype(dtype)
-        return files.read(name, () if full else index[stacked:]).astype(dtype)
+            return files.read(name).reshape(shape[stacked:])[index[stacked:]].astype(dtype, copy=False)
+        return files.read(name, () if full else index[stacked:]).astype(dtype, copy=False)
 
     if not stacked:
         return one(names[0])
     chosen = names[index[0]]
     rest = (len(range(*part.indices(size))) for part, size in zip(index[1:], shape[1:], strict=True))
     out = np.empty((len(chosen), *rest), dtype)
-    for row, name in zip(out, chosen, strict=True):
+
+    def fill(row: np.ndarray, name: str) -> None:
         row[...] = one(name)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(fill, out, chosen))
     return out
 
 
@@ -238,7 +244,7 @@ def save(directory: Path, model: Qwen2_5_VL, max_shard: int = weights.MAX_SHARD)
         linear = adapted.get(".".join(map(str, slot.path[:-1])))
         if linear is not None and slot.path[-1] == "weight":
             value = lora.merged(value, linear, slot.layer)
-        return np.asarray(value).astype(dtype).reshape(slot.shape)
+        return np.asarray(value).astype(dtype, copy=False).reshape(slot.shape)
 
     tensors = {name: (dtype.name, slots[name].shape) for name in _hub_order(slots)}
     weights.write_tensors(directory, tensors, fetch, max_shard)
