@@ -8,7 +8,8 @@ reward.
 --config.model is a Hugging Face directory of Qwen2.5-VL-3B-Instruct. Hardware in the paper: 8 x H800 80 GB,
 bf16. Mesh, recomputing and micro-batches are chosen by the devices (--mesh=auto); docs/scaling.md says what
 fits on which machine. From the paper: 2 epochs of SFT, AdamW, 4 rollouts at temperature 1.0. Ours, since its
-text lost them: learning rates, batch sizes, rating values.
+text lost them: learning rates, batch sizes, rating values; and that options are answered by letter, as
+FunBench asks for them (the paper's figures show labels in words: --config.prompt.style=options).
 """
 
 from fundus_jax.grpo.config import GrpoConfig
@@ -32,7 +33,7 @@ def get_config(arg: str = "") -> RunConfig:
         max_pixels=448 * 448,
         max_prompt=1024,
         data=DataConfig(dataset="idrid", max_side=1024),
-        prompt=PromptConfig(style="options", think=True, instruct=True),
+        prompt=PromptConfig(style="letters", think=True, instruct=True),
         sft=SftConfig(
             epochs=2,
             batch=64,

@@ -15,12 +15,16 @@ from typing import Any
 
 from fundus_jax.records import GRID, Box, ConfigError, DataError, Example
 
-STYLES = ("open", "options")
+STYLES = ("open", "options", "letters")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 THINK_INSTRUCTION = (
     "First describe what you see and reason step by step inside <think> </think>, "
     "then give the final answer inside <answer> </answer>."
 )
+CHOICES = {  # style -> what is asked for below the options
+    "options": "Choose the correct option and answer with its text.",
+    "letters": "Choose the correct option and answer with its letter.",
+}
 ANSWER_INSTRUCTION = "Give only the final answer, inside <answer> </answer>."
 BOX_INSTRUCTION = (
     "Say where each finding lies as <ref>finding</ref><box>[[x1, y1, x2, y2], ...]</box>, with at most "
@@ -67,7 +71,8 @@ def messages(
 
     Args:
         example: its question and options are used; its answer is not.
-        style: "open" for the question alone, "options" to list the lettered choices below it.
+        style: "open" for the question alone, "options" to list the lettered choices below it and ask for the
+            text of one, "letters" to ask for its letter.
         think: which instruction follows, the one for a trace or the one for the bare answer.
         instruct: False leaves the instruction out, as in the small demo, whose policy knows one format only.
         boxes: the instruction asks for so many boxes of a finding at most; 0 asks for none.
@@ -75,8 +80,8 @@ def messages(
     if style not in STYLES:
         raise ConfigError(f"prompt style is {style!r}; known styles are {', '.join(STYLES)}")
     parts = [example.question]
-    if style == "options" and example.options:
-        parts += [option_lines(example.options), "Choose the correct option and answer with its text."]
+    if style in CHOICES and example.options:
+        parts += [option_lines(example.options), CHOICES[style]]
     if instruct:
         parts.append(THINK_INSTRUCTION if think else ANSWER_INSTRUCTION)
     if instruct and think and boxes and example.task not in WITHOUT_FINDINGS:
@@ -112,6 +117,22 @@ def render(think: str | None, answer: str) -> str:
             raise DataError(f"the {name} text {part[:80]!r} is empty or contains a tag of the format")
     block = f"<answer>{answer}</answer>"
     return block if think is None else f"<think>{think}</think> {block}"
+
+
+def right_reply(example: Example, style: str) -> str:
+    """The right answer as a reply in this style says it: the letter of its option, or its text."""
+    if style != "letters" or not example.options:
+        return example.answer
+    return LETTERS[example.options.index(example.answer)]
+
+
+def meant(answer: str | None, example: Example, style: str) -> str | None:
+    """The answer in words that a reply says in this style: in "letters" the text of the option with that
+    letter, and None for everything but one letter; else as it stands."""
+    if answer is None or style != "letters" or not example.options:
+        return answer
+    named = (text for letter, text in lettered(example.options).items() if same_answer(answer, letter))
+    return next(named, None)
 
 
 def parse(text: str, *, think: bool = True) -> Parsed:

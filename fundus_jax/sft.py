@@ -47,11 +47,18 @@ class PromptConfig:
     boxes: int = 0
 
     def validate(self) -> None:
-        """Raises ConfigError for boxes that nothing could say."""
+        """Raises ConfigError for an unknown style, and for boxes that nothing could say."""
+        if self.style not in dialog.STYLES:
+            raise ConfigError(f"prompt.style is {self.style!r}; known styles are {', '.join(dialog.STYLES)}")
         if self.boxes < 0 or (self.boxes and not self.think):
             raise ConfigError(
                 f"prompt.boxes is {self.boxes}; it must be at least 0, and 0 without a trace (prompt.think)"
             )
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What it takes to read a reply: whether a trace was asked for, and in which style an answer."""
+        return {"think": self.think, "style": self.style}
 
     def messages(self, example: Example) -> list[dict]:
         """The prompt of an example in Hugging Face's message format."""
@@ -135,7 +142,8 @@ def make_rows(pool: Pool, processor: Processor, prompt: PromptConfig, config: Sf
         if not usable and prompt.think and config.without_trace == "skip":
             counts["without a trace"] += 1
             continue
-        reply = dialog.render(trace.think if usable and trace else None, example.answer)
+        answer = dialog.right_reply(example, prompt.style)
+        reply = dialog.render(trace.think if usable and trace else None, answer)
         text = processor.chat([*prompt.messages(example), dialog.reply(reply)])
         tokens, slots = processor.row_size(text, [pool.image(example)])
         if tokens > config.max_length:

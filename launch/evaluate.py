@@ -128,12 +128,12 @@ def _answers(
 def _rewards(answers: Sequence[Prediction], pool: Any, config: RunConfig) -> np.ndarray:
     """[answers, 5] reward parts of sampled answers; an abstention, and what does not apply, is NaN."""
     examples = {one.id: dialog.positioned(one, config.prompt.boxes) for one in pool.examples}
-    own, think = own_rewards.load(config.grpo.rewards), config.prompt.think
+    own = own_rewards.load(config.grpo.rewards)
     found, facts = [], []
     for one in answers:
         known = examples[one.item.id], pool.findings.get(one.item.id), pool.knowledge
-        found.append(assess(one.response, *known, config.grpo, finished=one.finished, think=think))
-        told = {"finished": one.finished, "tokens": one.tokens, "think": think}
+        found.append(assess(one.response, *known, config.grpo, finished=one.finished, **config.prompt.form))
+        told = {"finished": one.finished, "tokens": one.tokens} | config.prompt.form
         facts.append(own_rewards.facts_of(one.response, *known, **told))
     scored = score_rollouts(found, RulesJudge(), config.grpo)
     whole = [

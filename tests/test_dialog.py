@@ -182,8 +182,26 @@ def test_messages() -> None:
     (turn,) = dialog.messages(example(), "open", True, instruct=False)
     assert turn["content"][1]["text"] == example().question
     assert dialog.messages(example(options=()), "options", True, instruct=False) == [turn]
-    with pytest.raises(ConfigError, match="open, options"):
+    with pytest.raises(ConfigError, match="open, options, letters"):
         dialog.messages(example(), "free", True)
+
+
+def test_where_letters_are_asked_for_a_reply_is_a_letter() -> None:
+    one = example()
+    (turn,) = dialog.messages(one, "letters", True)
+    assert "answer with its letter" in turn["content"][1]["text"].splitlines()[-2]
+    letter = dialog.right_reply(one, "letters")
+    assert one.options["AB".index(letter)] == one.answer
+    assert dialog.right_reply(one, "options") == dialog.right_reply(one, "open") == one.answer
+    for text in (letter, letter.lower(), f" {letter}. "):
+        assert dialog.meant(text, one, "letters") == one.answer
+    for text in (one.answer, f"{letter}. {one.answer}", "A, B", "Z", "", None):
+        assert dialog.meant(text, one, "letters") is None
+    for style in ("open", "options"):
+        assert dialog.meant(letter, one, style) == letter
+    bare = example(options=())
+    assert dialog.right_reply(bare, "letters") == dialog.meant(bare.answer, bare, "letters") == bare.answer
+    assert dialog.messages(bare, "letters", True) == dialog.messages(bare, "open", True)
 
 
 def test_a_reply_is_an_assistants_turn() -> None:

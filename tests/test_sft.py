@@ -145,6 +145,17 @@ def test_an_example_without_a_kept_trace_is_skipped_or_answered_bare(trainer: Tr
         "no trace where none is asked for"
     )
     assert len(without.rows) == 3
+    letters = sft.PromptConfig(style="letters", think=True)
+    for example, reply in sft.make_rows(pool, trainer.processor, letters, trainer.config.sft).rows:
+        answer = "ABCDEFG"[example.options.index(example.answer)]
+        assert reply == f"<think>{traces[example.id].think}</think> <answer>{answer}</answer>"
+
+
+def test_a_style_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="prompt.style is 'letter'; known styles are open, options, letters"
+    ):
+        sft.PromptConfig(style="letter").validate()
 
 
 @pytest.fixture(scope="module")

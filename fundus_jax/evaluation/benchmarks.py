@@ -80,7 +80,7 @@ def item_of(example: Example, selection: Selection) -> Item:
         part=_part(example),
         modality=example.modality,
         unit=f"{example.dataset}/{example.patient}",
-        lettered=style == "options" and bool(example.options),
+        lettered=style in dialog.CHOICES and bool(example.options),
         think=think,
         findings=example.findings,
         boxes=dialog.positioned(example, boxes).boxes if placed else None,

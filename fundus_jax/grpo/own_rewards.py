@@ -125,15 +125,18 @@ def facts_of(
     finished: bool,
     tokens: int,
     think: bool = True,
+    style: str = "options",
 ) -> Facts:
-    """The facts of a rollout, its text parsed; `think`: whether the prompt asked for a trace."""
+    """The facts of a rollout, its text parsed; `think`: whether the prompt asked for a trace; `style`: how it
+    asked (`dialog.messages`)."""
     parsed = dialog.parse(text, think=think)
+    answer = dialog.meant(parsed.answer, example, style)
     return Facts(
         text=text,
         think=parsed.think,
-        answer=parsed.answer,
+        answer=answer,
         well_formed=parsed.well_formed,
-        right=parsed.answer is not None and dialog.same_answer(parsed.answer, example.answer),
+        right=answer is not None and dialog.same_answer(answer, example.answer),
         finished=finished,
         tokens=tokens,
         example=example,
@@ -194,7 +197,7 @@ def grade(
         parts = []
         for text, said, length in zip(texts[row], tokens[row].tolist(), lengths[row].tolist(), strict=True):
             finished = length > 0 and said[length - 1] in prompts.processor.eos_ids
-            facts = facts_of(text, *known, finished=finished, tokens=length, think=prompts.think)
+            facts = facts_of(text, *known, finished=finished, tokens=length, **prompts.form)
             parts.append([function(facts) for function in own])
         return parts
 

@@ -100,13 +100,14 @@ def assess(
     *,
     finished: bool,
     think: bool = True,
+    style: str = "options",
 ) -> Assessment:
     """Returns answer and format of one rollout, and what is to be judged.
 
     text: the generated reply. findings: those of the example's image, None when there are none. finished:
     whether the rollout ended by itself; one that was cut off at `max_new_tokens` gets format 0 even when what
     is there happens to parse. think: whether the prompt asked for a trace; where it did not, the format is
-    the answer block alone.
+    the answer block alone. style: how the prompt asked (`dialog.messages`).
 
     The answer counts as right when it is the example's answer up to case, white space and a trailing full
     stop. The judge is not asked when nothing is due (`references`), when there is no trace (flawed or
@@ -119,13 +120,14 @@ def assess(
     if findings is not None and findings.example != example.id:
         raise DataError(f"findings of {findings.example!r} were passed for {example.id!r}")
     parsed = dialog.parse(text, think=think)
-    right = parsed.answer is not None and dialog.same_answer(parsed.answer, example.answer)
+    answer = dialog.meant(parsed.answer, example, style)
+    right = answer is not None and dialog.same_answer(answer, example.answer)
     trace, due = parsed.think or "", ()
     for reference in references(example, right, findings, knowledge, config):
         if reference == "findings" and findings is not None:
             due += (_against_findings(trace, example, findings),)
         else:
-            due += (_against_knowledge(trace, parsed.answer, example.modality, knowledge),)
+            due += (_against_knowledge(trace, answer, example.modality, knowledge),)
     where = localisation.score(trace, example.boxes) if config.localisation_weight else None
     form = float(parsed.well_formed and finished)
     return Assessment(answer=float(right), format=form, localisation=where, due=due)

@@ -54,7 +54,8 @@ class Prompts:
         buckets: int = 1,
         batch: int = 1,
     ) -> None:
-        self.pool, self.processor, self.think = pool, processor, prompt.think
+        self.pool, self.processor = pool, processor
+        self.form = prompt.form
         kept, sizes, dropped = [], [], 0
         for example in pool.examples:
             messages = prompt.messages(example)
@@ -102,7 +103,7 @@ def score_all(
         ended = [len(one) > 0 and int(one[-1]) in prompts.processor.eos_ids for one in group]
         texts.append([prompts.processor.decode(one) for one in group])
         found += [
-            assess(text, *about, finished=end, think=prompts.think)
+            assess(text, *about, finished=end, **prompts.form)
             for text, end in zip(texts[-1], ended, strict=True)
         ]
     scores = iter(score_rollouts(found, judge, config))
@@ -249,7 +250,7 @@ def train(
             if exam is not None and exam.due(step, config.steps):
                 with watch("exam"):
                     values |= exam(policy(state.params))
-            values |= describe(drawn, think=prompts.think) | credited | told | judged | watch.lap()
+            values |= describe(drawn, think=prompts.form["think"]) | credited | told | judged | watch.lap()
             due = diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages)
             if work.leads("grpo", step, values) or due:
                 work.save("grpo", step, state, iterator)

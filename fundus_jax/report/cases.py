@@ -95,6 +95,11 @@ def asks_for_trace(run: Run) -> bool:
     return bool(run.config.get("prompt", {}).get("think", True))
 
 
+def style_asked(run: Run) -> str:
+    """How the prompts of a run ask for an answer (`dialog.messages`)."""
+    return str(run.config.get("prompt", {}).get("style", "options"))
+
+
 def boxes_asked(run: Run) -> int:
     """How many boxes of a finding the traces of a run say; 0 where they say none."""
     return int(run.config.get("prompt", {}).get("boxes") or 0)
@@ -107,18 +112,21 @@ def read_reply(
     there: Collection[str] | None = None,
     *,
     think: bool = True,
+    style: str = "options",
     boxes: int = 0,
 ) -> Reply:
     """A response in parts. `scored`: its line of predictions.jsonl, which says what is right. `there`: the
     findings of the image, where they are not the example's. think: whether a trace was asked for; where it
-    was not, none is missing. boxes: the trace was asked for so many of a finding; they are compared, and left
-    out of its text."""
+    was not, none is missing. style: how the prompt asked for the answer. boxes: the trace was asked for so
+    many of a finding; they are compared, and left out of its text."""
     scored, parsed = scored or {}, dialog.parse(text, think=think)
     answer, right = parsed.answer, scored.get("correct")
     if answer is None and scored.get("extracted"):
         answer = ", ".join(scored["extracted"])
-    if right is None and example is not None:
-        right = answer is not None and dialog.same_answer(answer, example.answer)
+    if example is not None:
+        named = dialog.meant(answer, example, style)
+        right = (named is not None and dialog.same_answer(named, example.answer)) if right is None else right
+        answer = named or answer
     modality, task = (example.modality, example.task) if example is not None else ("", "")
     there = example.findings if there is None and example is not None else there
     whole = (parsed.think is None and think) or parsed.answer is None
@@ -200,7 +208,9 @@ def _case(run: Run, example: Example, trace: Trace | None) -> Case:
         line = found.get(example.id)
         if line is not None:
             text, think = str(line.get("response", "")), asks_for_trace(run)
-            replies[stage] = read_reply(text, example, line, think=think, boxes=boxes_asked(run))
+            replies[stage] = read_reply(
+                text, example, line, think=think, style=style_asked(run), boxes=boxes_asked(run)
+            )
     return Case(
         example=example,
         shot=shot_of(run, example),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fundus_jax.records import Example
-from fundus_jax.report.cases import Reply, Shot, asks_for_trace, boxes_asked, read_reply, shot_of
+from fundus_jax.report.cases import Reply, Shot, asks_for_trace, boxes_asked, read_reply, shot_of, style_asked
 from fundus_jax.report.collect import Run, find
 
 
@@ -93,7 +93,8 @@ def _group(run: Run, step: int, group: Mapping[str, Any], examples: Mapping[str,
     widest = max([1e-6, *(abs(_number(one.get("advantage"))) for one in scores)])
     think, boxes = asks_for_trace(run), boxes_asked(run)
     texts = [str(one.get("text", "")) for one in scores]
-    replies = [read_reply(text, example, there=there, think=think, boxes=boxes) for text in texts]
+    asked = {"think": think, "style": style_asked(run), "boxes": boxes}
+    replies = [read_reply(text, example, there=there, **asked) for text in texts]
     shot = shot_of(run, example) if example else Shot(uri="", problem="no such example in data/examples")
     return Group(
         step=step,

@@ -18,6 +18,7 @@ from fundus_jax.evaluation.extract import (
 )
 from fundus_jax.records import ConfigError
 from tests.growth import LINEAR, growth
+from tests.test_records import example
 
 FOUR = {"A": "Normal", "B": "Drusen", "C": "DME", "D": "CNV"}
 DR = (
@@ -85,6 +86,14 @@ def test_letters_beyond_d() -> None:
 
 def test_nonproliferative_contains_proliferative() -> None:
     options = dialog.lettered(DR)
+    right = [example(options=DR, answer=option) for option in DR]
+    for mode in VLMEVALKIT:  # what training in the two styles leads to
+        said = [
+            [f"<answer>{dialog.right_reply(one, style)}</answer>" for one in right]
+            for style in ("letters", "options")
+        ]
+        found = [[extract_option(text, options, mode) for text in texts] for texts in said]
+        assert found == [list("ABCDE"), ["A", None, None, None, "E"]]
     assert extract_option("Severe nonproliferative diabetic retinopathy", options) is None
     assert extract_option("Proliferative diabetic retinopathy", options) == "E"
     assert extract_option("B. Mild nonproliferative diabetic retinopathy", options) is None  # five tokens

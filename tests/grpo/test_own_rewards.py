@@ -270,7 +270,7 @@ def test_of_several_processes_each_grades_its_own(tmp_path: Path, monkeypatch: p
         rows = [(replace(EXAMPLE, id=str(i)), "") for i in range(4)]
         pool = type("Pool", (), {"findings": {}, "knowledge": {}})
         processor = type("Processor", (), {"eos_ids": (9,)})
-        think = True
+        form: dict[str, Any] = {"think": True}
 
     def gather(share: Any) -> list[Any]:
         asked.append(share)

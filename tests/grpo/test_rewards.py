@@ -62,6 +62,24 @@ def test_the_judge_gets_exactly_one_reference():
         assert judge.calls == [(TRACE, reference, "CFP", about)]
 
 
+def test_where_letters_are_asked_for_a_letter_stands_for_its_label():
+    example = make_example(options=("Mild NPDR", "Moderate NPDR", "AMD"))
+    for answer, right, about in (
+        ("B", 1, FINDINGS),
+        ("A", 0, KNOWLEDGE["Mild NPDR", "CFP"]),
+        ("C", 0, KNOWLEDGE["AMD", "CFP"]),
+    ):
+        text, judge = render(TRACE, answer), SpyJudge("plausible")
+        found = assess(text, example, FINDINGS, KNOWLEDGE, CONFIG, finished=True, style="letters")
+        score_rollouts([found], judge, CONFIG)
+        assert found.answer == right
+        assert [reference for _, reference, *_ in judge.calls] == [about]
+    for answer in ("Moderate NPDR", "B. Moderate NPDR", "D"):
+        text = render(TRACE, answer)
+        found = assess(text, example, FINDINGS, KNOWLEDGE, CONFIG, finished=True, style="letters")
+        assert (found.answer, [part.rating for part in found.due]) == (0, ["implausible"])
+
+
 @pytest.mark.parametrize("answer", ["Severe NPDR", "banana", "Drusen"])
 def test_a_wrong_answer_that_nothing_is_known_about_is_implausible(answer):
     # Severe NPDR has no entry here, and Drusen is a label of OCT only.

@@ -62,6 +62,10 @@ def test_claims_are_compared_with_the_findings() -> None:
     assert said.missed == ("microaneurysm",)
     assert said.right is False
     answer = f"<answer>{EXAMPLE.answer}</answer>"
+    letters = [
+        cases.read_reply(f"<think>x</think> <answer>{one}</answer>", EXAMPLE, style="letters") for one in "AB"
+    ]
+    assert [(one.answer, one.right) for one in letters] == [("Moderate NPDR", True), ("PDR", False)]
     denied = cases.read_reply(f"<think>No haemorrhage.</think> {answer}", EXAMPLE)
     assert denied.right is True
     assert marked(denied) == [("haemorrhage", "contradicted")]
