@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,7 @@ class Workdir:
 
     def best(self, stage: str) -> int | None:
         """The step of `stage` with the best measurement in metrics.jsonl; None where nothing was measured."""
-        lines = [line for line in self.metrics.past(stage) if line.get(BEST_BY) is not None]
-        return max(lines, key=lambda line: (line[BEST_BY], -line["step"]))["step"] if lines else None
+        return best_step(self.metrics.past(stage))
 
     def save(self, stage: str, step: int, state: Any, iterator: Any) -> None:
         """Start to save the bundle after `step` steps of `stage`; the stage's last one is kept for good. Call
@@ -171,6 +170,13 @@ class Workdir:
         """Wait for the save under way and close the metrics."""
         self.checkpoints.close()
         self.metrics.close()
+
+
+def best_step(lines: Iterable[Mapping[str, Any]]) -> int | None:
+    """The step with the best measurement (`BEST_BY`) among lines of metrics.jsonl, of equal ones the first;
+    None where nothing was measured."""
+    found = [line for line in lines if line.get(BEST_BY) is not None]
+    return max(found, key=lambda line: (line[BEST_BY], -line["step"]))["step"] if found else None
 
 
 def differences(old: Any, new: Any, field: str = "") -> list[str]:

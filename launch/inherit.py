@@ -82,7 +82,8 @@ class Heir:
         return self._told(stage)
 
     def _take(self, stage: str, last: int) -> None:
-        """The bundle comes last: where this is interrupted, it is done again."""
+        """The bundles come last, the best before the stage's own: where this is interrupted before the first,
+        it is done again, and between the two the stage goes on here from the best."""
         self.work.metrics.rewind({stage: -1})
         for line in (self.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)

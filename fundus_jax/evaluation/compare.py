@@ -5,7 +5,8 @@
 A run is a folder that the evaluation command wrote, or a workdir, whose measurements after each stage are
 compared by their names. Prints the differences B - A with intervals (a bootstrap of the units, patients or
 images, each with both of its answers), and writes compare.json and compare.html, where the flipped questions
-are shown with their images. Neighbours: results.py (the files), report/versus.py (the page).
+are shown with their images. Neighbours: results.py (the files), funbench_pair.py (its score),
+report/versus.py (the page).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from absl import app, flags
 from PIL import Image
 
 from fundus_jax.data import load_image
-from fundus_jax.evaluation import scores
+from fundus_jax.evaluation import funbench_pair, scores
 from fundus_jax.evaluation.benchmarks import open_benchmark
+from fundus_jax.evaluation.extract import Mode
 from fundus_jax.evaluation.items import Selection
 from fundus_jax.evaluation.slices import DIAGNOSIS
 from fundus_jax.evaluation.table import line
@@ -32,6 +34,7 @@ from fundus_jax.report.versus import Flip, render
 
 Lines = list[dict[str, Any]]  # of predictions.jsonl
 GROUPS = ("modality", "level", "task", "disease")
+ROWS = ("first", "second", "difference")
 
 
 def evaluations(run: Path) -> dict[str, Path]:
@@ -65,14 +68,25 @@ def disease(one: Mapping[str, Any]) -> str:
     return ", ".join(one["answers"]) if {one["level"], one["task"]} & set(DIAGNOSIS) else ""
 
 
-def compare(first: Lines, second: Lines, *, seed: int = 0) -> dict[str, Any]:
+def compare(
+    first: Lines,
+    second: Lines,
+    *,
+    rules: Mode | None = None,
+    partial: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
     """Accuracy of `second` minus that of `first`, question by question; several samples of one count with
-    their mean.
+    their mean. And FunBench's score, where questions have levels.
 
     Keys:
         all, and by_modality, by_level, by_task, by_disease (name -> the same): first, second, difference
         (figures; n counts questions), gained and lost (questions whose majority of samples is right on one
-        side only), p (McNemar's exact test of these two counts).
+        side only), p (McNemar's exact test of these two counts). In all, by_level and by_task also funbench:
+        first, second, difference of the score, by the reading of answers that accuracy rests on.
+        published: FunBench's score by the rules of the mode `rules` alone (`funbench_pair.published`); None
+        without `rules`.
+        partial: why these are not scores of the whole benchmark, as the reports say.
         flips: ids of the questions gained and lost.
 
     Raises ConfigError where the questions differ.
@@ -104,7 +118,7 @@ def compare(first: Lines, second: Lines, *, seed: int = 0) -> dict[str, Any]:
         gained, lost = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
         return found | {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
 
-    report: dict[str, Any] = {"all": entry(range(len(ids)))}
+    report: dict[str, Any] = {"partial": list(partial), "all": entry(range(len(ids)))}
     for group in GROUPS:
         members: dict[str, list[int]] = {}
         for i, name in enumerate(ids):
@@ -112,12 +126,20 @@ def compare(first: Lines, second: Lines, *, seed: int = 0) -> dict[str, Any]:
             if key:
                 members.setdefault(key, []).append(i)
         report[f"by_{group}"] = {key: entry(members[key]) for key in sorted(members)}
+    for place, pair in funbench_pair.pairs(first, second, funbench_pair.by_report, seed=seed).items():
+        _entry_at(report, place)["funbench"] = pair
+    report["published"] = funbench_pair.published(first, second, rules, seed=seed) if rules else None
     right = values > 0.5
     report["flips"] = {
         "gained": [ids[i] for i in np.flatnonzero(right[1] & ~right[0])],
         "lost": [ids[i] for i in np.flatnonzero(right[0] & ~right[1])],
     }
     return report
+
+
+def _entry_at(report: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
+    """The entry of a place in FunBench's tree: (), (level,) or (level, task)."""
+    return report[("all", "by_level", "by_task")[len(place)]][place[-1]] if place else report["all"]
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -142,23 +164,54 @@ def _means(lines: Lines) -> dict[str, float]:
 
 
 def text_of(name: str, report: Mapping[str, Any]) -> str:
-    """The differences as lines of text."""
+    """The differences as lines of text; of a partial benchmark every line says so."""
     everything = report["all"]
-    flipped = f"{everything['gained']} gained, {everything['lost']} lost, p {everything['p']:.2g}"
-    lines = [f"{name or 'B - A'}: {flipped}"]
-    lines.append(f"{'':<44}{'%':>7}  {'95% interval':>15}{'n':>9}")
-    lines += [line(side, everything[side]) for side in ("first", "second", "difference")]
+    lines = [line(side, everything[side]) for side in ROWS]
+    if "funbench" in everything:
+        lines += [line(f"FunBench score, {side}", everything["funbench"][side]) for side in ROWS]
     for group in GROUPS:
         for key, entry in report[f"by_{group}"].items():
             lines.append(line(f"    {group} {key}", entry["difference"]))
-    return "\n".join(lines) + "\n"
+            if "funbench" in entry:
+                lines.append(line("        FunBench score", entry["funbench"]["difference"]))
+    notes = [f"PARTIAL: {reason}" for reason in report["partial"]]
+    published = report["published"]
+    if published is not None:
+        lines += [line(f"FunBench as published, {side}", published["score"][side]) for side in ROWS]
+        lines += [line(f"    {key}", pair["difference"]) for key, pair in published["groups"].items()]
+        notes += [f"no question of {key}: no FunBench score" for key in published["lacking"]]
+        notes.append(f"as published: by the rules {published['extraction']} alone")
+    flipped = f"{everything['gained']} gained, {everything['lost']} lost, p {everything['p']:.2g}"
+    top = [f"{name or 'B - A'}: {flipped}", f"{'':<44}{'%':>7}  {'95% interval':>15}{'n':>9}"]
+    mark = "  PARTIAL" if report["partial"] else ""
+    return "\n".join([*top, *(one + mark for one in lines), *notes]) + "\n"
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """What report.json says of an evaluation; {} where there is none."""
+    path = folder / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _rules(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mode | None:
+    """By which rules FunBench's published score is computed: those of both reports; None where one of them is
+    not of FunBench. Raises ConfigError where they differ."""
+    both = [report.get("published") or {} for report in (first, second)]
+    if any(one.get("benchmark") != "FunBench" for one in both):
+        return None
+    one, other = (published["extraction"] for published in both)
+    if one != other:
+        raise ConfigError(
+            f"A was scored by the rules {one}, B by {other}: run one evaluation again with the other's "
+            "--extraction; what was answered is not asked for again"
+        )
+    return one
 
 
 def image_loader(folder: Path) -> Callable[[str], Image.Image]:
     """What opens the images of an evaluation: its benchmark, as the report's flags say, or the workdir's
     examples. Raises ConfigError or DataError where they are not there any more."""
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    given = report.get("benchmark", {}).get("flags")
+    given = _report(folder).get("benchmark", {}).get("flags")
     if given is None:
         return lambda key: load_image(folder.parent.parent / "data" / "examples", key)
     known = {name for name in Selection.__slots__ if name in given}
@@ -191,7 +244,9 @@ def run(first: Path, second: Path, out: Path | None, seed: int = 0) -> str:
     texts, reports, pages = [], {}, []
     for name in common:
         lines = read(ours[name]), read(theirs[name])
-        report = compare(*lines, seed=seed)
+        about = [_report(folder[name]) for folder in (ours, theirs)]
+        partial = sorted({reason for one in about for reason in one.get("partial", ())})
+        report = compare(*lines, rules=_rules(*about), partial=partial, seed=seed)
         texts.append(text_of(name, report))
         reports[name] = report
         if out is not None:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.engines import Asking, LoadImage, in_order
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.predict import Sampler
@@ -44,8 +45,9 @@ class Exam:
         return step % self.every == 0 or step == last
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Accuracy, share of well-formed answers, mean length, and n. It is not stopped half-way: what was
-        trained up to here would be lost, or saved without its measurement."""
+        """Accuracy with the ends of its interval (a bootstrap of the patients), share of well-formed answers,
+        mean length, and n. It is not stopped half-way: what was trained up to here would be lost, or saved
+        without its measurement."""
         engine = Sampler(
             model,
             self.processor,
@@ -55,8 +57,12 @@ class Exam:
         )
         answers = in_order(engine, self.items, self.load_image, self.asking)
         outcomes = [outcome_of(one) for one in answers]
+        right = [one.correct for one in outcomes]
+        figure = scores.accuracy(right, units=[item.unit for item in self.items])
+        ends = {"exam/low": figure.low, "exam/high": figure.high}
         return {
-            BEST_BY: float(np.mean([one.correct for one in outcomes])),
+            BEST_BY: float(np.mean(right)),
+            **{name: end for name, end in ends.items() if end is not None},
             "exam/well_formed": float(np.mean([one.well_formed for one in outcomes])),
             "exam/length": float(np.mean([one.tokens for one in answers])),
             "exam/n": float(len(answers)),

@@ -63,6 +63,7 @@ def _as_json(prediction: Prediction, mode: Mode) -> dict[str, Any]:
         "prompt": item.prompt,
         "options": item.options,
         "answers": item.answers,
+        "multiple": item.multiple,
         "response": prediction.response,
         "tokens": prediction.tokens,
         "finished": prediction.finished,

@@ -171,11 +171,40 @@ def funbench(
 
     All files are resampled together, because one image is asked about in several of them.
     """
+    if not files:
+        return FunBenchScores({}, {}, ())
+    tables = resampled_tables(files, gold, predicted, options, units, seed)
+    scores, counts = with_means(tables), counted(files)
+    figures = {key: interval(score[0], score[1:], counts[key]) for key, score in sorted(scores.items())}
+    labels = {}
+    for key, (names, table) in tables.items():
+        columns = (*sensitivity_specificity(table[0]), label_scores(table[0]))
+        labels[key] = {
+            name: tuple(None if np.isnan(column[k]) else float(column[k]) for column in columns)
+            for k, name in enumerate(names)
+        }
+    undefined = tuple(
+        f"{'/'.join(key)}: {name}"
+        for key, row in labels.items()
+        for name, values in row.items()
+        if values[2] is None and len(row) > 1  # a file of one label is scored by its sensitivity
+    )
+    return FunBenchScores(figures, labels, undefined)
+
+
+def resampled_tables(
+    files: Sequence[tuple[str, ...]],
+    gold: Texts,
+    predicted: Texts,
+    options: Texts,
+    units: Sequence[Hashable] | None,
+    seed: int,
+) -> dict[tuple[str, ...], tuple[tuple[str, ...], np.ndarray]]:
+    """Each file's labels and its summed label tables [1 + R, K, 4]: row 0 is the sample itself. All files are
+    drawn together."""
     of_file: dict[tuple[str, ...], list[int]] = {}
     for i, key in enumerate(files):
         of_file.setdefault(key, []).append(i)
-    if not of_file:
-        return FunBenchScores({}, {}, ())
     drawn: Sequence[Hashable] = range(len(files)) if units is None else units
     number = {unit: u for u, unit in enumerate(dict.fromkeys(drawn))}
     unit_of = np.array([number[unit] for unit in drawn], np.intp)
@@ -188,42 +217,31 @@ def funbench(
         np.add.at(columns[-1], unit_of[index], table.reshape(len(index), -1))
     totals = np.concatenate(columns, axis=1)
     sums = np.concatenate([totals.sum(axis=0, keepdims=True), resampled_totals(totals, seed=seed)])
-    return _averaged(names, sums, {key: len(index) for key, index in of_file.items()})
+    ends = np.cumsum([4 * len(labels) for labels in names.values()])[:-1]
+    parts = np.split(sums, ends, axis=1)
+    return {
+        key: (labels, part.reshape(len(sums), len(labels), 4))
+        for (key, labels), part in zip(names.items(), parts, strict=True)
+    }
 
 
-def _averaged(
-    names: Mapping[tuple[str, ...], tuple[str, ...]], sums: np.ndarray, counts: Mapping[tuple[str, ...], int]
-) -> FunBenchScores:
-    """Scores from column sums [1 + R, C]: row 0 is the sample itself; the files lie side by side."""
-    scores: dict[tuple[str, ...], np.ndarray] = {}
-    labels: dict[tuple[str, ...], dict[str, tuple[float | None, ...]]] = {}
-    start = 0
-    for key, of_file in names.items():
-        table = sums[:, start : start + 4 * len(of_file)].reshape(len(sums), len(of_file), 4)
-        start += 4 * len(of_file)
-        scores[key] = file_score(table)
-        columns = (*sensitivity_specificity(table[0]), label_scores(table[0]))
-        labels[key] = {
-            name: tuple(None if np.isnan(column[k]) else float(column[k]) for column in columns)
-            for k, name in enumerate(of_file)
-        }
-    for depth in (2, 1, 0):
+def with_means(
+    tables: Mapping[tuple[str, ...], tuple[tuple[str, ...], np.ndarray]],
+) -> dict[tuple[str, ...], np.ndarray]:
+    """Scores [1 + R] of the files, and of all that is above them: the mean of what is one step below."""
+    scores = {key: file_score(table) for key, (_, table) in tables.items()}
+    for depth in range(len(next(iter(scores))) - 1, -1, -1):
         below = [key for key in scores if len(key) == depth + 1]
         for parent in sorted({key[:depth] for key in below}):
             scores[parent] = mean_defined(
                 np.stack([scores[k] for k in below if k[:depth] == parent], axis=-1)
             )
-    figures = {
-        key: interval(score[0], score[1:], sum(n for file, n in counts.items() if file[: len(key)] == key))
-        for key, score in sorted(scores.items())
-    }
-    undefined = tuple(
-        f"{'/'.join(key)}: {name}"
-        for key, row in labels.items()
-        for name, values in row.items()
-        if values[2] is None and len(row) > 1  # a file of one label is scored by its sensitivity
-    )
-    return FunBenchScores(figures, labels, undefined)
+    return scores
+
+
+def counted(files: Sequence[tuple[str, ...]]) -> Counter[tuple[str, ...]]:
+    """How many answers there are in each file, and in all that is above it."""
+    return Counter(file[:depth] for file in files for depth in range(len(file) + 1))
 
 
 # Findings -------------------------------------------------------------------------------------------------

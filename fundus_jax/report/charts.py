@@ -8,7 +8,7 @@ colours from the page's style sheet, so that both themes work. `Markup.format` e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -42,21 +42,8 @@ def curve(points: Sequence[Point], *, unit: str, axis: str = "free") -> Markup |
     def told(value: float) -> str:
         return short(10**value if axis == "log" else value)
 
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    grid = Markup().join(
-        Markup(
-            '<path class="grid" d="M{} {:.1f}H{}"/><text class="tick end" x="{}" y="{:.1f}">{}</text>'
-        ).format(LEFT, y(tick), WIDTH - RIGHT, LEFT - 6, y(tick) + 3.5, told(tick))
-        for tick in ticks
-    )
-    foot = Markup('<text class="tick" x="{}" y="{}">{}</text>').format(
-        LEFT, HEIGHT - 8, f"step {short(first)}"
-    )
-    foot += Markup('<text class="tick end" x="{}" y="{}">{}</text>').format(
-        WIDTH - RIGHT, HEIGHT - 8, short(known[-1][0])
-    )
+    y = _height(low, high)
+    grid = _grid([(y(tick), told(tick)) for tick in ticks], first, known[-1][0])
     ends = (x[-1], y(calm[-1]))
     mark = Markup(
         '<circle class="line" cx="{:.1f}" cy="{:.1f}" r="2.6"/>'
@@ -67,10 +54,53 @@ def curve(points: Sequence[Point], *, unit: str, axis: str = "free") -> Markup |
     )
     return Markup(
         '<svg class="curve" viewBox="0 0 {0} {1}" role="img"><title>{2}: from {3} to {4}</title>'
-        '<text class="unit" x="0" y="11">{2}</text>{5}{6}{7}{8}</svg>'
+        '<text class="unit" x="0" y="11">{2}</text>{5}{6}{7}</svg>'
     ).format(
         WIDTH, HEIGHT, f"{unit}, logarithmic" if axis == "log" else unit, told(calm[0]), told(calm[-1]), grid,
-        foot, inside, mark.format(*ends, ends[0] + 7, ends[1] + 4, told(calm[-1])),
+        inside, mark.format(*ends, ends[0] + 7, ends[1] + 4, told(calm[-1])),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A value after a step with the ends of its interval, where there is one, and whether it is marked."""
+
+    step: float
+    value: float
+    low: float | None
+    high: float | None
+    marked: bool
+
+
+def measurements(points: Sequence[Measurement], *, unit: str, most: float) -> Markup:
+    """Values over steps with their intervals, the marked ones ringed and written out; within [0, most]."""
+    ends = [end for one in points for end in (one.low, one.value, one.high) if end is not None]
+    room = 0.05 * most if min(ends) == max(ends) else 0.0
+    ticks = nice_ticks(max(0.0, min(ends) - room), min(most, max(ends) + room))
+    y = _height(ticks[0], ticks[-1])
+    first, last = points[0].step, max(points[-1].step, points[0].step + 1)
+    places = [
+        (LEFT + (one.step - first) / (last - first) * (WIDTH - LEFT - RIGHT), y(one.value)) for one in points
+    ]
+    whisker = Markup('<path class="whisker" d="M{:.1f} {:.1f}V{:.1f}"/>')
+    dot = Markup('<circle class="line" cx="{:.1f}" cy="{:.1f}" r="2.6"/>')
+    ring = Markup(
+        '<circle class="ring" cx="{0:.1f}" cy="{1:.1f}" r="6"/>'
+        '<text class="last" x="{2:.1f}" y="{3:.1f}">{4}</text>'
+    )
+    inside = [Markup('<path class="raw" d="{}"/>').format(_path(*zip(*places, strict=True)))]
+    for one, (x, middle) in zip(points, places, strict=True):
+        if one.low is not None and one.high is not None:
+            inside.append(whisker.format(x, y(one.low), y(one.high)))
+        inside.append(dot.format(x, middle))
+        if one.marked:
+            inside.append(ring.format(x, middle, x + 9, middle - 6, short(one.value)))
+    return Markup(
+        '<svg class="exams" viewBox="0 0 {0} {1}" role="img"><title>{2}: from {3} to {4}</title>'
+        '<text class="unit" x="0" y="11">{2}</text>{5}{6}</svg>'
+    ).format(
+        WIDTH, HEIGHT, unit, short(points[0].value), short(points[-1].value),
+        _grid([(y(tick), short(tick)) for tick in ticks], first, points[-1].step), Markup().join(inside),
     )  # fmt: skip
 
 
@@ -163,6 +193,25 @@ def _buckets(values: Sequence[float]) -> list[float]:
         return list(values)
     edges = [round(i * len(values) / MOST) for i in range(MOST + 1)]
     return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _height(low: float, high: float) -> Callable[[float], float]:
+    """Value -> y of a curve whose axis is [low, high]."""
+    return lambda value: HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+def _grid(ticks: Sequence[tuple[float, str]], first: float, last: float) -> Markup:
+    """The lines (y, what stands beside it) of a curve, and the steps under it."""
+    lines = Markup().join(
+        Markup(
+            '<path class="grid" d="M{} {:.1f}H{}"/><text class="tick end" x="{}" y="{:.1f}">{}</text>'
+        ).format(LEFT, y, WIDTH - RIGHT, LEFT - 6, y + 3.5, told)
+        for y, told in ticks
+    )
+    foot = Markup(
+        '<text class="tick" x="{0}" y="{1}">{2}</text><text class="tick end" x="{3}" y="{1}">{4}</text>'
+    )
+    return lines + foot.format(LEFT, HEIGHT - 8, f"step {short(first)}", WIDTH - RIGHT, short(last))
 
 
 def _path(x: Sequence[float], y: Sequence[float]) -> str:

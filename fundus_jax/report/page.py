@@ -21,6 +21,7 @@ from fundus_jax.records import GRID, Example
 from fundus_jax.report import charts, curves, figures, rollouts
 from fundus_jax.report.cases import asks_for_trace, boxes_asked, sample_cases
 from fundus_jax.report.collect import Run
+from fundus_jax.report.exams import exams
 
 TEMPLATES = resources.files("fundus_jax.report") / "templates"
 DATASETS = {"phantom": "phantoms (drawn)", "idrid": "IDRiD"}
@@ -89,6 +90,8 @@ def render(run: Run) -> str:
         "watched": any(name.startswith("alarm/") for line in run.metrics.get("grpo", ()) for name in line),
         "grid": GRID,
         "curves": curves.panels(run.metrics),
+        "exams": exams(run.metrics),
+        "best_used": run.config.get("exam", {}).get("use") == "best",
         "tables": {mode: figures.tables(run.summary, mode) for mode in ("greedy", "sampled")},
         "timeline": curves.timeline(run.timeline),
         "phases": curves.phases(run.metrics),

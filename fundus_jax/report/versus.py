@@ -91,12 +91,14 @@ def render(first: str, second: str, pages: Sequence[tuple[str, Mapping[str, Any]
     shown = [
         {
             "name": name,
-            "all": _row("all questions", report["all"]),
+            "all": _rows("all questions", report["all"]),
             "groups": [
-                (title, [_row(key, entry) for key, entry in report[group].items()])
+                (title, [row for key, entry in report[group].items() for row in _rows(key, entry)])
                 for group, title in _GROUPS.items()
                 if report[group]
-            ],
+            ]
+            + _published(report["published"]),
+            "partial": report["partial"],
             "p": f"{report['all']['p']:.2g}",
             "flips": [
                 (kind, [one for one in found if one.kind == kind][:MOST], len(report["flips"][kind]))
@@ -105,12 +107,30 @@ def render(first: str, second: str, pages: Sequence[tuple[str, Mapping[str, Any]
         }
         for name, report, found in pages
     ]
-    context = {"first": first, "second": second, "pages": shown, "most": MOST}
+    scored = any("funbench" in report["all"] for _, report, _ in pages)
+    context = {"first": first, "second": second, "pages": shown, "most": MOST, "scored": scored}
     return templates().get_template("compare.html.jinja").render(context)
 
 
-def _row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("first", "second", "difference")
-    return {"name": name, **{key: figures.figure(entry, key) for key in keys}} | {
-        key: entry[key] for key in ("gained", "lost")
-    }
+def _rows(name: str, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The row of an entry, and where it has FunBench's score one below it."""
+    return [
+        _row(name, entry),
+        *([_row("FunBench score", entry["funbench"], below=True)] if "funbench" in entry else []),
+    ]
+
+
+def _row(name: str, entry: Mapping[str, Any], *, below: bool = False) -> dict[str, Any]:
+    """gained and lost are None of a score that is no mean over questions."""
+    found = {key: figures.figure(entry, key) for key in ("first", "second", "difference")}
+    return {"name": name, "below": below, **found} | {key: entry.get(key) for key in ("gained", "lost")}
+
+
+def _published(published: Mapping[str, Any] | None) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The group of FunBench's published score; none where there is none."""
+    if published is None:
+        return []
+    title = f"FunBench as published, by the rules {published['extraction']} alone"
+    lacking = f", no question of {', '.join(published['lacking'])}" if published["lacking"] else ""
+    rows = [_row(level, pair) for level, pair in published["groups"].items()]
+    return [(title, [_row(f"mean of the levels{lacking}", published["score"]), *rows])]

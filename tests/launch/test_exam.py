@@ -170,7 +170,9 @@ def test_it_says_the_same_of_the_same_policy(source: Path, tmp_path: Path) -> No
     assert exam is not None
     assert [exam.due(step, 5) for step in range(1, 6)] == [True] * 5
     model = small.bigram(trainer)
-    assert exam(model) == exam(model)
+    said = exam(model)
+    assert said == exam(model)
+    assert said["exam/low"] <= said["exam/accuracy"] <= said["exam/high"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from fundus_jax.files import copy_tree
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.workdir import Workdir
-from launch.config import RunConfig, as_json
+from launch.config import ExamConfig, RunConfig, as_json
 from launch.inherit import JOBS, Heir
 from tests import small
 
@@ -30,6 +30,9 @@ class Place:
 
     def get_state(self) -> dict[str, int]:
         return {"next": self.place}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.place = state["next"]
 
 
 def open_work(path: Path, config: RunConfig) -> Workdir:
@@ -116,6 +119,42 @@ def test_what_a_stage_depends_on_has_to_agree(parent: Path, fields: dict[str, An
     child = heir(parent, changed(**fields))
     assert [stage for stage in PLAN if child.take(stage)] == taken
     child.work.close()
+
+
+def test_the_best_bundle_is_taken_beside_the_last(tmp_path: Path) -> None:
+    """The other run knew most in the middle of SFT: from there this one goes on, and keeps it."""
+    scores, exam = {1: 0.2, 2: 0.9, 3: 0.4}, ExamConfig(every=1, use="best")
+    work = open_work(tmp_path / "parent", small.config(exam=exam))
+    work.save("base", PLAN["base"], STATE, Place(0))
+    for step, score in scores.items():
+        values = {"exam/accuracy": score}
+        work.metrics.log("sft", step, values)
+        if work.leads("sft", step, values) or step == PLAN["sft"]:
+            work.save("sft", step, {"params": {"weight": STATE["params"]["weight"] + step}}, Place(step))
+    work.close()
+    child = heir(work.path, changed(exam=exam))
+    assert child.take("base")
+    assert child.take("sft")
+    taken = child.work
+    assert taken.best("sft") == 2
+    assert taken.checkpoints.steps() == [3, 5, 6]
+
+    def weights(*, best: bool) -> np.ndarray:
+        return taken.params("sft", STATE["params"], best=best)["weight"]
+
+    assert np.array_equal(weights(best=True), STATE["params"]["weight"] + 2)
+    assert np.array_equal(weights(best=False), STATE["params"]["weight"] + 3)
+    (taken.path / "checkpoints/6/manifest.json").rename(tmp_path / "manifest.json")  # a kill between the two
+    assert not child.take("sft")
+    assert taken.resume("sft", STATE, Place(0))[1] == 2
+    (tmp_path / "manifest.json").rename(taken.path / "checkpoints/6/manifest.json")
+    _, done = taken.resume("grpo", STATE, Place(0))
+    assert done == 0
+    for step in range(1, PLAN["grpo"] + 1):
+        taken.save("grpo", step, STATE, Place(step))
+    taken.checkpoints.wait()
+    assert np.array_equal(weights(best=True), STATE["params"]["weight"] + 2)
+    taken.close()
 
 
 @pytest.mark.parametrize("field", ["questions", "sampled"])
