@@ -19,7 +19,7 @@ from fundus_jax.records import ConfigError
 from launch.chips import CHIPS, GIB, Chip, kind_of
 from launch.config import RunConfig, model_config
 
-BUDGET = 0.85  # of a device's memory is planned for
+BUDGET = 0.9  # of a device's memory is planned for
 AGAIN = {"none": 0.0, "dots": 0.05, "block": 0.65}  # of a forward pass is computed twice, by the compiler
 CHUNK = 1024  # rows of logits at a time, as in models.logprobs
 TENSOR = (1, 2, 4, 8)  # within a node, and no finer than heads are
@@ -69,21 +69,28 @@ class Sizes:
             sum(math.prod(slot.shape) for name, slot in slots.items() if part in name)
             for part in (".layers.0.", ".layers.", "visual.")
         )
+        self.attention = sum(math.prod(slot.shape) for name, slot in slots.items() if "self_attn" in name)
         self.patches = (config.max_pixels or 1280 * 784) / model.vision.patch_size**2  # of an image
         matrices = [slot.shape for name, slot in slots.items() if len(slot.shape) == 2 and ".layers." in name]
         adapters = config.lora.rank * sum(map(sum, matrices))  # as if every layer had one
         self.trained = adapters or self.total
         self.frozen = self.total if adapters else 0
 
+    def spread(self, fsdp: int, tensor: int) -> float:
+        """Devices that share the weights: where `tensor` does not divide the heads, attention is whole on it."""
+        whole = self.attention / self.total if self.model.num_key_value_heads % tensor else 0.0
+        return fsdp * tensor / (1 + whole * (tensor - 1))
+
     def lasting(self, fsdp: int, tensor: int) -> float:
         """Masters, moments, frozen weights, and the reference's copy of what is trained."""
         own = (12 + (2 if self.config.grpo.kl_coef else 0)) * self.trained
-        spread = fsdp * tensor
+        spread = self.spread(fsdp, tensor)
         return own / (1 if self.frozen else spread) + 2 * self.frozen / spread  # half of an adapter is whole
 
     def update(self, rows: int, length: int, remat: str, fsdp: int, tensor: int, *, cut: bool) -> float:
-        """Gradients, twice where a batch is `cut` (the sum, and those of one piece), and what a micro-batch
-        of `rows` rows of `length` tokens and an image takes."""
+        """Gradients, and what a micro-batch of `rows` rows of `length` tokens and an image takes. Where a batch
+        is `cut`, the gradients are there twice (the sum, and those of one piece), and once for all pieces the
+        weights are rounded."""
         model, vision = self.model, self.model.vision
         text = _activations(
             model.hidden_size, model.intermediate_size / tensor, remat, model.num_hidden_layers
@@ -91,7 +98,7 @@ class Sizes:
         image = _activations(vision.hidden_size, vision.intermediate_size / tensor, remat, vision.depth)
         logits = 3 * 4 * max(CHUNK, rows) * model.vocab_size / tensor
         gathered = 2 * (3 * self.layer + 2 * model.vocab_size * model.hidden_size) / tensor
-        gradients = 4 * (1 + cut) * self.trained / (fsdp * tensor)
+        gradients = (4 + 6 * cut) * self.trained / self.spread(fsdp, tensor)
         return rows * (length * text + self.patches * image) + logits + gathered + gradients
 
     def seconds(
@@ -121,7 +128,7 @@ class Sizes:
         positions = self.config.max_prompt + grpo.group_size * grpo.max_new_tokens
         heads = model.num_key_value_heads / (1 if model.num_key_value_heads % tensor else tensor)
         cache = 2 * 2 * model.num_hidden_layers * heads * model.head_dim * positions
-        weights = 2 * self.total / tensor + 2 * self.trained / (fsdp * tensor)
+        weights = 2 * self.total / self.spread(1, tensor) + 2 * self.trained / self.spread(fsdp, tensor)
         return weights + rows * cache + 4 * rows * grpo.group_size * model.vocab_size
 
 
@@ -174,8 +181,8 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
             return min(fitting, key=lambda one: one[0])[1]
     raise ConfigError(
         f"--mesh=auto finds no mesh of {name} ({memory:.1f} GiB, {BUDGET:.0%} of it planned) for "
-        f"{config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), shorter lengths, or batches "
-        "that the devices divide"
+        f"{config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), no reference "
+        "(grpo.kl_coef=0), shorter lengths, or batches that the devices divide"
     )
 
 
