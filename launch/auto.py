@@ -11,18 +11,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.params import table
 from fundus_jax.records import ConfigError
+from fundus_jax.sft import PATCH_ROOM
 from launch.chips import CHIPS, GIB, Chip, kind_of
 from launch.config import RunConfig, model_config
 
-BUDGET = 0.85  # of a device's memory is planned for
+BUDGET = 0.9  # of a device's memory is planned for
 AGAIN = {"none": 0.0, "dots": 0.05, "block": 0.65}  # of a forward pass is computed twice, by the compiler
 CHUNK = 1024  # rows of logits at a time, as in models.logprobs
-TENSOR = (1, 2, 4, 8)  # within a node, and no finer than heads are
+TENSOR = (1, 2, 4, 8)  # within a node
+TEXT = 256  # tokens that a conversation of a packed row has beside its image: a question and a trace
 MOST_ROWS = 8  # of a device in a micro-batch: more hide no more traffic
 
 
@@ -58,6 +60,13 @@ class Choice:
         return f"{text}; estimated {self.estimate_gib:.1f} of {self.memory_gib:.1f} GiB a device"
 
 
+class Row(NamedTuple):
+    """As much as a row has at most: tokens, and images of the largest size."""
+
+    tokens: int
+    images: float = 1
+
+
 class Sizes:
     """What a run needs on one device of a mesh, in bytes, by its model's numbers."""
 
@@ -69,21 +78,32 @@ class Sizes:
             sum(math.prod(slot.shape) for name, slot in slots.items() if part in name)
             for part in (".layers.0.", ".layers.", "visual.")
         )
+        self.keys = sum(
+            math.prod(slot.shape)
+            for name, slot in slots.items()
+            if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name
+        )
         self.patches = (config.max_pixels or 1280 * 784) / model.vision.patch_size**2  # of an image
         matrices = [slot.shape for name, slot in slots.items() if len(slot.shape) == 2 and ".layers." in name]
         adapters = config.lora.rank * sum(map(sum, matrices))  # as if every layer had one
         self.trained = adapters or self.total
         self.frozen = self.total if adapters else 0
 
+    def spread(self, fsdp: int, tensor: int) -> float:
+        """Devices that share the weights; keys and values are whole on a tensor axis finer than heads."""
+        whole = self.keys / self.total if self.model.num_key_value_heads % tensor else 0.0
+        return fsdp * tensor / (1 + whole * (tensor - 1))
+
     def lasting(self, fsdp: int, tensor: int) -> float:
         """Masters, moments, frozen weights, and the reference's copy of what is trained."""
         own = (12 + (2 if self.config.grpo.kl_coef else 0)) * self.trained
-        spread = fsdp * tensor
+        spread = self.spread(fsdp, tensor)
         return own / (1 if self.frozen else spread) + 2 * self.frozen / spread  # half of an adapter is whole
 
-    def update(self, rows: int, length: int, remat: str, fsdp: int, tensor: int, *, cut: bool) -> float:
-        """Gradients, twice where a batch is `cut` (the sum, and those of one piece), and what a micro-batch
-        of `rows` rows of `length` tokens and an image takes."""
+    def update(self, rows: int, row: Row, remat: str, fsdp: int, tensor: int, *, cut: bool) -> float:
+        """Gradients, and what a micro-batch of `rows` rows like `row` takes. Where a batch
+        is `cut`, the gradients are there twice (the sum, and those of one piece), and once for all pieces the
+        weights are rounded."""
         model, vision = self.model, self.model.vision
         text = _activations(
             model.hidden_size, model.intermediate_size / tensor, remat, model.num_hidden_layers
@@ -91,27 +111,47 @@ class Sizes:
         image = _activations(vision.hidden_size, vision.intermediate_size / tensor, remat, vision.depth)
         logits = 3 * 4 * max(CHUNK, rows) * model.vocab_size / tensor
         gathered = 2 * (3 * self.layer + 2 * model.vocab_size * model.hidden_size) / tensor
-        gradients = 4 * (1 + cut) * self.trained / (fsdp * tensor)
-        return rows * (length * text + self.patches * image) + logits + gathered + gradients
+        gradients = (4 + 6 * cut) * self.trained / self.spread(fsdp, tensor)
+        return rows * (row.tokens * text + row.images * self.patches * image) + logits + gathered + gradients
+
+    def rows(self) -> tuple[Row, Row]:
+        """A row of SFT, and a prompt of GRPO with its responses, as large as they can be. How many images a
+        packed row has is not known before the data is: as many as fit with a short text each."""
+        sft, grpo = self.config.sft, self.config.grpo
+        packed = PATCH_ROOM * sft.row_length / (self.patches / self.model.vision.spatial_merge_size**2 + TEXT)
+        return (
+            Row(sft.row_length or sft.max_length, max(1, packed)),
+            Row(self.config.max_prompt + grpo.group_size * grpo.max_new_tokens),
+        )
 
     def seconds(
-        self, cuts: Sequence[tuple[int, int]], remat: str, data: int, fsdp: int, tensor: int, chip: Chip
+        self,
+        cuts: Sequence[tuple[int, int]],
+        remat: str,
+        axes: tuple[int, int, int],
+        chip: Chip,
+        *,
+        over_network: bool = False,
     ) -> float:
         """Of a step of SFT and one of GRPO, products and traffic one after the other, at the public peaks;
-        it serves to compare ways to cut a batch. `cuts`: (rows, micro-batches) of a device in each.
+        it serves to compare ways to cut a batch. `cuts`: (rows, micro-batches) of a device in each. `axes`:
+        data, fsdp and tensor. over_network: whether what fsdp gathers crosses it.
 
         A pass over a micro-batch gathers all weights forward and again backward, and its gradient is sent
         once; GRPO has two passes (prompts, responses), and those of the reference.
         """
-        model, kl = self.model, bool(self.config.grpo.kl_coef)
+        (data, fsdp, tensor), model = axes, self.model
+        kl, wire = bool(self.config.grpo.kl_coef), chip.network if over_network else chip.wire
+        wire *= 1 / chip.devices  # those of a chip share its wires
         weights, sent = 2 * self.total / tensor * (1 - 1 / fsdp), 0 if self.frozen else 1
         crossing = 4 * self.trained / (fsdp * tensor) * (1 - 1 / data)
         text = self.text + model.vocab_size * model.hidden_size
         seconds = 0.0
-        for (rows, pieces), length, passes in zip(cuts, lengths(self.config), (2, 4 + 2 * kl), strict=True):
-            products = 2 * (3 + AGAIN[remat]) * rows * (length * text + self.patches * self.vision) / tensor
+        for (rows, pieces), row, passes in zip(cuts, self.rows(), (2, 4 + 2 * kl), strict=True):
+            seen = row.images * self.patches * self.vision
+            products = 2 * (3 + AGAIN[remat]) * rows * (row.tokens * text + seen) / tensor
             seconds += chip.devices * products / chip.flops
-            seconds += pieces * ((passes + sent) * weights / chip.wire + crossing / chip.network)
+            seconds += pieces * ((passes + sent) * weights / wire + crossing * chip.devices / chip.network)
         return seconds
 
     def rollout(self, rows: int, fsdp: int, tensor: int) -> float:
@@ -121,7 +161,7 @@ class Sizes:
         positions = self.config.max_prompt + grpo.group_size * grpo.max_new_tokens
         heads = model.num_key_value_heads / (1 if model.num_key_value_heads % tensor else tensor)
         cache = 2 * 2 * model.num_hidden_layers * heads * model.head_dim * positions
-        weights = 2 * self.total / tensor + 2 * self.trained / (fsdp * tensor)
+        weights = 2 * self.total / self.spread(1, tensor) + 2 * self.trained / self.spread(fsdp, tensor)
         return weights + rows * cache + 4 * rows * grpo.group_size * model.vocab_size
 
 
@@ -137,46 +177,73 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
     """The smallest tensor axis with which something fits; of the ways to recompute and cut that fit then, the
     one that should be fastest.
 
-    devices: all of one kind; where they are several TPU slices these form the data axis. On CPUs, whose
-    memory is not planned, and for the small policy, which fits anywhere, the batch is simply spread. Raises
-    ConfigError where no mesh divides the batches or nothing fits, with the arithmetic.
+    devices: all of one kind; slices of TPUs and nodes of GPUs form the data axis, so that only gradients
+    cross the network. Where nothing fits so, GPUs share the weights over all nodes. On CPUs, whose memory is
+    not planned, and for the small policy, which fits anywhere, the batch is simply spread. Raises ConfigError
+    where no mesh divides the batches or nothing fits, with the arithmetic.
     """
     name = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform == "cpu" or not config.model:
         unchanged = (config.remat, config.sft.micro_batches, config.grpo.micro_batch, config.grpo.slots)
         return Choice(f"data:{len(devices)},fsdp:1,tensor:1", *unchanged, None, None, name)
     chip, sizes = CHIPS[kind_of(devices[0].device_kind)], Sizes(config, model_config(config))
-    memory = chip.memory / chip.devices
-    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
-    slices = slices if devices[0].platform == "tpu" else 1
-    batches, tried = (config.sft.batch, config.grpo.prompts_per_step), []
-    for tensor in TENSOR:
-        fsdp, rest = divmod(len(devices) // slices, tensor)
-        parts = slices * fsdp
-        if rest or any(rows % parts for rows in batches):
-            tried.append(f"tensor:{tensor} does not divide {len(devices)} devices and {batches} rows")
-            continue
-        fitting = []
-        for remat in AGAIN:
-            each = [rows // parts for rows in batches]
-            cut, need = _cut(sizes, each, remat, fsdp, tensor, BUDGET * memory * GIB)
-            tried.append(f"tensor:{tensor} remat {remat} needs {need / GIB:.1f} GiB")
-            if need > BUDGET * memory * GIB:
+    apart, tried = together(devices), []
+    for groups in (apart,) if chip.platform == "tpu" else dict.fromkeys((apart, 1)):
+        for tensor in TENSOR:
+            fsdp, rest = divmod(len(devices) // groups, tensor)
+            if rest:
                 continue
-            slots = 0 if cut[2] == each[1] else cut[2] * parts
-            pieces = [rows // size for rows, size in zip(each, cut, strict=False)]
-            made = (pieces[0], cut[1] * parts * config.grpo.group_size, slots)
-            mesh = f"data:{slices},fsdp:{fsdp},tensor:{tensor}"
-            cuts = tuple(zip(each, pieces, strict=True))
-            seconds = sizes.seconds(cuts, remat, slices, fsdp, tensor, chip)
-            fitting.append((seconds, Choice(mesh, remat, *made, need / GIB, memory, name)))
-        if fitting:
-            return min(fitting, key=lambda one: one[0])[1]
+            axes = (groups, fsdp, tensor)
+            fitting = _fitting(sizes, axes, chip, tried, name, over_network=groups < apart)
+            if fitting:
+                return min(fitting, key=lambda one: one[0])[1]
     raise ConfigError(
-        f"--mesh=auto finds no mesh of {name} ({memory:.1f} GiB, {BUDGET:.0%} of it planned) for "
-        f"{config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), shorter lengths, or batches "
-        "that the devices divide"
+        f"--mesh=auto finds no mesh of {name} ({chip.memory / chip.devices:.1f} GiB, {BUDGET:.0%} of it "
+        f"planned) for {config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), no reference "
+        "(grpo.kl_coef=0), shorter lengths, or batches that the devices divide"
     )
+
+
+def together(devices: Sequence[Any]) -> int:
+    """Groups of devices with nothing but the network between them: slices of TPUs, nodes of GPUs. jax gives a
+    node a slice_index of its own, but for devices to compile for, whose processes are the nodes."""
+    slices = {getattr(device, "slice_index", None) or 0 for device in devices}
+    processes = {getattr(device, "process_index", 0) for device in devices}
+    if devices[0].platform == "tpu" or len(slices) > 1 or len(processes) == len(devices):
+        return len(slices)
+    return len(processes)
+
+
+def _fitting(
+    sizes: Sizes, axes: tuple[int, int, int], chip: Chip, tried: list[str], name: str, *, over_network: bool
+) -> list[tuple[float, Choice]]:
+    """What fits on a mesh of `axes` (data, fsdp, tensor): (seconds, choice) each. All is noted in `tried`."""
+    (data, fsdp, tensor), config = axes, sizes.config
+    parts, memory = data * fsdp, chip.memory / chip.devices
+    mesh, batches = (
+        f"data:{data},fsdp:{fsdp},tensor:{tensor}",
+        (config.sft.batch, config.grpo.prompts_per_step),
+    )
+    if sizes.model.num_attention_heads % tensor:
+        tried.append(f"{mesh} does not divide {sizes.model.num_attention_heads} heads")
+        return []
+    if any(rows % parts for rows in batches):
+        tried.append(f"{mesh} does not divide {batches} rows")
+        return []
+    fitting, room = [], BUDGET * memory * GIB
+    for remat in AGAIN:
+        each = [rows // parts for rows in batches]
+        cut, need = _cut(sizes, each, remat, fsdp, tensor, room)
+        tried.append(f"{mesh} remat {remat} needs {need / GIB:.1f} GiB")
+        if need > room:
+            continue
+        slots = 0 if cut[2] == each[1] else cut[2] * parts
+        pieces = [rows // size for rows, size in zip(each, cut, strict=False)]
+        made = (pieces[0], cut[1] * parts * config.grpo.group_size, slots)
+        cuts = tuple(zip(each, pieces, strict=True))
+        seconds = sizes.seconds(cuts, remat, axes, chip, over_network=over_network)
+        fitting.append((seconds, Choice(mesh, remat, *made, need / GIB, memory, name)))
+    return fitting
 
 
 def _cut(
@@ -189,20 +256,14 @@ def _cut(
     while slots > 1 and slots % 2 == 0 and lasting + sizes.rollout(slots, fsdp, tensor) > room:
         slots //= 2
     cut, needs = [], [lasting + sizes.rollout(slots, fsdp, tensor)]
-    for rows, length in zip(each, lengths(sizes.config), strict=True):
+    for rows, row in zip(each, sizes.rows(), strict=True):
         found = [
-            (n, lasting + sizes.update(n, length, remat, fsdp, tensor, cut=n < rows)) for n in divisors(rows)
+            (n, lasting + sizes.update(n, row, remat, fsdp, tensor, cut=n < rows)) for n in divisors(rows)
         ]
         best = ([one for one in found if one[1] <= room] or found[:1])[-1]
         cut.append(best[0])
         needs.append(best[1])
     return [*cut, slots], max(needs)
-
-
-def lengths(config: RunConfig) -> tuple[int, int]:
-    """Tokens that a row of SFT, and a prompt of GRPO with its responses, has at most."""
-    grpo = config.grpo
-    return config.sft.max_length, config.max_prompt + grpo.group_size * grpo.max_new_tokens
 
 
 def divisors(rows: int) -> list[int]:

@@ -119,7 +119,7 @@ def _figures(compiled: Any, program: programs.Program, topology: Topology) -> di
     inside, outside = report.sent(chips_per_node=topology.devices_together)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # those in the place of no argument
     own = memory.argument_size_in_bytes + results
-    devices = program.times * chip.devices  # those of a chip share its units
+    devices = program.times * chip.devices  # those of a chip share its units and wires
     return {
         "program": program.name,
         "runs": program.times,
@@ -135,8 +135,8 @@ def _figures(compiled: Any, program: programs.Program, topology: Topology) -> di
         "projected_s": {
             "matmul": devices * (report.flops + report.kernel_flops) / chip.flops,
             "memory": devices * memory.argument_size_in_bytes / chip.bandwidth,
-            "wire": program.times * inside / chip.wire,
-            "network": program.times * outside / chip.network,
+            "wire": devices * inside / chip.wire,
+            "network": devices * outside / chip.network,
         },
     }
 

@@ -24,6 +24,7 @@ from fundus_jax.models.attention import backend_for
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.layers import Options
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from launch.auto import Row, Sizes
 from launch.config import RunConfig, model_config
 from launch.stages import chosen
 
@@ -99,11 +100,11 @@ class Abstract:
         """An array whose first axis is the batch."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
 
-    def batch(self, rows: int, length: int) -> Batch:
-        """Conversations of one image each, as large as the run allows."""
-        vision = self.model.vision
+    def batch(self, rows: int, row: Row, *, packed: bool = False) -> Batch:
+        """Rows as large as the run allows."""
+        vision, length = self.model.vision, row.tokens
         pixels = self.config.max_pixels or 1280 * 28 * 28
-        slots = round_up(-(-pixels // vision.patch_size**2), vision.window_slots)
+        slots = round_up(math.ceil(row.images * pixels / vision.patch_size**2), vision.window_slots)
         return Batch(
             tokens=self.rows((rows, length), jnp.int32),
             mask=self.rows((rows, length), jnp.bool_),
@@ -113,6 +114,7 @@ class Abstract:
             patches=self.rows((rows, slots, vision.patch_features), jnp.float32),
             patch_hw=self.rows((rows, slots, 2), jnp.int32),
             patch_image=self.rows((rows, slots), jnp.int32),
+            packed=packed,
         )
 
 
@@ -126,8 +128,9 @@ def sft_stage(policy: Abstract) -> Stage:
     optimizer = training.make_optimizer(config.optim, SCHEDULE)
     state = policy.state(optimizer)
     run = sft.make_update(policy.merge, optimizer, config, policy.config.compute)
-    shape = (config.batch, config.max_length)
-    batch = (policy.batch(*shape), policy.rows(shape, jnp.bool_))
+    row = Sizes(policy.config, policy.model).rows()[0]
+    batch = policy.batch(config.batch, row, packed=config.row_length > 0)
+    batch = (batch, policy.rows((config.batch, row.tokens), jnp.bool_))
     resident = {
         "weights": state.params,
         "optimizer": state.optimizer,
@@ -143,7 +146,7 @@ def grpo_stage(policy: Abstract) -> Stage:
     config, run = policy.config.grpo, policy.config
     optimizer = training.make_optimizer(config.optim, SCHEDULE)
     state = policy.state(optimizer)
-    batch = policy.batch(config.prompts_per_step, run.max_prompt)
+    batch = policy.batch(config.prompts_per_step, Row(run.max_prompt))
     resident = {
         "weights": state.params,
         "optimizer": state.optimizer,
@@ -152,7 +155,7 @@ def grpo_stage(policy: Abstract) -> Stage:
     }
     resident |= {"reference": policy.narrowed(policy.trained)} if config.kl_coef else {}
     resident |= {"policy": policy.narrowed(policy.trained)}  # in the compute dtype, while it samples
-    others = ("weights", "optimizer", "reference")
+    others = ("weights", "optimizer", "reference", "frozen")
     programs = _sampling(policy, batch, others)
     shape = (config.prompts_per_step, config.group_size, config.max_new_tokens)
     tokens, logprobs = policy.rows(shape, jnp.int32), policy.rows(shape, jnp.float32)
@@ -177,7 +180,10 @@ def grpo_stage(policy: Abstract) -> Stage:
 
 
 def _sampling(policy: Abstract, batch: Batch, others: tuple[str, ...]) -> list[Program]:
-    """What `grpo.sampler.sample` runs. The weights in the compute dtype live as long as it does."""
+    """What `grpo.sampler.sample` runs beside `others`. The weights in the compute dtype live as long as it
+    does; what is frozen is among them where a program reads the model."""
+    read = tuple(name for name in others if name != "frozen")
+    all_beside = (*others, "batch", "policy", "sampler")
     config = policy.config.grpo
     settings = sampler.Settings(config.max_new_tokens, config.temperature, config.group_size)
     weights = training.join(policy.narrowed(policy.trained), policy.frozen)
@@ -201,21 +207,24 @@ def _sampling(policy: Abstract, batch: Batch, others: tuple[str, ...]) -> list[P
         return (stepper(made), slots, key, settings, count)
 
     gather = [
-        Program("gather layer", sampler.gather_layer, lambda _: (model, count), (*others, "sampler"), layers),
-        Program("gather ends", sampler.gather_ends, lambda _: (model,), (*others, "sampler")),
+        Program("gather layer", sampler.gather_layer, lambda _: (model, count), (*read, "sampler"), layers),
+        Program("gather ends", sampler.gather_ends, lambda _: (model,), (*read, "sampler")),
     ]
     steps = (config.max_new_tokens - 1) * -(-rows // slots)
     last = Program("decode", sampler.decode_slots, decode, (*others, "batch", "policy"), steps)
     if slots == rows:
         whole = Program(
-            "fill", sampler.fill_all, lambda made: (model, stepper(made), batch, key, settings), others
+            "fill", sampler.fill_all, lambda made: (model, stepper(made), batch, key, settings), read
         )
         return [*gather, whole, last]
     which = jax.ShapeDtypeStruct((shards, refill // shards), jnp.int32)
     first = Program(
-        "open", sampler.open_slots, lambda made: (model, stepper(made), batch, key, settings, slots), others
+        "open",
+        sampler.open_slots,
+        lambda made: (model, stepper(made), batch, key, settings, slots),
+        all_beside,
     )
-    return [*gather, first, Program("fill", sampler.fill_slots, fill, others, -(-rows // refill)), last]
+    return [*gather, first, Program("fill", sampler.fill_slots, fill, read, -(-rows // refill)), last]
 
 
 STAGES = {"sft": sft_stage, "grpo": grpo_stage}

@@ -76,23 +76,20 @@ def test_the_estimate_of_what_stays_is_the_compilers(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FITTING if parse_topology(name.split(" ")[1]).slices == 1])
 def test_the_estimate_of_an_update_is_not_far_below_the_compilers(name: str) -> None:
-    """What is planned is BUDGET of the memory; with a tenth more it still is within USABLE.
-
-    It is further below for a tensor axis of 8 (7B on sixteen v5e: the table says that the choice does not
-    fit) and for pieces on two slices (3B, which fits), whose sums take more.
-    """
-    assert auto.BUDGET / 0.9 < 1.01 * planning.USABLE
+    """What is planned is BUDGET of the memory; with 4 % more it still is within USABLE. Pieces on two slices
+    (3B, which fits) take more: their sums."""
+    assert auto.BUDGET / 0.96 < planning.USABLE
     recipe, machine = name.split(" ")
     config = scaling.config_of(recipe)
     sizes = auto.Sizes(config, auto.model_config(config))
     batches = (config.sft.batch, config.grpo.prompts_per_step)
-    for plan, batch, length in zip(PLANS[name], batches, auto.lengths(config), strict=True):
+    for plan, batch, row in zip(PLANS[name], batches, sizes.rows(), strict=True):
         mesh = {axis: int(size) for axis, size in (part.split(":") for part in plan["mesh"].split(","))}
         pieces, axes = plan["micro_batches"], (mesh["fsdp"], mesh["tensor"])
         rows = batch // (mesh["data"] * mesh["fsdp"] * pieces)
-        estimate = sizes.lasting(*axes) + sizes.update(rows, length, plan["remat"], *axes, cut=pieces > 1)
+        estimate = sizes.lasting(*axes) + sizes.update(rows, row, plan["remat"], *axes, cut=pieces > 1)
         update = next(row for row in plan["programs"] if row["program"] == "update")
-        assert estimate / GIB > 0.9 * update["total_gib"]
+        assert estimate / GIB > 0.96 * update["total_gib"]
 
 
 def test_what_fits_is_within_memory() -> None:
