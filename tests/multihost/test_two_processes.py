@@ -37,7 +37,7 @@ def start(workdir: Path, cache: Path, processes: int, stop_at: str = "") -> list
             started.append(
                 subprocess.Popen(words_here, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
             )
-        return [process.wait(timeout=200) for process in started]
+        return [process.wait(timeout=400) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -54,7 +54,7 @@ def said(path: Path) -> list[dict[str, object]]:
     return [{**json.loads(line), "logprob": None} for line in path.read_text().splitlines()]
 
 
-@pytest.mark.timeout(600)  # about two minutes of two processors, which others may want too
+@pytest.mark.timeout(1800)  # about two minutes of two processors, which others may want too
 def test_two_processes_do_what_one_does_and_either_goes_on_for_the_other(tmp_path: Path) -> None:
     cache, one, two = tmp_path / "compiled", tmp_path / "one", tmp_path / "two"
     assert start(one, cache, 1) == [0]
