@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fundus_jax.evaluation.engines import Asking, LoadImage, in_order
+from fundus_jax.evaluation.engines import Asking, in_order
 from fundus_jax.evaluation.items import Item
+from fundus_jax.evaluation.pictures import Images
 from fundus_jax.evaluation.predict import Sampler
 from fundus_jax.evaluation.report import outcome_of
 from fundus_jax.workdir import BEST_BY
@@ -28,7 +29,7 @@ class Exam:
     def __init__(
         self,
         items: Sequence[Item],
-        load_image: LoadImage,
+        images: Images,
         processor: Any,
         mesh: Mesh,
         *,
@@ -36,7 +37,7 @@ class Exam:
         asking: Asking,
         slots: int,
     ) -> None:
-        self.items, self.load_image, self.processor, self.mesh = items, load_image, processor, mesh
+        self.items, self.images, self.processor, self.mesh = items, images, processor, mesh
         self.every, self.asking, self.slots = every, asking, slots
 
     def due(self, step: int, last: int) -> bool:
@@ -53,7 +54,7 @@ class Exam:
             mesh=self.mesh,
             settle=jax.block_until_ready,
         )
-        answers = in_order(engine, self.items, self.load_image, self.asking)
+        answers = in_order(engine, self.items, self.images, self.asking)
         outcomes = [outcome_of(one) for one in answers]
         return {
             BEST_BY: float(np.mean([one.correct for one in outcomes])),

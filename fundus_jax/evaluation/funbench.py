@@ -16,9 +16,10 @@ from typing import Any
 from PIL import Image
 
 from fundus_jax import dialog
-from fundus_jax.data import open_image
+from fundus_jax.data import Size, open_image
 from fundus_jax.evaluation import complete, crop
 from fundus_jax.evaluation.items import Item, Selection, counted, turn
+from fundus_jax.evaluation.pictures import Folder
 from fundus_jax.records import ConfigError, DataError
 
 # Beginning of an image key -> modality; the first row that fits counts.
@@ -86,7 +87,7 @@ class FunBench:
         if selection.emode not in EMODES:
             raise ConfigError(f"emode is {selection.emode}: FunBench has prompts for 2 and 3")
         source = Path(source)
-        self.images = Path(selection.images) if selection.images else None
+        self.images = Folder(Path(selection.images)) if selection.images else None
         self.side = selection.side
         self.cuts = crop.read_cuts(Path(selection.preprocess)) if selection.preprocess else None
         items, mute = read_tree(source, selection)
@@ -96,8 +97,9 @@ class FunBench:
             items,
             selection,
             "FunBench",
-            there=self._find if self.images else None,
-            where=str(self.images),
+            there=self.images.__contains__ if self.images else None,
+            size=self.image_size if self.images else None,
+            where=selection.images,
             lacking=lacking,
             of=len(wanted),
         )
@@ -110,22 +112,26 @@ class FunBench:
             + (f", resized to {self.side} x {self.side}" if self.side else ""),
         )
 
-    def _find(self, key: str) -> bool:
-        return self.images is not None and complete.find_file(self.images, key) is not None
-
     def load_image(self, image: str) -> Image.Image:
         """The picture of an image key, prepared and resized where that was asked for."""
-        if self.images is None:
-            raise ConfigError("FunBench does not bring its images: name the folder they lie in (images)")
-        path = complete.find_file(self.images, image)
-        if path is None:
-            raise DataError(f"{image} is not under {self.images}")
-        picture = open_image(path.read_bytes(), str(path))
+        picture = self._folder().load_image(image)
         if self.cuts is not None:
             picture = crop.prepare(picture, image, self.cuts)
         if not self.side:
             return picture
         return picture.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
+
+    def image_size(self, image: str) -> Size:
+        """The size of that picture: the side, the cut's diameter, or what the file's head says."""
+        path = self._folder().path(image)
+        with open_image(path, str(path)) as picture:
+            size = Size(*picture.size) if self.cuts is None else crop.size_of(picture, image, self.cuts)
+        return Size(self.side, self.side) if self.side else size
+
+    def _folder(self) -> Folder:
+        if self.images is None:
+            raise ConfigError("FunBench does not bring its images: name the folder they lie in (images)")
+        return self.images
 
 
 def read_tree(source: Path, selection: Selection) -> tuple[list[Item], int]:

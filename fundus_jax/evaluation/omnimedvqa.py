@@ -16,9 +16,10 @@ from typing import Any
 
 from PIL import Image
 
-from fundus_jax.data import open_image
+from fundus_jax.data import Size
 from fundus_jax.evaluation import complete
 from fundus_jax.evaluation.items import Item, Selection, choice_prompt, counted, turn
+from fundus_jax.evaluation.pictures import Folder
 from fundus_jax.records import ConfigError, DataError
 
 FOLDER = "QA_information/Open-access"
@@ -61,7 +62,7 @@ class OmniMedVQA:
     def __init__(self, source: str | Path, selection: Selection | None = None) -> None:
         selection = selection or Selection()
         source = Path(source)
-        self.images = Path(selection.images) if selection.images else source
+        self.images = Folder(Path(selection.images) if selection.images else source)
         wanted = selection.modalities or tuple(MODALITIES)
         items, left = read(source, wanted, selection)
         files = [name for modality in wanted for name in FILES.get(modality, ())]
@@ -75,8 +76,9 @@ class OmniMedVQA:
             items,
             selection,
             "OmniMedVQA",
-            there=lambda key: complete.find_file(self.images, key) is not None,
-            where=str(self.images),
+            there=self.images.__contains__,
+            size=self.image_size,
+            where=str(self.images.root),
             lacking=lacking,
             of=len(files),
         )
@@ -84,10 +86,11 @@ class OmniMedVQA:
 
     def load_image(self, image: str) -> Image.Image:
         """The picture of an image_path."""
-        path = complete.find_file(self.images, image)
-        if path is None:
-            raise DataError(f"{image} is not under {self.images}")
-        return open_image(path.read_bytes(), str(path))
+        return self.images.load_image(image)
+
+    def image_size(self, image: str) -> Size:
+        """Its size, from the file's head."""
+        return self.images.image_size(image)
 
 
 def read(source: Path, modalities: tuple[str, ...], selection: Selection) -> tuple[list[Item], Counter[str]]:

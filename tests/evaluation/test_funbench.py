@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from fundus_jax import dialog
-from fundus_jax.evaluation.complete import find_file
 from fundus_jax.evaluation.extract import VLMEVALKIT
 from fundus_jax.evaluation.funbench import FILES, FunBench, modality_of
 from fundus_jax.evaluation.items import Selection
+from fundus_jax.evaluation.pictures import find_file
 from fundus_jax.evaluation.report import Prediction, evaluate
 from fundus_jax.records import ConfigError, DataError
 
@@ -171,7 +171,7 @@ def test_images_of_the_user(tmp_path: Path) -> None:
     (images / "oia-odir" / "images").mkdir(parents=True)
     Image.new("RGB", (30, 20)).save(images / "oia-odir" / "images" / "1_LEFT.jpg")
     with pytest.raises(
-        DataError, match=r"1 of 2 images are not under .*: OIA-ODIR/Images/2_left.jpg; add them"
+        DataError, match=r"1 of 2 images are not under .*: OIA-ODIR/Images/2_left.jpg; mend that"
     ):
         FunBench(source, chosen)
     partial = FunBench(source, replace(chosen, allow_partial=True))

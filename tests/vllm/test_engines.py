@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fundus_jax.chat import ChatConfig
+from fundus_jax.data import Size
 from fundus_jax.evaluation.benchmarks import PhantomBenchmark
 from fundus_jax.evaluation.engines import Asking
 from fundus_jax.evaluation.items import Selection
@@ -44,6 +45,7 @@ def asked(trainer: Trainer, folder: Path) -> PhantomBenchmark:
         return plain(image).resize((75, 61), Image.Resampling.BICUBIC)
 
     benchmark.load_image = stretched  # type: ignore[method-assign]
+    benchmark.image_size = lambda image: Size(75, 61)  # type: ignore[method-assign]
     return benchmark
 
 
@@ -52,7 +54,7 @@ def test_both_engines_say_the_same(engines: list[Any], trainer: Trainer, tmp_pat
     found: list[list[Prediction]] = []
     for engine in engines:
         journal = Journal(tmp_path / engine.facts["engine"], benchmark.items, engine.facts, ASKING)
-        answers = journal.ask(engine, benchmark.load_image)
+        answers = journal.ask(engine, benchmark)
         assert not engine.failures
         found.append([one for index in range(len(benchmark.items)) for one in answers[index]])
     ours, theirs = found
@@ -75,8 +77,7 @@ def test_samples_of_a_seed_are_the_same_again(engines: list[Any], trainer: Train
     how = Asking(max_new_tokens=8, temperature=1.0, samples=3, seed=2)
     for engine in engines:
         once, again = (
-            dict(engine.answer(benchmark.items, wanted, benchmark.load_image, how))
-            for wanted in (range(6), (4, 2))
+            dict(engine.answer(benchmark.items, wanted, benchmark, how)) for wanted in (range(6), (4, 2))
         )
         for index in (2, 4):  # log-probabilities depend on the batch in their last digits
             assert [one.response for one in once[index]] == [one.response for one in again[index]]
