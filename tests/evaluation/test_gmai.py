@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fundus_jax.evaluation import wide
+from fundus_jax import dialog
+from fundus_jax.evaluation import vlmevalkit, wide
 from fundus_jax.evaluation.gmai import FILE, GmaiMMBench
 from fundus_jax.evaluation.items import Selection
 from fundus_jax.evaluation.report import Prediction, evaluate
@@ -123,6 +124,21 @@ def test_the_published_score(source: Path) -> None:
     two_of_three = pytest.approx(2 / 3)
     assert values == {"AR": (0, 1), "NT": (1, 2), "BVR": (1, 1), "DD": (two_of_three, 3), "SG": (1, 3)}
     assert found["score"]["value"] == pytest.approx((0 + 1 + 1 + 2 / 3 + 1) / 5)
+
+
+def test_vlmevalkit_scores_it_against_its_own_questions(source: Path) -> None:
+    """As VLMEvalKit does: the right answers come from the benchmark's table, by index."""
+    rows = [row(k, task, answer="ABC"[k % 3]) for k, task in enumerate(["Bone", *TASKS, "DD"], start=7)]
+    path = table(source / FILE, rows)
+    items = GmaiMMBench(path, Selection(allow_partial=True)).items
+    assert [one.id for one in items] == [str(k) for k in range(8, 14)]
+    letters = {text: letter for letter, text in dialog.lettered(items[0].options).items()}
+    answers = [Prediction(item=one, response=letters[one.answer]) for one in items]
+    known = {int(one["index"]): one["answer"] for one in rows}
+    head, *lines = vlmevalkit.rows(answers)
+    for line in lines:
+        cells = dict(zip(head, line, strict=True))
+        assert known[cells["index"]] == cells["answer"] == cells["prediction"]
 
 
 @pytest.mark.parametrize(
