@@ -7,7 +7,7 @@ score. Neighbours: the readers of this package.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -36,8 +36,7 @@ def choose(
     there: Callable[[str], bool] | None = None,
     size: Callable[[str], Size] | None = None,
     where: str = "",
-    lacking: Sequence[str] = (),
-    of: int = 0,
+    gaps: Sequence[str] = (),
 ) -> Chosen:
     """The selected items whose images are there, and are images as far as their heads tell.
 
@@ -48,19 +47,17 @@ def choose(
             are listed.
         size: `Images.image_size`; raises DataError for what is no image. None asks nothing.
         where: the place where images are looked for, for messages.
-        lacking: question files that the publisher has and the source has not; `of` is how many there are.
+        gaps: what tells the source from the published benchmark, one reason each.
 
     Raises:
-        DataError: something is missing or no image, and `allow_partial` is not set.
+        DataError: there are gaps, or an image is missing or none, and `allow_partial` is not set.
         ConfigError: nothing is left.
     """
     asked = selection.choose(read)
     keys = tuple(dict.fromkeys(key for item in asked for key in item.images))
     missing = () if there is None else tuple(key for key in keys if not there(key))
     broken = {} if size is None else _broken(size, sorted({*keys} - {*missing}))
-    reasons = []
-    if lacking:
-        reasons.append(f"{len(lacking)} of {of} question files are missing: {listed(lacking)}")
+    reasons = list(gaps)
     if missing:
         reasons.append(f"{len(missing)} of {len(keys)} images are not under {where}: {listed(missing)}")
     if broken:
@@ -81,6 +78,20 @@ def choose(
     if len(asked) < chosen:
         reasons.append(f"{len(asked)} of {chosen} questions, drawn")
     return Chosen(items, (*missing, *broken), tuple(reasons))
+
+
+def file_gaps(files: Mapping[str, tuple[int, int] | None]) -> list[str]:
+    """What question files lack. files: name -> how many questions are there, and how many were published, or
+    None where there is no such file."""
+    lacking = [name for name, counts in files.items() if counts is None]
+    counted = [(name, *counts) for name, counts in files.items() if counts is not None]
+    other = [f"{name} {there} of {published}" for name, there, published in counted if there != published]
+    found = []
+    if lacking:
+        found.append(f"{len(lacking)} of {len(files)} question files are missing: {listed(lacking)}")
+    if other:
+        found.append(f"{len(other)} of {len(files)} question files are not as published: {listed(other)}")
+    return found
 
 
 def _broken(size: Callable[[str], Size], keys: Sequence[str]) -> dict[str, str]:

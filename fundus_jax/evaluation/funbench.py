@@ -69,6 +69,7 @@ FILES = (
     "L4-disease_diagnosis/L4d-amd_categorization.json",
 )
 EMODES = (2, 3)
+_TOLD = "number of images"  # of which each has one question in a file
 
 
 class FunBench:
@@ -90,9 +91,8 @@ class FunBench:
         self.images = Folder(Path(selection.images)) if selection.images else None
         self.side = selection.side
         self.cuts = crop.read_cuts(Path(selection.preprocess)) if selection.preprocess else None
-        items, mute = read_tree(source, selection)
+        items, mute, counts = read_tree(source, selection)
         wanted = [file for file in FILES if not selection.tasks or _place(file)[1] in selection.tasks]
-        lacking = [file for file in wanted if not (source / file).is_file()]
         chosen = complete.choose(
             items,
             selection,
@@ -100,8 +100,7 @@ class FunBench:
             there=self.images.__contains__ if self.images else None,
             size=self.image_size if self.images else None,
             where=selection.images,
-            lacking=lacking,
-            of=len(wanted),
+            gaps=complete.file_gaps({file: counts.get(file) for file in wanted}),
         )
         self.items, self.missing, self.partial = chosen.items, chosen.missing, chosen.partial
         self.notes = (
@@ -134,9 +133,10 @@ class FunBench:
         return self.images
 
 
-def read_tree(source: Path, selection: Selection) -> tuple[list[Item], int]:
-    """All items of the tree at `source` (the folder that holds L1-..., L2-...), by level, task and file; and
-    how many questions have no prompt in the selected mode.
+def read_tree(source: Path, selection: Selection) -> tuple[list[Item], int, dict[str, tuple[int, int]]]:
+    """All items of the tree at `source` (the folder that holds L1-..., L2-...), by level, task and file; how
+    many questions have no prompt in the selected mode; and file -> how many questions it has, and how many it
+    says it has.
 
     Raises:
         DataError: no question file; one that FunBench does not have; one that is not in its form.
@@ -152,24 +152,32 @@ def read_tree(source: Path, selection: Selection) -> tuple[list[Item], int]:
     strange = [file for file in files if file not in FILES]
     if strange:
         raise DataError(f"{source} has files that FunBench has not: {complete.listed(strange)}; remove them")
-    read = [item for file in files for item in read_file(source / file, source, selection)]
+    read: list[Item | None] = []
+    counts = {}
+    for file in files:
+        found, told = read_file(source / file, source, selection)
+        read += found
+        counts[file] = len(found), told
     items = [item for item in read if item is not None]
-    return items, len(read) - len(items)
+    return items, len(read) - len(items), counts
 
 
-def read_file(path: Path, source: Path, selection: Selection) -> list[Item | None]:
-    """The items of one question file; None for a question without a prompt in the selected mode.
+def read_file(path: Path, source: Path, selection: Selection) -> tuple[list[Item | None], int]:
+    """The items of one question file, None for a question without a prompt in the selected mode; and how many
+    questions the file says it has.
 
     Raises:
         DataError: naming file and image.
     """
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-        questions = pairs["data"].items()
+        questions, told = pairs["data"].items(), int(pairs["info"][_TOLD])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f'{path}: not a FunBench file with an object "data": {error}') from error
+        raise DataError(
+            f'{path}: not a FunBench file with an object "data" and {_TOLD!r} in "info": {error}'
+        ) from error
     level, task = _place(path.relative_to(source).as_posix())
-    return [_item(key, question, level, task, path.stem, selection) for key, question in questions]
+    return [_item(key, question, level, task, path.stem, selection) for key, question in questions], told
 
 
 def _place(file: str) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from fundus_jax.records import ConfigError, DataError
 
 FILE = "GMAI-MMBench_VAL.tsv"
 MD5 = "254bd581627866f1c499d3d6b4422324"  # of the published one, by VLMEvalKit
+ROWS = 4550  # that it has
 MODALITIES = {"fundus photography": "CFP", "oct": "OCT"}
 TASKS = {
     "attribute recognition": "AR",
@@ -62,16 +63,19 @@ class GmaiMMBench:
         self._place, self._width = table.columns["image"], len(table.columns)
         self._rows = {str(one.begin): one.where for one in table.own.values()}
         items, left = table.items(wanted, selection)
-        self.notes: tuple[str, ...] = (
+        self.notes = (
             f"GMAI-MMBench, {', '.join(sorted(wanted))}: {len(items)} of {table.rows} questions, "
             f"{counted(one.task for one in items)}; {counted(one.modality for one in items)}",
             f"left out by the rule: {', '.join(f'{name} {n}' for name, n in sorted(left.items())) or 'none'}",
         )
         with open(self.path, "rb") as file:
             known = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False))
-        same = "is" if known.hexdigest() == MD5 else "is not"
-        self.notes += (f"{self.path.name} {same} the published validation file (md5 {known.hexdigest()})",)
-        chosen = complete.choose(items, selection, "GMAI-MMBench", size=self.image_size)
+        other = (
+            f"{self.path.name} is not the published validation file: it has {table.rows} rows of {ROWS}, and "
+            f"the md5 {known.hexdigest()}"
+        )
+        gaps = () if known.hexdigest() == MD5 else (other,)
+        chosen = complete.choose(items, selection, "GMAI-MMBench", size=self.image_size, gaps=gaps)
         self.items, self.missing, self.partial = chosen.items, chosen.missing, chosen.partial
 
     def load_image(self, image: str) -> Image.Image:
