@@ -2,8 +2,9 @@
 stages in pairs.
 
 Greedy answers say what the policy would tell a user; sampled ones what GRPO optimises, so these are scored
-with its reward too. Both use fixed questions and seeds: differences between stages are paired, question by
-question.
+with its reward too. The judge is then the one by rules, whichever rated in training: it needs no server,
+gives the same again, and compares runs with different judges. Both use fixed questions and seeds: differences
+between stages are paired, question by question.
 """
 
 import dataclasses
