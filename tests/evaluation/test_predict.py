@@ -22,7 +22,7 @@ from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.sharding import parse_mesh
 from tests.evaluation.readers import CUT, KEYS, encode, funbench
-from tests.evaluation.samples import Pictures, example, item, stage
+from tests.evaluation.samples import Pictures, command_flags, example, item, stage
 from tests.small import Bigram
 
 
@@ -198,8 +198,6 @@ def test_questions_with_several_images(tmp_path: Path) -> None:
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
     """The flags of the command, for a model of random weights in tmp_path/tiny; and how it was loaded."""
-    from absl import flags
-
     loaded: list[tuple[Any, ...]] = []
 
     def load_pretrained(*arguments: Any, **named: Any) -> tuple[Any, Any]:
@@ -209,16 +207,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[
         return skeleton.merge(training.spread(params, skeleton.shardings(named["mesh"]))), processor
 
     monkeypatch.setattr(run, "load_pretrained", load_pretrained)
-    values = flags.FlagValues()
-    monkeypatch.setattr(flags, "FLAGS", values)
-    for kind in ("string", "enum", "bool", "list", "integer", "float"):
-        original = getattr(flags, f"DEFINE_{kind}")
-        monkeypatch.setattr(
-            flags, f"DEFINE_{kind}", lambda *a, _define=original, **k: _define(*a, flag_values=values, **k)
-        )
-    run.define_flags()
     tiny_model(tmp_path / "tiny")
-    return values, loaded
+    return command_flags(monkeypatch), loaded
 
 
 def test_the_command_on_a_tiny_model(
