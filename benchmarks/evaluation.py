@@ -17,7 +17,7 @@ import dataclasses
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from PIL import Image
 from benchmarks import common
 from fundus_jax.base import policy
 from fundus_jax.base.policy import PolicyConfig
+from fundus_jax.data import Size, decoded, image_size, open_image
 from fundus_jax.evaluation.engines import Asking
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.predict import Sampler
@@ -36,7 +37,22 @@ from fundus_jax.models import read_config
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 
 SETTINGS = ("questions", "side", "pixels", "mean_tokens", "new_tokens", "slots", "threads", "repeats")
-Load = Callable[[str], Image.Image]
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """The pictures of the questions: a few files, each of many questions."""
+
+    files: list[bytes]
+
+    def load_image(self, image: str) -> Image.Image:
+        return decoded(open_image(self._file(image), image), image)
+
+    def image_size(self, image: str) -> Size:
+        return image_size(self._file(image), image)
+
+    def _file(self, image: str) -> bytes:
+        return self.files[int(image) % len(self.files)]
 
 
 def make_policy(args: Any) -> tuple[Any, Processor]:
@@ -52,8 +68,8 @@ def make_policy(args: Any) -> tuple[Any, Processor]:
     return model, processor
 
 
-def make_questions(args: Any) -> tuple[list[Item], Load]:
-    """Questions about photographs of `side` pixels, and what opens these."""
+def make_questions(args: Any) -> tuple[list[Item], Photographs]:
+    """Questions about photographs of `side` pixels, and these."""
     random = np.random.default_rng(0)
     files = []
     for _ in range(16):  # decoded anew for each question, so few of them do
@@ -70,25 +86,29 @@ def make_questions(args: Any) -> tuple[list[Item], Load]:
         )
         for number in range(args.questions)
     ]  # fmt: skip
-    return items, lambda name: Image.open(io.BytesIO(files[int(name) % len(files)]))
+    return items, Photographs(files)
 
 
-def in_slots(model: Any, processor: Processor, items: list[Item], load: Load, args: Any) -> dict[str, Any]:
+def in_slots(
+    model: Any, processor: Processor, items: list[Item], images: Photographs, args: Any
+) -> dict[str, Any]:
     """The engine: what it did, and the answers."""
     engine = Sampler(model, processor, slots=args.slots, threads=args.threads)
     asking = Asking(max_new_tokens=args.new_tokens, temperature=1.0)
-    answers = dict(engine.answer(items, range(len(items)), load, asking))
+    answers = dict(engine.answer(items, range(len(items)), images, asking))
     return engine.work() | {"answers": [answers[index][0].response for index in range(len(items))]}
 
 
-def in_batches(model: Any, processor: Processor, items: list[Item], load: Load, args: Any) -> dict[str, Any]:
+def in_batches(
+    model: Any, processor: Processor, items: list[Item], images: Photographs, args: Any
+) -> dict[str, Any]:
     """Batches in turns: read, then decode. Its answers are others, as each batch numbers its rows anew."""
     began, waited = time.perf_counter(), 0.0
     for first in range(0, len(items), args.slots):
         chosen = [items[(first + k) % len(items)] for k in range(args.slots)]
         reading = time.perf_counter()
         texts = [processor.chat(list(one.messages), add_generation_prompt=True) for one in chosen]
-        batch = processor(texts, [[load(name) for name in one.images] for one in chosen])
+        batch = processor(texts, [[images.load_image(name) for name in one.images] for one in chosen])
         waited += time.perf_counter() - reading
         np.asarray(generate(model, batch, max_new_tokens=args.new_tokens, temperature=1.0, seed=first).tokens)
     seconds = time.perf_counter() - began
@@ -99,14 +119,14 @@ def run(args: Any) -> dict[str, Any]:
     """The whole measurement, as it is written to --out."""
     model, processor = make_policy(args)
     report = common.new_report(args, model, SETTINGS)
-    items, load = make_questions(args)
+    items, images = make_questions(args)
     ways = {"slots": in_slots, "batches": in_batches}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for way in ways.values():
-        way(model, processor, items[: 2 * args.slots], load, args)  # compiles
+        way(model, processor, items[: 2 * args.slots], images, args)  # compiles
     for _ in range(args.repeats):
         for name, way in ways.items():
-            found[name].append(way(model, processor, items, load, args))
+            found[name].append(way(model, processor, items, images, args))
     if any(one["answers"] != found["slots"][0]["answers"] for one in found["slots"]):
         raise RuntimeError("the same questions got other answers")
     print(f"{'way':>8} {'questions/s':>12} {'idle':>7} {'for images':>11} {'slots full':>11}")

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -28,6 +28,13 @@ from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowle
 R = TypeVar("R", Example, Findings, Trace, Knowledge)
 MAX_PIXELS = 100_000_000  # the largest fundus photographs in use have about 16 million
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
+
+
+class Size(NamedTuple):
+    """Of a picture, in pixels."""
+
+    width: int
+    height: int
 
 
 def read_stage(directory: str | Path, cls: type[R]) -> Iterator[R]:
@@ -76,15 +83,31 @@ def load_image(directory: str | Path, key: str) -> Image.Image:
     return open_image(reader.read([int(index)])[0], key)
 
 
-def open_image(data: bytes, where: str) -> Image.Image:
-    """A picture from its bytes. Raises DataError, naming `where`, for another type than FORMATS or more than
-    MAX_PIXELS pixels."""
+def open_image(data: bytes | Path, where: str) -> Image.Image:
+    """A picture from its bytes, or from its file, of which the head alone is read. Raises DataError, naming
+    `where`, for another type than FORMATS or more than MAX_PIXELS pixels."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: not a readable {', '.join(FORMATS)} image ({error})") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"{where}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
+    return image
+
+
+def image_size(data: bytes | Path, where: str) -> Size:
+    """The size of a picture without its pixels. Raises DataError as `open_image`."""
+    with open_image(data, where) as image:
+        return Size(*image.size)
+
+
+def decoded(image: Image.Image, where: str) -> Image.Image:
+    """The picture with its pixels in memory. Raises DataError, naming `where`, where they can not be read, as
+    in a file that was cut off."""
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for broken files
+        raise DataError(f"{where}: its pixels can not be read: {error}") from error
     return image
 
 

@@ -1,7 +1,9 @@
-"""The table of set-ups A to J in the columns of the paper's Table 5, from the files of their workdirs alone.
+"""The tables of set-ups A to J in the columns of the paper's Table 5, from the files of their workdirs alone.
 
-A column that the questions asked do not fill is "–": phantoms know no vessels, layers or attributes, and a
-benchmark's mean is only given where all of its columns are. Neighbour: `setups` makes the runs.
+One is of the published benchmarks, where a run was asked them (`benchmarked` says where these reports stand);
+one of each run's own held-out questions, which no other work has numbers for. They are never mixed. A column
+that the questions asked do not fill is "–": phantoms know no vessels, layers or attributes, and a benchmark's
+mean is only given where all of its columns are. Neighbour: `setups` makes the runs.
 """
 
 import json
@@ -14,6 +16,7 @@ import numpy as np
 from fundus_jax.evaluation import scores
 from fundus_jax.files import write_atomic
 from fundus_jax.records import ConfigError
+from launch import benchmarked
 from launch.config import names
 
 
@@ -45,8 +48,8 @@ SETUPS = {
     "I": Setup(recipe="i_knowledge_only", title="Using the DK item only", parent="E"),
     "J": Setup(recipe="j_sum", title="Summing the VF and DK items", parent="E"),
 }
-# The paper's columns: benchmark, column, and where the number stands in a report of `evaluation`; () where
-# our questions have no equivalent. FunBench's is its own score, the other two benchmarks' is accuracy.
+# The paper's columns: benchmark, column, and where the number of our held-out questions stands in a report of
+# `evaluation`; () where they have no equivalent. FunBench's is its own score, the other two's is accuracy.
 COLUMNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Overall", "Avg", ()),
     ("Overall", "FunBench", ("funbench", "overall")),
@@ -85,15 +88,17 @@ COMPARED = (
     ("greedy diagnosis", "greedy", "L4"),
     ("sampled answers", "sampled", ""),
 )
+NOT_ASKED = "No run has been asked them: evaluation/{funbench,omnimedvqa,gmai}/report.json is in no workdir."
 NOTES = """
 Per cent with 95 % bootstrap intervals; n is the number of answers, of findings for their F1, and of
 questions in the differences. FunBench's columns are its score, the mean over labels of the harmonic mean of
-sensitivity and specificity; the others are accuracy. Everything is greedy, but "sampled" (temperature 1).
+sensitivity and specificity; the others are accuracy. Held-out questions are answered greedily, but "sampled"
+(temperature 1).
 
 * The intervals resample patients. They do not say what another seed of the training would have given: each
   row is one run, and the budgets are a few minutes of a CPU.
 * "–": nothing that was asked is an equivalent. A benchmark's mean needs all of its columns, and Avg all three
-  benchmarks. Both columns DD are the same questions.
+  benchmarks. Of the held-out questions both columns DD are the same ones.
 * Where the images are phantoms, they are drawn, and no number has a clinical meaning. The base policy is then
   a small one whose vision tower was warmed up and which has no language: A answers next to nothing, and C,
   whose rollouts are next to never rewarded, has nothing to learn from. In the paper these two start from
@@ -104,37 +109,44 @@ sensitivity and specificity; the others are accuracy. Everything is greedy, but 
 def tabulate(root: Path) -> str:
     """Write `root`/setups.json and setups.md from the workdirs root/a to root/j, as far as they have come,
     and return the page. Raises ConfigError where runs were asked different questions."""
-    rows = {letter: row_of(root / letter.lower(), setup) for letter, setup in SETUPS.items()}
+    reports = {letter: benchmarked.read(root / letter.lower()) for letter in SETUPS}
+    benchmarked.check(reports)
+    rows = {letter: row_of(root / letter.lower(), setup, reports[letter]) for letter, setup in SETUPS.items()}
     differences = [
         {"first": first, "second": second, "by": by} | compared(root / first.lower(), root / second.lower())
         for first, second, by in PAIRS
-        if rows[first] and rows[second]
+        if all(row and row["more"]["all questions"] for row in (rows[first], rows[second]))
     ]
     facts = {"setups": {letter: row for letter, row in rows.items() if row}, "differences": differences}
-    page = render(rows, differences)
+    page = render(rows, differences, benchmarked.notes(reports))
     write_atomic(root / "setups.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     write_atomic(root / "setups.md", page)
     return page
 
 
-def row_of(workdir: Path, setup: Setup) -> dict[str, Any] | None:
-    """What a finished run says: every column's figure (None where nothing fills it). None: not finished."""
-    try:
-        stored, kept = (_read(workdir / name) for name in ("config.json", "evaluation/summary.json"))
-    except FileNotFoundError:
+def row_of(workdir: Path, setup: Setup, reports: benchmarked.Reports) -> dict[str, Any] | None:
+    """What a run says, by the published benchmarks and by its held-out questions: every column's figure (None
+    where nothing fills it). None: neither has been asked yet."""
+    config, summary = workdir / "config.json", workdir / "evaluation" / "summary.json"
+    if not config.is_file():
         return None
+    stored = _read(config)
     stage = last_stage(stored["config"])
-    if stage not in kept["stages"]:
+    entry = _read(summary)["stages"].get(stage, {}) if summary.is_file() else {}
+    if not entry and not reports:
         return None
-    entry = kept["stages"][stage]
-    columns = {f"{benchmark} {name}": _figure(entry["greedy"], path) for benchmark, name, path in COLUMNS}
+    held_out = {
+        f"{benchmark} {name}": _figure(entry.get("greedy"), path) for benchmark, name, path in COLUMNS
+    }
     more = {name: _figure(entry.get(kind), path) for kind, name, path in MORE}
+    columns = [(benchmark, name) for benchmark, name, _ in COLUMNS]
     return {
         "title": setup.title,
         "run": stored["config"]["name"],
         "config_hash": stored["hash"],
         "after": stage,
-        "columns": columns,
+        "published": benchmarked.figures(reports, columns),
+        "held_out": held_out,
         "more": more,
     }
 
@@ -183,12 +195,18 @@ def _figure(report: Any, path: tuple[str, ...]) -> dict[str, Any] | None:
     return report if path and isinstance(report, dict) and report.get("value") is not None else None
 
 
-def render(rows: dict[str, dict[str, Any] | None], differences: list[dict[str, Any]]) -> str:
-    """The page: the paper's table, what stands beside it, the differences."""
+def render(
+    rows: dict[str, dict[str, Any] | None], differences: list[dict[str, Any]], notes: list[str]
+) -> str:
+    """The page: the paper's table of the benchmarks, with `notes` on their scores, and of held-out questions,
+    what stands beside it, the differences."""
     marks = {"Omni-Fundus": "O·", "GMAI-Fundus": "G·"}
     heads = [f"{marks.get(benchmark, '')}{name}" for benchmark, name, _ in COLUMNS]
-    page = ["# Set-ups A to J (the paper's Table 5)", "", *_table(rows, "columns", heads), ""]
-    page += ["O·: Omni-Fundus, G·: GMAI-Fundus.", "", "## Beside the paper's columns", ""]
+    page = ["# Set-ups A to J (the paper's Table 5)", "", "O·: Omni-Fundus, G·: GMAI-Fundus.", ""]
+    page += ["## The published benchmarks", ""]
+    page += [*_table(rows, "published", heads), "", *notes, ""] if notes else [NOT_ASKED, ""]
+    page += ["## Held-out questions of the runs themselves, in the same columns", ""]
+    page += [*_table(rows, "held_out", heads), "", "## Beside the paper's columns", ""]
     page += [*_table(rows, "more", [name for _, name, _ in MORE]), "", "## Differences, in pairs", ""]
     page += ["Accuracy of the first row minus that of the second, in points, over the same questions.", ""]
     headings = [name for name, _, _ in COMPARED]
@@ -223,5 +241,7 @@ def _table(rows: dict[str, dict[str, Any] | None], part: str, heads: list[str]) 
 def _cell(figure: dict[str, Any] | None, sign: str = "") -> str:
     if figure is None or figure["value"] is None:
         return "–"
+    if figure["low"] is None:
+        return f"{100 * figure['value']:{sign}.1f}"
     value, low, high = (100 * figure[key] for key in ("value", "low", "high"))
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"

@@ -2,8 +2,9 @@
 stages in pairs.
 
 Greedy answers say what the policy would tell a user; sampled ones what GRPO optimises, so these are scored
-with its reward too. Both use fixed questions and seeds: differences between stages are paired, question by
-question.
+with its reward too. The judge is then the one by rules, whichever rated in training: it needs no server,
+gives the same again, and compares runs with different judges. Both use fixed questions and seeds: differences
+between stages are paired, question by question.
 """
 
 import dataclasses
@@ -22,9 +23,10 @@ from fundus_jax import dialog, hosts, stop
 from fundus_jax.data import open_pool
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.benchmarks import PhantomBenchmark
-from fundus_jax.evaluation.engines import Asking, Engine, LoadImage
+from fundus_jax.evaluation.engines import Asking, Engine, without_failures
 from fundus_jax.evaluation.items import Item, Selection
 from fundus_jax.evaluation.journal import Journal
+from fundus_jax.evaluation.pictures import Images
 from fundus_jax.evaluation.predict import Sampler
 from fundus_jax.evaluation.report import Prediction, compare, compare_places, evaluate
 from fundus_jax.evaluation.results import write
@@ -67,7 +69,7 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
         untrained = stage == "base" != trainer.last
         items = greedy.items[: config.evaluate.before] if untrained else greedy.items
         engine = functools.cache(functools.partial(_engine, config, trainer, stage))
-        about = {"stage": stage}, greedy.load_image, trainer.mesh, config.grpo.max_new_tokens
+        about = {"stage": stage}, greedy, trainer.mesh, config.grpo.max_new_tokens
         ask = functools.partial(_answers, engine, *about)
         predictions[stage], report = ask(items, folder / f"{stage}-greedy")
         asked = [one for one in predictions[stage] if one.item.task in set(names(config.data.grpo_tasks))]
@@ -100,7 +102,7 @@ def _engine(config: RunConfig, trainer: Trainer, stage: str) -> Engine:
 def _answers(
     engine: Callable[[], Engine],
     facts: dict[str, Any],
-    load_image: LoadImage,
+    images: Images,
     mesh: Mesh,
     max_new_tokens: int,
     items: Sequence[Item],
@@ -113,7 +115,8 @@ def _answers(
     known = journal.known()
     if len(known) < len(items):
         with jax.set_mesh(mesh), stop.deferred():
-            known = journal.ask(engine(), load_image)
+            known = journal.ask(engine(), images)
+            without_failures(items, engine().failures)
     answers = [one for index in range(len(items)) for one in known[index]]
     done = folder / "report.json"  # written last
     if hosts.of_first(done.is_file()):

@@ -7,7 +7,10 @@ with the finished stages of its neighbour where these are the same (--parent, la
 base are made once, SFT twice, GRPO seven times. The same command again goes on where it stopped. It ends
 with setups.md and setups.json in the workdir, and prints the page; --only_table makes these from what is
 there. About half an hour and 3 GiB on two CPU cores. Runs of real size are started one by one, with the
-commands that their files give, and are tabulated here where their workdirs are called a to j.
+commands that their files give, and are tabulated here where their workdirs are called a to j. What the
+published benchmarks say of them is read from a/evaluation/funbench/report.json, and so for omnimedvqa and
+gmai, where the evaluation command has written it (launch/benchmarked.py); each run's own held-out questions
+stand in a table apart.
 """
 
 import importlib

@@ -23,12 +23,13 @@ from data_pipeline.datasets import registry
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax import hosts, sft, training
 from fundus_jax.base import policy, warmup
-from fundus_jax.data import Pool, load_image, open_pool
+from fundus_jax.data import Pool, open_pool
 from fundus_jax.evaluation.benchmarks import item_of
 from fundus_jax.evaluation.card import Card, Source, render, scores_of
 from fundus_jax.evaluation.engines import Asking
 from fundus_jax.evaluation.exam import Exam
 from fundus_jax.evaluation.items import Selection
+from fundus_jax.evaluation.pictures import Stage
 from fundus_jax.files import write_atomic
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.judge_server import make_judge
@@ -186,7 +187,7 @@ class Trainer:
         items = selection.choose([item_of(example, selection) for example in self.held.examples])
         return Exam(
             items,
-            functools.partial(load_image, examples),
+            Stage(examples),
             self.processor,
             self.mesh,
             every=config.exam.every,

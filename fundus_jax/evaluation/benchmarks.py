@@ -13,12 +13,13 @@ from pathlib import Path
 from PIL import Image
 
 from fundus_jax import dialog, findings
-from fundus_jax.data import load_image, read_stage
+from fundus_jax.data import Size, read_stage
 from fundus_jax.evaluation.describe import Reports
 from fundus_jax.evaluation.funbench import FunBench
 from fundus_jax.evaluation.gmai import GmaiMMBench
 from fundus_jax.evaluation.items import Benchmark, Item, Selection, counted
 from fundus_jax.evaluation.omnimedvqa import OmniMedVQA
+from fundus_jax.evaluation.pictures import Stage
 from fundus_jax.evaluation.retinal_reason import RetinalReason
 from fundus_jax.records import ConfigError, DataError, Example
 
@@ -42,19 +43,21 @@ class PhantomBenchmark:
     published = ""
 
     def __init__(self, source: str | Path, selection: Selection | None = None) -> None:
-        self.source = Path(source)
+        self.pictures = Stage(Path(source))
         self.missing: tuple[str, ...] = ()  # a finished stage directory is complete, or it is refused
         selection = selection or Selection()
-        examples = (
-            example for example in read_stage(self.source, Example) if example.split == selection.split
-        )
+        examples = (example for example in read_stage(source, Example) if example.split == selection.split)
         self.items = selection.choose([item_of(example, selection) for example in examples])
         self.partial: tuple[str, ...] = ()  # nobody else has numbers for these questions
         self.notes = (f"{len(self.items)} held-out questions, {counted(one.task for one in self.items)}",)
 
     def load_image(self, image: str) -> Image.Image:
-        """The picture of a key "FILE#INDEX": record INDEX of the ArrayRecord file FILE."""
-        return load_image(self.source, image)
+        """The picture of an Example's `image`."""
+        return self.pictures.load_image(image)
+
+    def image_size(self, image: str) -> Size:
+        """Its size."""
+        return self.pictures.image_size(image)
 
 
 def item_of(example: Example, selection: Selection) -> Item:

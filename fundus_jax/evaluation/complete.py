@@ -7,20 +7,21 @@ score. Neighbours: the readers of this package.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
+from fundus_jax.data import Size
 from fundus_jax.evaluation.items import Item, Selection
 from fundus_jax.records import ConfigError, DataError
 
 SHOWN = 5
+THREADS = 8  # that look at the heads of images
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The items that are asked, the image keys that were not found, and why the score is partial."""
+    """The items that are asked, the image keys that can not be shown, and why the score is partial."""
 
     items: tuple[Item, ...]
     missing: tuple[str, ...]
@@ -33,77 +34,80 @@ def choose(
     title: str,
     *,
     there: Callable[[str], bool] | None = None,
+    size: Callable[[str], Size] | None = None,
     where: str = "",
-    lacking: Sequence[str] = (),
-    of: int = 0,
+    gaps: Sequence[str] = (),
 ) -> Chosen:
-    """The selected items whose images are there.
+    """The selected items whose images are there, and are images as far as their heads tell.
 
     Args:
         read: all items of the source.
         title: the benchmark's name, for messages.
-        there: whether an image key can be loaded; None asks nothing, as where only questions are listed.
+        there: whether there is a file, or a cell, of an image key; None asks nothing, as where only questions
+            are listed.
+        size: `Images.image_size`; raises DataError for what is no image. None asks nothing.
         where: the place where images are looked for, for messages.
-        lacking: question files that the publisher has and the source has not; `of` is how many there are.
+        gaps: what tells the source from the published benchmark, one reason each.
 
     Raises:
-        DataError: something is missing, and `allow_partial` is not set.
+        DataError: there are gaps, or an image is missing or none, and `allow_partial` is not set.
         ConfigError: nothing is left.
     """
     asked = selection.choose(read)
     keys = tuple(dict.fromkeys(key for item in asked for key in item.images))
     missing = () if there is None else tuple(key for key in keys if not there(key))
-    reasons = []
-    if lacking:
-        reasons.append(f"{len(lacking)} of {of} question files are missing: {listed(lacking)}")
+    broken = {} if size is None else _broken(size, sorted({*keys} - {*missing}))
+    reasons = list(gaps)
     if missing:
         reasons.append(f"{len(missing)} of {len(keys)} images are not under {where}: {listed(missing)}")
+    if broken:
+        why = "; ".join([*broken.values()][:SHOWN]) + ("; ..." if len(broken) > SHOWN else "")
+        reasons.append(f"{len(broken)} of {len(keys)} images can not be read: {why}")
     if reasons and not selection.allow_partial:
         raise DataError(
-            f"{title}: {'; '.join(reasons)}; add them, or allow a partial benchmark (allow_partial), whose "
+            f"{title}: {'; '.join(reasons)}; mend that, or allow a partial benchmark (allow_partial), whose "
             "scores cannot be compared with published ones"
         )
-    gone = set(missing)
+    gone = {*missing, *broken}
     items = tuple(item for item in asked if gone.isdisjoint(item.images))
     if not items:
-        raise ConfigError(f"{title}: none of {len(keys)} images is under {where}: check the folder of images")
+        raise ConfigError(f"{title}: none of {len(keys)} images can be shown: {'; '.join(reasons)}")
     if selection.tasks:
         reasons.append(f"of its tasks only {', '.join(selection.tasks)}")
     chosen = len([item for item in read if not selection.tasks or item.task in selection.tasks])
     if len(asked) < chosen:
         reasons.append(f"{len(asked)} of {chosen} questions, drawn")
-    return Chosen(items, missing, tuple(reasons))
+    return Chosen(items, (*missing, *broken), tuple(reasons))
+
+
+def file_gaps(files: Mapping[str, tuple[int, int] | None]) -> list[str]:
+    """What question files lack. files: name -> how many questions are there, and how many were published, or
+    None where there is no such file."""
+    lacking = [name for name, counts in files.items() if counts is None]
+    counted = [(name, *counts) for name, counts in files.items() if counts is not None]
+    other = [f"{name} {there} of {published}" for name, there, published in counted if there != published]
+    found = []
+    if lacking:
+        found.append(f"{len(lacking)} of {len(files)} question files are missing: {listed(lacking)}")
+    if other:
+        found.append(f"{len(other)} of {len(files)} question files are not as published: {listed(other)}")
+    return found
+
+
+def _broken(size: Callable[[str], Size], keys: Sequence[str]) -> dict[str, str]:
+    """The keys of what is no image, and why."""
+
+    def fault(key: str) -> str:
+        try:
+            size(key)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {key: why for key, why in zip(keys, pool.map(fault, keys), strict=True) if why}
 
 
 def listed(names: Sequence[str]) -> str:
     """The first few names."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-
-
-def find_file(root: Path, key: str) -> Path | None:
-    """The file `key` under `root`, exactly spelt or else with case ignored; None if there is none.
-
-    Raises:
-        DataError: a key that leads out of `root`.
-    """
-    parts = PurePosixPath(key).parts
-    if not parts or key.startswith("/") or ".." in parts or "\\" in key or "\0" in key:
-        raise DataError(f"image key {key!r} leads out of its folder")
-    path = root.joinpath(*parts)
-    if path.is_file():
-        return path
-    folder = root
-    for part in parts:
-        name = _names(folder).get(part.lower())
-        if name is None:
-            return None
-        folder = folder / name
-    return folder if folder.is_file() else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _names(folder: Path) -> dict[str, str]:
-    """Lower-case name -> name of everything in a folder; of two that differ in case only, the first."""
-    if not folder.is_dir():
-        return {}
-    return {path.name.lower(): path.name for path in sorted(folder.iterdir(), reverse=True)}

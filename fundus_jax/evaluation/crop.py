@@ -18,10 +18,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from fundus_jax.data import Size
 from fundus_jax.records import DataError
 
 # Beginnings of the image keys that preprocess.py leaves as they are.
 UNTOUCHED = ("octdl/", "neh", "octid", "ucsd/", "retouch/", "top/", "mmc-amd/", "deepdrid/ultra")
+
+Square = tuple[int, int, int, int, int]
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values for a picture on its side
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Cut:
     """What is done to one image. `square`: height and width of the raw image, x, y and diameter; or None."""
 
     rotate: bool
-    square: tuple[int, int, int, int, int] | None
+    square: Square | None
 
 
 def read_cuts(path: Path) -> dict[str, Cut]:
@@ -65,11 +69,7 @@ def prepare(image: Image.Image, key: str, cuts: Mapping[str, Cut]) -> Image.Imag
     Raises:
         DataError: a photograph that the file does not know, or that has another size than it says.
     """
-    cut = cuts.get(key.lower())
-    if cut is None:
-        if key.lower().startswith(UNTOUCHED):
-            return image
-        raise DataError(f"{key}: preprocess_info.json has no entry for it")
+    cut = _cut_of(key, cuts)
     if cut.square is None and not cut.rotate:
         return image
     pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # turned as OpenCV reads it
@@ -78,14 +78,43 @@ def prepare(image: Image.Image, key: str, cuts: Mapping[str, Cut]) -> Image.Imag
     return Image.fromarray(pixels[::-1, ::-1] if cut.rotate else pixels)
 
 
-def _circle_of(pixels: np.ndarray, square: tuple[int, int, int, int, int], key: str) -> np.ndarray:
+def size_of(image: Image.Image, key: str, cuts: Mapping[str, Cut]) -> Size:
+    """The size of what `prepare` makes of an image, of which no pixel is decoded.
+
+    Raises:
+        DataError: as `prepare`, but an image that lies on its side may pass here.
+    """
+    cut = _cut_of(key, cuts)
+    if cut.square is None:
+        turned = cut.rotate and image.getexif().get(_ORIENTATION) in _SIDEWAYS
+        return Size(*image.size[::-1] if turned else image.size)
+    height, width, _, _, diameter = cut.square
+    if sorted(image.size) != sorted((width, height)):
+        raise _other_size(key, Size(*image.size), cut.square)
+    return Size(diameter, diameter)
+
+
+def _cut_of(key: str, cuts: Mapping[str, Cut]) -> Cut:
+    cut = cuts.get(key.lower())
+    if cut is None and key.lower().startswith(UNTOUCHED):
+        return Cut(rotate=False, square=None)
+    if cut is None:
+        raise DataError(f"{key}: preprocess_info.json has no entry for it")
+    return cut
+
+
+def _other_size(key: str, size: Size, square: Square) -> DataError:
+    return DataError(
+        f"{key}: {size.width} x {size.height} pixels, but preprocess_info.json cuts {square[1]} x "
+        f"{square[0]}: give the publisher's raw images, or leave the preparation out"
+    )
+
+
+def _circle_of(pixels: np.ndarray, square: Square, key: str) -> np.ndarray:
     """The square [D, D, 3] of the raw pixels, zero outside of the image and of the circle in it."""
     height, width, x, y, diameter = square
     if pixels.shape[:2] != (height, width):
-        raise DataError(
-            f"{key}: {pixels.shape[1]} x {pixels.shape[0]} pixels, but preprocess_info.json cuts {width} x "
-            f"{height}: give the publisher's raw images, or leave the preparation out"
-        )
+        raise _other_size(key, Size(pixels.shape[1], pixels.shape[0]), square)
     cut = np.zeros((diameter, diameter, 3), np.uint8)
     top, left = max(0, y), max(0, x)
     part = pixels[top : min(height, y + diameter), left : min(width, x + diameter)]

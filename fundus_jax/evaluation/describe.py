@@ -13,8 +13,9 @@ from pathlib import Path
 from PIL import Image
 
 from fundus_jax import findings
-from fundus_jax.data import load_image, read_stage
+from fundus_jax.data import Size, read_stage
 from fundus_jax.evaluation.items import Item, Selection, counted, turn
+from fundus_jax.evaluation.pictures import Stage
 from fundus_jax.records import ConfigError, Example
 
 TASK = "report"
@@ -28,10 +29,10 @@ class Reports:
     published = ""
 
     def __init__(self, source: str | Path, selection: Selection | None = None) -> None:
-        self.source = Path(source)
+        self.pictures = Stage(Path(source))
         selection = selection or Selection()
         known: dict[str, Example] = {}
-        for example in read_stage(self.source, Example):
+        for example in read_stage(source, Example):
             if example.split == selection.split and example.findings is not None:
                 known.setdefault(example.image, example)
         if not known:
@@ -44,8 +45,12 @@ class Reports:
         self.notes = (f"{len(self.items)} images, {counted(one.modality for one in self.items)}",)
 
     def load_image(self, image: str) -> Image.Image:
-        """The picture of a key "FILE#INDEX"."""
-        return load_image(self.source, image)
+        """The picture of an Example's `image`."""
+        return self.pictures.load_image(image)
+
+    def image_size(self, image: str) -> Size:
+        """Its size."""
+        return self.pictures.image_size(image)
 
 
 def _item(example: Example, selection: Selection) -> Item:

@@ -8,19 +8,17 @@ same text and the same pixels, and with temperature 0 the same tokens (tests/vll
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
-
 from fundus_jax.evaluation.items import Item
+from fundus_jax.evaluation.pictures import Images
 from fundus_jax.evaluation.report import Prediction
-from fundus_jax.records import ConfigError
+from fundus_jax.records import ConfigError, DataError
 
 _PARTS = (".safetensors", ".json", ".jinja", ".txt")
-LoadImage = Callable[[str], Image.Image]  # a benchmark's; gets one of an item's `images`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,21 +49,21 @@ class Engine(Protocol):
     Attributes:
         facts: what its answers depend on, in JSON: kind, model, versions. Answers of engines with other facts
             are never put together.
-        failures: index of an item -> why there is no answer to it.
+        failures: index of an item -> why there is no answer to it: the last `answer` did without.
     """
 
     facts: dict[str, Any]
     failures: dict[int, str]
 
     def answer(
-        self, items: Sequence[Item], wanted: Sequence[int], load_image: LoadImage, asking: Asking
+        self, items: Sequence[Item], wanted: Sequence[int], images: Images, asking: Asking
     ) -> Iterator[tuple[int, list[Prediction]]]:
         """(index, the answers to items[index]) of each wanted index, in any order, as soon as they are known.
 
         An answer depends on all `items` and its index, never on which are wanted: so an evaluation that was
         interrupted, or is dealt out to several hosts, gets the answers that it would have got.
 
-        Raises DataError for an image that can not be read, Stopped where the run is to stop.
+        A question whose picture can not be read is a failure. Raises Stopped where the run is to stop.
         """
         ...
 
@@ -88,9 +86,15 @@ def identity(folder: str | Path) -> str:
     return whole.hexdigest()
 
 
-def in_order(
-    engine: Engine, items: Sequence[Item], load_image: LoadImage, asking: Asking
-) -> list[Prediction]:
-    """The answers to all items, item after item."""
-    found = dict(engine.answer(items, range(len(items)), load_image, asking))
+def without_failures(items: Sequence[Item], failures: Mapping[int, str]) -> None:
+    """Raises DataError, naming the first, where there are questions without an answer."""
+    for index, reason in failures.items():
+        more = f", nor to {len(failures) - 1} others" if len(failures) > 1 else ""
+        raise DataError(f"there is no answer to {items[index].id}{more}: {reason}")
+
+
+def in_order(engine: Engine, items: Sequence[Item], images: Images, asking: Asking) -> list[Prediction]:
+    """The answers to all items, item after item. Raises DataError where one has none."""
+    found = dict(engine.answer(items, range(len(items)), images, asking))
+    without_failures(items, engine.failures)
     return [one for index in range(len(items)) for one in found[index]]

@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fundus_jax.evaluation import scores
-from fundus_jax.evaluation.engines import Asking, LoadImage, in_order
+from fundus_jax.evaluation.engines import Asking, in_order
 from fundus_jax.evaluation.items import Item
+from fundus_jax.evaluation.pictures import Images
 from fundus_jax.evaluation.predict import Sampler
 from fundus_jax.evaluation.report import outcome_of
 from fundus_jax.workdir import BEST_BY
@@ -29,7 +30,7 @@ class Exam:
     def __init__(
         self,
         items: Sequence[Item],
-        load_image: LoadImage,
+        images: Images,
         processor: Any,
         mesh: Mesh,
         *,
@@ -37,7 +38,7 @@ class Exam:
         asking: Asking,
         slots: int,
     ) -> None:
-        self.items, self.load_image, self.processor, self.mesh = items, load_image, processor, mesh
+        self.items, self.images, self.processor, self.mesh = items, images, processor, mesh
         self.every, self.asking, self.slots = every, asking, slots
 
     def due(self, step: int, last: int) -> bool:
@@ -55,7 +56,7 @@ class Exam:
             mesh=self.mesh,
             settle=jax.block_until_ready,
         )
-        answers = in_order(engine, self.items, self.load_image, self.asking)
+        answers = in_order(engine, self.items, self.images, self.asking)
         outcomes = [outcome_of(one) for one in answers]
         right = [one.correct for one in outcomes]
         figure = scores.accuracy(right, units=[item.unit for item in self.items])

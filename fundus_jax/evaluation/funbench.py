@@ -16,9 +16,10 @@ from typing import Any
 from PIL import Image
 
 from fundus_jax import dialog
-from fundus_jax.data import open_image
+from fundus_jax.data import Size, open_image
 from fundus_jax.evaluation import complete, crop
 from fundus_jax.evaluation.items import Item, Selection, counted, turn
+from fundus_jax.evaluation.pictures import Folder
 from fundus_jax.records import ConfigError, DataError
 
 # Beginning of an image key -> modality; the first row that fits counts.
@@ -68,6 +69,7 @@ FILES = (
     "L4-disease_diagnosis/L4d-amd_categorization.json",
 )
 EMODES = (2, 3)
+_TOLD = "number of images"  # of which each has one question in a file
 
 
 class FunBench:
@@ -86,20 +88,19 @@ class FunBench:
         if selection.emode not in EMODES:
             raise ConfigError(f"emode is {selection.emode}: FunBench has prompts for 2 and 3")
         source = Path(source)
-        self.images = Path(selection.images) if selection.images else None
+        self.images = Folder(Path(selection.images)) if selection.images else None
         self.side = selection.side
         self.cuts = crop.read_cuts(Path(selection.preprocess)) if selection.preprocess else None
-        items, mute = read_tree(source, selection)
+        items, mute, counts = read_tree(source, selection)
         wanted = [file for file in FILES if not selection.tasks or _place(file)[1] in selection.tasks]
-        lacking = [file for file in wanted if not (source / file).is_file()]
         chosen = complete.choose(
             items,
             selection,
             "FunBench",
-            there=self._find if self.images else None,
-            where=str(self.images),
-            lacking=lacking,
-            of=len(wanted),
+            there=self.images.__contains__ if self.images else None,
+            size=self.image_size if self.images else None,
+            where=selection.images,
+            gaps=complete.file_gaps({file: counts.get(file) for file in wanted}),
         )
         self.items, self.missing, self.partial = chosen.items, chosen.missing, chosen.partial
         self.notes = (
@@ -110,27 +111,32 @@ class FunBench:
             + (f", resized to {self.side} x {self.side}" if self.side else ""),
         )
 
-    def _find(self, key: str) -> bool:
-        return self.images is not None and complete.find_file(self.images, key) is not None
-
     def load_image(self, image: str) -> Image.Image:
         """The picture of an image key, prepared and resized where that was asked for."""
-        if self.images is None:
-            raise ConfigError("FunBench does not bring its images: name the folder they lie in (images)")
-        path = complete.find_file(self.images, image)
-        if path is None:
-            raise DataError(f"{image} is not under {self.images}")
-        picture = open_image(path.read_bytes(), str(path))
+        picture = self._folder().load_image(image)
         if self.cuts is not None:
             picture = crop.prepare(picture, image, self.cuts)
         if not self.side:
             return picture
         return picture.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC)
 
+    def image_size(self, image: str) -> Size:
+        """The size of that picture: the side, the cut's diameter, or what the file's head says."""
+        path = self._folder().path(image)
+        with open_image(path, str(path)) as picture:
+            size = Size(*picture.size) if self.cuts is None else crop.size_of(picture, image, self.cuts)
+        return Size(self.side, self.side) if self.side else size
 
-def read_tree(source: Path, selection: Selection) -> tuple[list[Item], int]:
-    """All items of the tree at `source` (the folder that holds L1-..., L2-...), by level, task and file; and
-    how many questions have no prompt in the selected mode.
+    def _folder(self) -> Folder:
+        if self.images is None:
+            raise ConfigError("FunBench does not bring its images: name the folder they lie in (images)")
+        return self.images
+
+
+def read_tree(source: Path, selection: Selection) -> tuple[list[Item], int, dict[str, tuple[int, int]]]:
+    """All items of the tree at `source` (the folder that holds L1-..., L2-...), by level, task and file; how
+    many questions have no prompt in the selected mode; and file -> how many questions it has, and how many it
+    says it has.
 
     Raises:
         DataError: no question file; one that FunBench does not have; one that is not in its form.
@@ -146,24 +152,32 @@ def read_tree(source: Path, selection: Selection) -> tuple[list[Item], int]:
     strange = [file for file in files if file not in FILES]
     if strange:
         raise DataError(f"{source} has files that FunBench has not: {complete.listed(strange)}; remove them")
-    read = [item for file in files for item in read_file(source / file, source, selection)]
+    read: list[Item | None] = []
+    counts = {}
+    for file in files:
+        found, told = read_file(source / file, source, selection)
+        read += found
+        counts[file] = len(found), told
     items = [item for item in read if item is not None]
-    return items, len(read) - len(items)
+    return items, len(read) - len(items), counts
 
 
-def read_file(path: Path, source: Path, selection: Selection) -> list[Item | None]:
-    """The items of one question file; None for a question without a prompt in the selected mode.
+def read_file(path: Path, source: Path, selection: Selection) -> tuple[list[Item | None], int]:
+    """The items of one question file, None for a question without a prompt in the selected mode; and how many
+    questions the file says it has.
 
     Raises:
         DataError: naming file and image.
     """
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-        questions = pairs["data"].items()
+        questions, told = pairs["data"].items(), int(pairs["info"][_TOLD])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f'{path}: not a FunBench file with an object "data": {error}') from error
+        raise DataError(
+            f'{path}: not a FunBench file with an object "data" and {_TOLD!r} in "info": {error}'
+        ) from error
     level, task = _place(path.relative_to(source).as_posix())
-    return [_item(key, question, level, task, path.stem, selection) for key, question in questions]
+    return [_item(key, question, level, task, path.stem, selection) for key, question in questions], told
 
 
 def _place(file: str) -> tuple[str, str]:

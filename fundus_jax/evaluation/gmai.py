@@ -12,16 +12,19 @@ import functools
 import hashlib
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from fundus_jax import dialog
+from fundus_jax.data import Size
 from fundus_jax.evaluation import complete, wide
 from fundus_jax.evaluation.items import Item, Selection, choice_prompt, counted, turn
 from fundus_jax.records import ConfigError, DataError
 
 FILE = "GMAI-MMBench_VAL.tsv"
 MD5 = "254bd581627866f1c499d3d6b4422324"  # of the published one, by VLMEvalKit
+ROWS = 4550  # that it has
 MODALITIES = {"fundus photography": "CFP", "oct": "OCT"}
 TASKS = {
     "attribute recognition": "AR",
@@ -58,37 +61,57 @@ class GmaiMMBench:
         wanted = {name.lower() for name in selection.modalities} or set(MODALITIES)
         table = _Table(self.path)
         self._place, self._width = table.columns["image"], len(table.columns)
+        self._rows = {str(one.begin): one.where for one in table.own.values()}
         items, left = table.items(wanted, selection)
-        self.notes: tuple[str, ...] = (
+        self.notes = (
             f"GMAI-MMBench, {', '.join(sorted(wanted))}: {len(items)} of {table.rows} questions, "
             f"{counted(one.task for one in items)}; {counted(one.modality for one in items)}",
             f"left out by the rule: {', '.join(f'{name} {n}' for name, n in sorted(left.items())) or 'none'}",
         )
         with open(self.path, "rb") as file:
             known = hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False))
-        same = "is" if known.hexdigest() == MD5 else "is not"
-        self.notes += (f"{self.path.name} {same} the published validation file (md5 {known.hexdigest()})",)
-        chosen = complete.choose(items, selection, "GMAI-MMBench")
+        other = (
+            f"{self.path.name} is not the published validation file: it has {table.rows} rows of {ROWS}, and "
+            f"the md5 {known.hexdigest()}"
+        )
+        gaps = () if known.hexdigest() == MD5 else (other,)
+        chosen = complete.choose(items, selection, "GMAI-MMBench", size=self.image_size, gaps=gaps)
         self.items, self.missing, self.partial = chosen.items, chosen.missing, chosen.partial
 
     def load_image(self, image: str) -> Image.Image:
         """The picture of the row that begins at byte `image`."""
+        return wide.picture(*self._cell(image))
+
+    def image_size(self, image: str) -> Size:
+        """Its size."""
+        return wide.picture_size(*self._cell(image))
+
+    def _cell(self, image: str) -> tuple[str, str]:
+        """The base64 of a picture, and where it stands, for messages."""
         cells = wide.row_at(self.path, "\t", int(image), self._width)
-        return wide.picture(cells[self._place], f"{self.path}, byte {image}")
+        return cells[self._place], f"{self.path}, {self._rows[image]}"
+
+
+class _Own(NamedTuple):
+    """An image of a row's own: the byte at which the row begins, the image's hash, and the row's name."""
+
+    begin: int
+    digest: str
+    where: str
 
 
 class _Table:
     """The rows of a TSV without their images: these stay in the file, at the byte where their row begins.
 
     Attributes:
-        columns: name -> place. rows: how many there are. own: index -> byte and hash of an image.
+        columns: name -> place. rows: how many there are. own: index -> its image, where the row has one.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         lines = wide.rows(path, "\t")
         self.columns = _columns(next(lines, (0, []))[1], path)
-        self.own: dict[str, tuple[int, str]] = {}
+        self.own: dict[str, _Own] = {}
         self._texts: list[dict[str, str]] = []  # in "image": another row's index, or "" for its own
         seen: dict[str, int] = {}
         for number, (begin, cells) in enumerate(lines, start=1):
@@ -98,7 +121,8 @@ class _Table:
                 raise DataError(f"{path}, row {number}: has the index {row['index']} of row {first}")
             image, row["image"] = row["image"].strip(), ""
             if len(image) > _REFERENCE:
-                self.own[row["index"]] = begin, hashlib.sha256(image.encode()).hexdigest()[:16]
+                digest = hashlib.sha256(image.encode()).hexdigest()[:16]
+                self.own[row["index"]] = _Own(begin, digest, _where(number, row))
             else:
                 row["image"] = image or "nothing"
             self._texts.append(row)
@@ -119,7 +143,7 @@ class _Table:
                 left[row["clinical vqa task"].strip()] += 1
             else:
                 try:
-                    items.append(self._item(row, f"row {number} (index {row['index']})", selection))
+                    items.append(self._item(row, _where(number, row), selection))
                 except DataError as error:
                     faults.append(str(error))
         if faults:
@@ -132,10 +156,11 @@ class _Table:
         place = self.own.get(row["image"] or row["index"])
         if place is None:
             raise DataError(f"{where}: its image is {row['image']!r}, neither base64 nor another row's index")
-        begin, digest = place
-        cells = wide.row_at(self.path, "\t", begin, len(self.columns))
-        wide.picture(cells[self.columns["image"]], where)  # a bad image is found now, not hours later
-        return _item(row, str(begin), digest, where, selection)
+        return _item(row, str(place.begin), place.digest, where, selection)
+
+
+def _where(number: int, row: dict[str, str]) -> str:
+    return f"row {number} (index {row['index']})"
 
 
 def _columns(header: list[str], path: Path) -> dict[str, int]:

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from PIL import Image
-
 from fundus_jax import dialog
+from fundus_jax.evaluation.pictures import Images
 from fundus_jax.records import Box, ConfigError, DataError
 
 
@@ -25,8 +24,7 @@ class Item:
 
     Attributes:
         id: unique in its benchmark.
-        images: what the benchmark's `load_image` takes, one for each image part of the prompt, in their
-        order.
+        images: the keys of its pictures (`Images`), one for each image part of the prompt, in their order.
         messages: the prompt, one user turn in Hugging Face's message format.
         options: the choices; () for a question without choices.
         answers: the right one, or all right ones where `multiple`.
@@ -126,12 +124,12 @@ class Selection:
         return tuple(kept)
 
 
-class Benchmark(Protocol):
+class Benchmark(Images, Protocol):
     """Items and their images, and how complete they are.
 
     Attributes:
         published: under which name the paper prints its score (`scores.PAPER_GROUPS`); "" where it has none.
-        missing: the image keys that were not found; their items are left out.
+        missing: the image keys that were not found, or are no images; their items are left out.
         partial: why a score is not of the whole benchmark, one reason a line; () where it is.
         notes: what was read and what a rule left out, with counts, for people.
     """
@@ -142,10 +140,6 @@ class Benchmark(Protocol):
     missing: tuple[str, ...]
     partial: tuple[str, ...]
     notes: tuple[str, ...]
-
-    def load_image(self, image: str) -> Image.Image:
-        """The picture of one of an item's `images`; its pixels are decoded when they are used."""
-        ...
 
 
 def turn(text: str, selection: Selection, images: int = 1) -> tuple[dict[str, Any], ...]:

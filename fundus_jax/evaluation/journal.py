@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fundus_jax import hosts
-from fundus_jax.evaluation.engines import Asking, Engine, LoadImage
+from fundus_jax.evaluation.engines import Asking, Engine
 from fundus_jax.evaluation.items import Item
+from fundus_jax.evaluation.pictures import Images
 from fundus_jax.evaluation.report import Prediction
 from fundus_jax.files import write_atomic
 from fundus_jax.records import ConfigError, DataError
@@ -81,14 +82,14 @@ class Journal:
             )
         return found
 
-    def ask(self, engine: Engine, load_image: LoadImage) -> dict[int, list[Prediction]]:
+    def ask(self, engine: Engine, images: Images) -> dict[int, list[Prediction]]:
         """All answers by the index of their items, after asking for those of this host that are not there.
 
         Those of other hosts, and what the engine can not answer, may be missing."""
         found = self.known()
         mine = range(self.shard[0], len(self.items), self.shard[1])
         wanted = [number for number in mine if number not in found]
-        for number, answers in engine.answer(self.items, wanted, load_image, self.asking):
+        for number, answers in engine.answer(self.items, wanted, images, self.asking):
             self._append(self.items[number], answers)
             found[number] = answers
         return found

@@ -16,9 +16,10 @@ from typing import Any
 
 from PIL import Image
 
-from fundus_jax.data import open_image
+from fundus_jax.data import Size
 from fundus_jax.evaluation import complete
 from fundus_jax.evaluation.items import Item, Selection, choice_prompt, counted, turn
+from fundus_jax.evaluation.pictures import Folder
 from fundus_jax.records import ConfigError, DataError
 
 FOLDER = "QA_information/Open-access"
@@ -31,19 +32,19 @@ TASKS = {
     "Disease Diagnosis": "DD",
 }
 OTHER = "Other Biological Attributes"  # the fifth of the publisher's tasks, which Omni-Fundus leaves out
-FILES = {  # modality -> the question files that have questions about it
-    "Fundus Photography": (
-        "ACRIMA",
-        "Adam Challenge",
-        "DRIMDB",
-        "DeepDRiD",
-        "Diabetic Retinopathy",
-        "JSIEC",
-        "OLIVES",
-        "PALM2019",
-        "Yangxi",
-    ),
-    OCT: ("OCT & X-Ray 2017", "Retinal OCT-C8"),
+FILES = {  # modality -> the question files that have questions about it, and how many, of all five tasks
+    "Fundus Photography": {
+        "ACRIMA": 159,
+        "Adam Challenge": 87,
+        "DRIMDB": 132,
+        "DeepDRiD": 131,
+        "Diabetic Retinopathy": 2051,
+        "JSIEC": 220,
+        "OLIVES": 593,
+        "PALM2019": 510,
+        "Yangxi": 1515,
+    },
+    OCT: {"OCT & X-Ray 2017": 630, "Retinal OCT-C8": 4016},
 }
 _TEXTS = ("question_id", "question_type", "question", "gt_answer", "image_path")
 
@@ -61,11 +62,10 @@ class OmniMedVQA:
     def __init__(self, source: str | Path, selection: Selection | None = None) -> None:
         selection = selection or Selection()
         source = Path(source)
-        self.images = Path(selection.images) if selection.images else source
+        self.images = Folder(Path(selection.images) if selection.images else source)
         wanted = selection.modalities or tuple(MODALITIES)
-        items, left = read(source, wanted, selection)
-        files = [name for modality in wanted for name in FILES.get(modality, ())]
-        lacking = [name for name in files if not (source / FOLDER / f"{name}.json").is_file()]
+        items, left, counts = read(source, wanted, selection)
+        published = {name: n for modality in wanted for name, n in FILES.get(modality, {}).items()}
         self.notes = (
             f"OmniMedVQA, {', '.join(wanted)}: {len(items)} questions, {counted(one.task for one in items)}; "
             f"by data set: {counted(one.part.split('-', 1)[1] for one in items)}",
@@ -75,23 +75,29 @@ class OmniMedVQA:
             items,
             selection,
             "OmniMedVQA",
-            there=lambda key: complete.find_file(self.images, key) is not None,
-            where=str(self.images),
-            lacking=lacking,
-            of=len(files),
+            there=self.images.__contains__,
+            size=self.image_size,
+            where=str(self.images.root),
+            gaps=complete.file_gaps(
+                {name: (counts[name], n) if name in counts else None for name, n in published.items()}
+            ),
         )
         self.items, self.missing, self.partial = chosen.items, chosen.missing, chosen.partial
 
     def load_image(self, image: str) -> Image.Image:
         """The picture of an image_path."""
-        path = complete.find_file(self.images, image)
-        if path is None:
-            raise DataError(f"{image} is not under {self.images}")
-        return open_image(path.read_bytes(), str(path))
+        return self.images.load_image(image)
+
+    def image_size(self, image: str) -> Size:
+        """Its size, from the file's head."""
+        return self.images.image_size(image)
 
 
-def read(source: Path, modalities: tuple[str, ...], selection: Selection) -> tuple[list[Item], Counter[str]]:
-    """The items of the question files of `source`, and how many questions were left out, by the reason.
+def read(
+    source: Path, modalities: tuple[str, ...], selection: Selection
+) -> tuple[list[Item], Counter[str], dict[str, int]]:
+    """The items of the question files of `source`; how many questions were left out, by the reason; and file
+    -> how many questions it has about these modalities, of all tasks.
 
     Raises:
         DataError: no question file; a question that is not in the publisher's form, by file and number.
@@ -100,8 +106,9 @@ def read(source: Path, modalities: tuple[str, ...], selection: Selection) -> tup
     files = sorted((source / FOLDER).glob("*.json"))
     if not files:
         raise DataError(f"{source} has no {FOLDER}/*.json: give OmniMedVQA's folder, which holds both")
-    items, left = [], Counter[str]()
+    items, left, counts = [], Counter[str](), {}
     for path in files:
+        counts[path.stem] = 0
         for number, question in enumerate(_questions(path)):
             where = f"{path.name}[{number}]"
             if not isinstance(question, dict):
@@ -110,14 +117,16 @@ def read(source: Path, modalities: tuple[str, ...], selection: Selection) -> tup
             modality = question.get("modality_type", question.get("modality"))
             if modality not in modalities:
                 left[f"modality {modality}"] += 1
-            elif question.get("question_type") == OTHER:
+                continue
+            counts[path.stem] += 1
+            if question.get("question_type") == OTHER:
                 left[OTHER] += 1
             else:
                 items.append(_item(question, str(modality), path.stem, where, selection))
     if not items:
         seen = ", ".join(sorted(name.removeprefix("modality ") for name in left if name != OTHER))
         raise ConfigError(f"no question has a modality in {modalities}: there are {seen}")
-    return items, left
+    return items, left, counts
 
 
 def _questions(path: Path) -> list[Any]:

@@ -11,16 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
+from PIL import Image
 
 from fundus_jax import stop
 from fundus_jax.data import ladder, round_up
-from fundus_jax.evaluation.engines import Asking, LoadImage, in_order
+from fundus_jax.evaluation.engines import Asking, in_order
 from fundus_jax.evaluation.items import Item
+from fundus_jax.evaluation.pictures import Images
 from fundus_jax.evaluation.report import Prediction
 from fundus_jax.grpo.stream import Said, Work, stream
 from fundus_jax.models.batch import Batch
-from fundus_jax.records import ConfigError
+from fundus_jax.records import ConfigError, DataError
 
 TEXT_STEP = 16  # padded lengths are multiples of this
 
@@ -29,7 +32,9 @@ class Sampler:
     """Answers with the module `model`, on `mesh` if it lies on one.
 
     Prompts are padded to the longest of their group; there are at most `groups` of like length, so at most as
-    many programs are compiled. Images are read and cut into patches in `threads` while the model decodes.
+    many programs are compiled. Images are read and cut into patches in `threads` while the model decodes. One
+    that can not be read makes its question a failure; of several processes, which must all know that, it
+    ends them.
 
     Args:
         slots: prompts that are decoded at a time, each with its samples.
@@ -55,7 +60,7 @@ class Sampler:
         self.model, self.processor, self.mesh, self.settle = model, processor, mesh, settle
         self.slots = slots if mesh is None else round_up(slots, mesh.shape["data"] * mesh.shape["fsdp"])
         self.groups, self.threads, self.facts = groups, threads, {"engine": "sampler"} | (facts or {})
-        self.failures: dict[int, str] = {}  # what it is asked, it answers
+        self.failures: dict[int, str] = {}
         self._work = Work()
 
     def work(self) -> dict[str, float]:
@@ -63,19 +68,21 @@ class Sampler:
         return self._work.metrics()
 
     def answer(
-        self, items: Sequence[Item], wanted: Sequence[int], load_image: LoadImage, asking: Asking
+        self, items: Sequence[Item], wanted: Sequence[int], images: Images, asking: Asking
     ) -> Iterator[tuple[int, list[Prediction]]]:
         """See `Engine`. The longest prompts come first: where memory is short, that shows at once."""
         asking.validate()
+        self.failures.clear()
         if not len(wanted):
             return
-        sizes = self._sizes(items, load_image)
-        asked = set(wanted)
+        sizes, asked = self._sizes(items, images), set(wanted)
+        self.failures = {index: why for index, why in self.failures.items() if index in asked}
+        asked -= self.failures.keys()
         for group in reversed(ladder([length for length, _ in sizes], self.groups, self.slots)):
             shape = max(sizes[index][0] for index in group), max(sizes[index][1] for index in group)
             said = stream(
                 self.model,
-                partial(self._row, items, load_image, shape),
+                partial(self._row, items, images, shape),
                 [index for index in group if index in asked],
                 max_new_tokens=asking.max_new_tokens,
                 temperature=asking.temperature,
@@ -88,25 +95,45 @@ class Sampler:
                 settle=self.settle,
             )
             for one in said:
-                yield one.prompt, self._predictions(items[one.prompt], one)
+                if one.prompt not in self.failures:
+                    yield one.prompt, self._predictions(items[one.prompt], one)
 
-    def _sizes(self, items: Sequence[Item], load_image: LoadImage) -> list[tuple[int, int]]:
-        """(tokens, patch slots) of each prompt; images are opened, their pixels not decoded."""
+    def _sizes(self, items: Sequence[Item], images: Images) -> list[tuple[int, int]]:
+        """(tokens, patch slots) of each prompt, by the size of each picture, asked for once and without its
+        pixels; of a question whose pictures have no shape that can be used (0, 0), and it is a failure."""
+        keys = list(dict.fromkeys(key for item in items for key in item.images))
 
-        def size(item: Item) -> tuple[int, int]:
-            images = [load_image(image) for image in item.images]
-            tokens, patches = self.processor.row_size(self._text(item), images)
+        def size(index: int) -> tuple[int, int]:
+            shown = [known[key] for key in items[index].images]
+            try:
+                tokens, patches = self.processor.row_size(self._text(items[index]), shown)
+            except DataError as error:
+                self._fail(index, items[index], error)
+                return 0, 0
             return round_up(tokens, TEXT_STEP), patches
 
         with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(size, items))
+            known = dict(zip(keys, pool.map(images.image_size, keys), strict=True))
+            return list(pool.map(size, range(len(items))))
 
     def _text(self, item: Item) -> str:
         return self.processor.chat(list(item.messages), add_generation_prompt=True)
 
-    def _row(self, items: Sequence[Item], load_image: LoadImage, shape: tuple[int, int], index: int) -> Batch:
-        images = [load_image(image) for image in items[index].images]
-        return self.processor([self._text(items[index])], [images], length=shape[0], patches=shape[1])
+    def _row(self, items: Sequence[Item], images: Images, shape: tuple[int, int], index: int) -> Batch:
+        """The row of a prompt; where a picture can not be read, one of its shape, whose answer is dropped."""
+        item, text = items[index], self._text(items[index])
+        try:
+            shown = [images.load_image(key) for key in item.images]
+            return self.processor([text], [shown], length=shape[0], patches=shape[1])
+        except DataError as error:
+            if jax.process_count() > 1:
+                raise
+            self._fail(index, item, error)
+        blank = [Image.new("RGB", images.image_size(key)) for key in item.images]
+        return self.processor([text], [blank], length=shape[0], patches=shape[1])
+
+    def _fail(self, index: int, item: Item, error: DataError) -> None:
+        self.failures[index] = f"{', '.join(item.images)}: {error}"
 
     def _predictions(self, item: Item, said: Said) -> list[Prediction]:
         found = []
@@ -132,7 +159,7 @@ def predict(
     processor: Any,
     items: Sequence[Item],
     *,
-    load_image: LoadImage,
+    images: Images,
     max_new_tokens: int,
     batch_size: int,
     temperature: float = 0.0,
@@ -144,7 +171,7 @@ def predict(
     `batch_size` slots. Raises ConfigError, DataError and Stopped as that does."""
     engine = Sampler(model, processor, slots=batch_size, mesh=mesh)
     asking = Asking(max_new_tokens=max_new_tokens, temperature=temperature, samples=group_size, seed=seed)
-    return in_order(engine, items, load_image, asking)
+    return in_order(engine, items, images, asking)
 
 
 __all__ = ["TEXT_STEP", "Sampler", "predict"]

@@ -22,10 +22,11 @@ from typing import Any
 from PIL import Image
 
 from fundus_jax import dialog
-from fundus_jax.data import open_image
+from fundus_jax.data import Size
 from fundus_jax.evaluation import complete, wide
 from fundus_jax.evaluation.extract import answer_text
 from fundus_jax.evaluation.items import Item, Selection, counted, turn
+from fundus_jax.evaluation.pictures import Folder
 from fundus_jax.records import DataError
 
 SINGLE, MULTI, COMPLEX = "single_choice", "multi_choice", "complex"
@@ -62,7 +63,7 @@ class RetinalReason:
     def __init__(self, source: str | Path, selection: Selection | None = None) -> None:
         selection = selection or Selection()
         source = Path(source)
-        self.root = Path(selection.images) if selection.images else source
+        self.images = Folder(Path(selection.images) if selection.images else source)
         self._inline: dict[str, str] = {}  # image key -> base64
         files = [name for name in FILES if (source / f"{name}.json").is_file()]
         if not files:
@@ -71,23 +72,28 @@ class RetinalReason:
             )
         items = [item for name in files for item in self._read(source / f"{name}.json", selection)]
         chosen = complete.choose(
-            items, selection, "MM-Retinal-Reason", there=self._there, where=f"{self.root} or in a CSV"
+            items,
+            selection,
+            "MM-Retinal-Reason",
+            there=lambda key: key in self._inline or key in self.images,
+            size=self.image_size,
+            where=f"{self.images.root} or in a CSV",
         )
         self.items, self.missing, self.partial = chosen.items, chosen.missing, chosen.partial
         tasks = counted(item.task for item in items)
         self.notes = (f"MM-Retinal-Reason, {', '.join(files)}: {len(items)} questions, {tasks}",)
 
-    def _there(self, key: str) -> bool:
-        return key in self._inline or complete.find_file(self.root, key) is not None
-
     def load_image(self, image: str) -> Image.Image:
         """The picture of an image key."""
         if image in self._inline:
             return wide.picture(self._inline[image], image)
-        path = complete.find_file(self.root, image)
-        if path is None:
-            raise DataError(f"{image} is not under {self.root}")
-        return open_image(path.read_bytes(), str(path))
+        return self.images.load_image(image)
+
+    def image_size(self, image: str) -> Size:
+        """Its size."""
+        if image in self._inline:
+            return wide.picture_size(self._inline[image], image)
+        return self.images.image_size(image)
 
     def _read(self, path: Path, selection: Selection) -> list[Item]:
         try:
@@ -108,7 +114,7 @@ class RetinalReason:
         return items
 
     def _images(self, given: Any, where: str) -> tuple[str, ...]:
-        """The keys of an item's images; those in base64 are kept and checked."""
+        """The keys of an item's images; those in base64 are kept."""
         texts = [given] if isinstance(given, str) else given
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t for t in texts):
             raise DataError(f"{where}: image is no text and no list of texts")
@@ -118,8 +124,6 @@ class RetinalReason:
             if len(text) > _INLINE:
                 key = f"{where}#{k}"
                 self._inline[key] = text
-            if key in self._inline:
-                wide.picture(self._inline[key], f"{where}, {key}")
             keys.append(key)
         return tuple(keys)
 

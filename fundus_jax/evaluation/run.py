@@ -26,6 +26,7 @@ from fundus_jax.chat import Chat, ChatConfig, ChatError
 from fundus_jax.data import read_stage
 from fundus_jax.evaluation import by_server, minilm
 from fundus_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
+from fundus_jax.evaluation.complete import listed
 from fundus_jax.evaluation.consistency import evaluate_reports
 from fundus_jax.evaluation.engines import Asking, Engine, identity
 from fundus_jax.evaluation.extract import MODES, Mode
@@ -129,17 +130,21 @@ def _ask_and_write() -> None:
     with jax.set_mesh(mesh):
         engine = _engine(args, mesh)
         journal = Journal(Path(args.out), benchmark.items, engine.facts, asking, _shard(args.shard))
-        found = journal.ask(engine, benchmark.load_image)
+        found = journal.ask(engine, benchmark)
     if len(found) < len(benchmark.items) and not _settled(journal, engine, found, args.allow_partial):
         return
     predictions = [one for index in sorted(found) for one in found[index]]
     votes = _votes(args.findings) if args.findings else None
     scoring = {"mode": args.extraction, "seed": args.seed, "reader": reader, "votes": votes}
     report = report_of(benchmark, predictions, **scoring)
-    if engine.failures:
-        report["partial"].append(f"{len(engine.failures)} questions without an answer of the server")
+    failures = {benchmark.items[index].id: reason for index, reason in engine.failures.items()}
+    if failures:
+        report["partial"].append(
+            f"{len(failures)} of {len(benchmark.items)} questions have no answer: {listed([*failures])}"
+        )
     notes, missing = list(benchmark.notes), list(benchmark.missing)
-    report["benchmark"] = {"name": benchmark.name, "notes": notes, "missing_images": missing, "flags": given}
+    told = {"name": benchmark.name, "notes": notes, "missing_images": missing, "unanswered": failures}
+    report["benchmark"] = {**told, "flags": given}
     report["run"] = {"config": journal.hash, **engine.facts, "work": engine.work()}
     write(Path(args.out), predictions, report, args.extraction)
     print(f"{text_of(report)}written to {args.out}")  # the command's result; progress goes to the log
@@ -190,14 +195,15 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _settled(journal: Journal, engine: Engine, found: Mapping[int, Any], allow_partial: bool) -> bool:
-    """Whether a report can be made though answers are missing. Raises ConfigError where the server has none
+    """Whether a report can be made though answers are missing. Raises ConfigError where the engine has none
     to some questions, and nobody has allowed that."""
     lacking = len(journal.items) - len(found) - len(engine.failures)
     if engine.failures and not allow_partial:
         index, reason = next(iter(engine.failures.items()))
         raise ConfigError(
-            f"the server has no answer to {len(engine.failures)} of {len(journal.items)} questions, such as "
-            f"{journal.items[index].id}: {reason}; run it again, or go on without with --allow_partial"
+            f"there is no answer to {len(engine.failures)} of {len(journal.items)} questions, such as "
+            f"{journal.items[index].id}: {reason}; mend that and run it again, which asks these "
+            "alone, or go on without with --allow_partial"
         )
     if lacking:
         print(f"{len(found)} of {len(journal.items)} questions are answered; other shards have the others")

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from fundus_jax.chat import Chat, ChatConfig, ChatError, Choice, picture
-from fundus_jax.evaluation.engines import Asking, LoadImage
+from fundus_jax.evaluation.engines import Asking
 from fundus_jax.evaluation.items import Item
+from fundus_jax.evaluation.pictures import Images
 from fundus_jax.evaluation.report import Prediction
 from fundus_jax.grpo.stream import Work, clock
 from fundus_jax.models.qwen2_5_vl.images import resized
 from fundus_jax.models.qwen2_5_vl.processor import Processor
-from fundus_jax.records import ConfigError
+from fundus_jax.records import ConfigError, DataError
 
 # Else vLLM samples as the checkpoint's generation_config.json says: Qwen2.5-VL's punishes repetition.
 PLAIN = {"repetition_penalty": 1.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0}
@@ -39,7 +40,8 @@ class Served:
         facts: see `Engine`.
 
     Attributes:
-        failures: index of an item -> why the server has no answer to it.
+        failures: index of an item -> why there is no answer to it: a picture that can not be read, or
+            what the server said.
     """
 
     def __init__(
@@ -65,17 +67,18 @@ class Served:
         return {name: done[name] for name in ("seconds", "questions_per_second")}
 
     def answer(
-        self, items: Sequence[Item], wanted: Sequence[int], load_image: LoadImage, asking: Asking
+        self, items: Sequence[Item], wanted: Sequence[int], images: Images, asking: Asking
     ) -> Iterator[tuple[int, list[Prediction]]]:
-        """See `Engine`. What the server has no answer to is in `failures`.
+        """See `Engine`.
 
         Raises ConfigError where it stays away, or the budget is spent."""
         asking.validate()
+        self.failures.clear()
         todo, pending = iter(wanted), set()
         with asyncio.Runner() as runner, clock(self._work):
             runner.run(self.chat.__aenter__())
             try:
-                while done := runner.run(self._go_on(todo, pending, items, load_image, asking)):
+                while done := runner.run(self._go_on(todo, pending, items, images, asking)):
                     for index, answers in done:
                         self._work.prompts += 1
                         if answers:
@@ -88,7 +91,7 @@ class Served:
         todo: Iterator[int],
         pending: set[asyncio.Task[Any]],
         items: Sequence[Item],
-        load_image: LoadImage,
+        images: Images,
         asking: Asking,
     ) -> list[tuple[int, list[Prediction]]]:
         """What has been answered by the time that something has; nothing where all has been."""
@@ -98,7 +101,7 @@ class Served:
             index = next(todo, None)
             if index is None:
                 break
-            pending.add(asyncio.create_task(self._one(items[index], index, load_image, asking)))
+            pending.add(asyncio.create_task(self._one(items[index], index, images, asking)))
         if not pending:
             return []
         done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -112,9 +115,13 @@ class Served:
         await self.chat.__aexit__()
 
     async def _one(
-        self, item: Item, index: int, load_image: LoadImage, asking: Asking
+        self, item: Item, index: int, images: Images, asking: Asking
     ) -> tuple[int, list[Prediction]]:
-        messages = await asyncio.to_thread(self._messages, item, load_image)
+        try:
+            messages = await asyncio.to_thread(self._messages, item, images)
+        except DataError as error:
+            self.failures[index] = f"{', '.join(item.images)}: {error}"
+            return index, []
         fields: dict[str, Any] = {
             "max_tokens": asking.max_new_tokens,
             "temperature": asking.temperature,
@@ -132,15 +139,16 @@ class Served:
             self.failures[index] = str(error)
             return index, []
 
-    def _messages(self, item: Item, load_image: LoadImage) -> list[dict[str, Any]]:
+    def _messages(self, item: Item, images: Images) -> list[dict[str, Any]]:
         """The item's turns with its images in them, as the server wants them."""
-        images = iter(item.images)
+        keys = iter(item.images)
 
         def part(one: dict[str, Any]) -> dict[str, Any]:
             if one["type"] != "image":
                 return one
             file = io.BytesIO()
-            resized(load_image(next(images)), self.processor.image_config).save(file, "PNG", compress_level=1)
+            shown = resized(images.load_image(next(keys)), self.processor.image_config)
+            shown.save(file, "PNG", compress_level=1)
             return picture(file.getvalue())
 
         return [{**turn, "content": [part(one) for one in turn["content"]]} for turn in item.messages]

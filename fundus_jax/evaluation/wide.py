@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from fundus_jax.data import open_image
+from fundus_jax import data
+from fundus_jax.data import Size
 from fundus_jax.records import DataError
 
 _CELL = 256 * 2**20  # characters of the longest cell that is read
@@ -71,16 +72,24 @@ def _read(file: BinaryIO, path: Path, delimiter: str, width: int) -> Iterator[tu
 
 
 def picture(text: str, where: str) -> Image.Image:
-    """The image of a base64 text; line breaks and a data URI's head are passed over.
+    """The image of a base64 text, its pixels decoded; line breaks and a data URI's head are passed over.
 
     Raises:
         DataError: naming `where`: not base64, or no image.
     """
+    return data.decoded(data.open_image(_bytes(text, where), where), where)
+
+
+def picture_size(text: str, where: str) -> Size:
+    """The size of that image, for which no pixel is decoded. Raises DataError as `picture`."""
+    return data.image_size(_bytes(text, where), where)
+
+
+def _bytes(text: str, where: str) -> bytes:
     body = text.strip()
     if body.startswith("data:"):
         body = body.partition(",")[2]
     try:
-        data = base64.b64decode("".join(body.split()), validate=True)
+        return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(f"{where}: the image is not base64: {error}") from error
-    return open_image(data, where)

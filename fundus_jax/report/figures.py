@@ -15,6 +15,7 @@ from markupsafe import Markup
 from fundus_jax.report.charts import Interval, nice_ticks, strip
 
 STAGE_NAMES = {"base": "base", "sft": "after SFT", "grpo": "after GRPO"}
+JUDGED = ", process by rules"  # whichever judge trained (launch/evaluate.py)
 LEVEL_NAMES = {"L1": "L1 · modality", "L2": "L2 · anatomy", "L3": "L3 · lesions", "L4": "L4 · disease"}
 
 
@@ -125,7 +126,7 @@ def cards(
         ),
         (
             "Sampled reward",
-            f"{' + '.join(weights)}, at most {most_reward:g}",
+            f"{' + '.join(weights)}, at most {most_reward:g}{JUDGED if 'process' in weights else ''}",
             ("reward", "total"),
             "reward_total",
         ),
@@ -236,7 +237,8 @@ def _overall(reports: dict[str, Any], rewards: dict[str, Any]) -> Table:
     for part in ("total", "answer", "format", "process", "localisation"):
         entries = [rewards.get("stages", {}).get(stage, {}) for stage in reports]
         cells = [Cell(main=figure(entry, "reward", part, scale=1.0, digits=3)) for entry in entries]
-        rows.append(_row(f"Reward: {part}", "not per cent", cells, reports, picture=False))
+        note = f"not per cent{JUDGED}" if part in ("total", "process") else "not per cent"
+        rows.append(_row(f"Reward: {part}", note, cells, reports, picture=False))
     return Table(
         title="Overall",
         note="",

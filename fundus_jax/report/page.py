@@ -176,9 +176,10 @@ def statements(run: Run) -> list[str]:
     passages = [passage for record in run.knowledge.values() for passage in record.passages]
     own = all(passage.source.startswith("notes") for passage in passages)
     judged = "grpo" in run.planned and run.config.get("grpo", {}).get("process_weight", 1.0)
+    measured = "" if judge == "rules" else " in training and “rules” in the figures below"
     text = (
         f"Traces were written by “{writer}”, "
-        f"{f'the judge of the process reward is “{judge}”, ' if judged else ''}the knowledge is "
+        f"{f'the judge of the process reward is “{judge}”{measured}, ' if judged else ''}the knowledge is "
         f"{'“notes” of this project’s own wording' if own else 'quoted from public sources'}."
     )
     found.append(text + (" No language model wrote or judged them." if writer == judge == "rules" else ""))

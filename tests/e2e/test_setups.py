@@ -87,8 +87,8 @@ def test_the_page_has_ten_rows_and_every_number_is_a_runs_own(ten: Path) -> None
     for letter, row in facts["setups"].items():
         stage = STAGES.get(letter.lower(), ALL)[-1]
         entry = summary(ten / letter.lower())["stages"][stage]
-        assert row["columns"]["FunBench L4"] == entry["greedy"]["by_level"]["L4"]["funbench"]
-        assert row["columns"]["Omni-Fundus DD"] == entry["greedy"]["by_task"]["disease"]["accuracy"]
+        assert row["held_out"]["FunBench L4"] == entry["greedy"]["by_level"]["L4"]["funbench"]
+        assert row["held_out"]["Omni-Fundus DD"] == entry["greedy"]["by_task"]["disease"]["accuracy"]
         assert row["more"]["sampled"] == entry["sampled"]["accuracy"]
         assert (row["more"]["finding F1"] is None) == (letter in "ABCD")  # no trace is asked for
         assert f"| {letter} | {row['title']} | – |" in page

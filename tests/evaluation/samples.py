@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from data_pipeline.jobs import Job, ShardInput, run
+from fundus_jax.data import Size
+from fundus_jax.evaluation import run as evaluation
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.report import Prediction
 from fundus_jax.records import Example
@@ -72,6 +77,32 @@ def example(number: int, **changes: Any) -> Example:
 def picture(number: int, side: int = 56) -> Image.Image:
     """A plain picture whose red channel says its number."""
     return Image.new("RGB", (side, side), (number, 80, 10))
+
+
+def command_flags(monkeypatch: pytest.MonkeyPatch) -> flags.FlagValues:
+    """The flags of the evaluation command, as if it were the program; call it with a command line."""
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    for kind in ("string", "enum", "bool", "list", "integer", "float"):
+        original = getattr(flags, f"DEFINE_{kind}")
+        monkeypatch.setattr(
+            flags, f"DEFINE_{kind}", lambda *a, _define=original, **k: _define(*a, flag_values=values, **k)
+        )
+    evaluation.define_flags()
+    return values
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What `load` gives, as the pictures of a benchmark."""
+
+    load: Callable[[str], Image.Image]
+
+    def load_image(self, image: str) -> Image.Image:
+        return self.load(image)
+
+    def image_size(self, image: str) -> Size:
+        return Size(*self.load(image).size)
 
 
 def stage(out: Path, examples: Sequence[Example], *, side: int = 56) -> Path:

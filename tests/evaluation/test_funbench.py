@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from fundus_jax import dialog
-from fundus_jax.evaluation.complete import find_file
 from fundus_jax.evaluation.extract import VLMEVALKIT
 from fundus_jax.evaluation.funbench import FILES, FunBench, modality_of
 from fundus_jax.evaluation.items import Selection
+from fundus_jax.evaluation.pictures import find_file
 from fundus_jax.evaluation.report import Prediction, evaluate
 from fundus_jax.records import ConfigError, DataError
 
@@ -52,6 +52,23 @@ def test_missing_files_are_counted_and_refused(samples: Path) -> None:
         FunBench(samples, Selection(tasks=("L3a-lesion_recognition",)))
     drawn = FunBench(samples, Selection(limit=10, allow_partial=True))
     assert drawn.partial[-1] == "10 of 30 questions, drawn"
+
+
+def test_a_file_that_was_cut_is_told_by_its_own_number(samples: Path, tmp_path: Path) -> None:
+    """Each file says how many images it has: the publisher's L1a 16,348, our sample of it 2."""
+    shutil.copytree(samples, tmp_path / "FunBench")
+    path = tmp_path / "FunBench" / "L4-disease_diagnosis" / "L4c-dr_grading.json"
+    whole = json.loads(path.read_text())
+    task = Selection(tasks=("L4c-dr_grading",))
+    assert whole["info"]["number of images"] == len(whole["data"]) == 2
+    assert FunBench(tmp_path / "FunBench", task).partial == ("of its tasks only L4c-dr_grading",)
+    whole["data"].popitem()
+    path.write_text(json.dumps(whole))
+    reason = "1 of 1 question files are not as published: L4-disease_diagnosis/L4c-dr_grading.json 1 of 2"
+    with pytest.raises(DataError, match=f"FunBench: {reason}; mend that"):
+        FunBench(tmp_path / "FunBench", task)
+    assert FunBench(tmp_path / "FunBench", replace(task, allow_partial=True)).partial[0] == reason
+    FunBench(tmp_path / "FunBench", Selection(tasks=LATERALITY))  # of which it says nothing
 
 
 def test_the_description_of_the_second_mode(samples: Path) -> None:
@@ -159,7 +176,8 @@ def tree(root: Path, questions: dict[str, Any]) -> Path:
     """A FunBench tree of one file."""
     folder = root / "FunBench" / "L2-anatomy_perception"
     folder.mkdir(parents=True)
-    (folder / "L2b-laterality.json").write_text(json.dumps({"info": {}, "data": questions}))
+    told = {"number of images": len(questions)}
+    (folder / "L2b-laterality.json").write_text(json.dumps({"info": told, "data": questions}))
     return root / "FunBench"
 
 
@@ -171,7 +189,7 @@ def test_images_of_the_user(tmp_path: Path) -> None:
     (images / "oia-odir" / "images").mkdir(parents=True)
     Image.new("RGB", (30, 20)).save(images / "oia-odir" / "images" / "1_LEFT.jpg")
     with pytest.raises(
-        DataError, match=r"1 of 2 images are not under .*: OIA-ODIR/Images/2_left.jpg; add them"
+        DataError, match=r"1 of 2 images are not under .*: OIA-ODIR/Images/2_left.jpg; mend that"
     ):
         FunBench(source, chosen)
     partial = FunBench(source, replace(chosen, allow_partial=True))
@@ -221,7 +239,7 @@ def test_a_file_that_is_not_funbenchs_or_holds_a_key_twice(tmp_path: Path) -> No
     extra.unlink()
     one = json.dumps(question())
     (source / "L2-anatomy_perception" / "L2b-laterality.json").write_text(
-        f'{{"data": {{"DDR/1.jpg": {one}, "DDR/1.jpg": {one}}}}}'
+        f'{{"info": {{"number of images": 2}}, "data": {{"DDR/1.jpg": {one}, "DDR/1.jpg": {one}}}}}'
     )
     with pytest.raises(DataError, match=r"DDR/1.jpg is there twice"):
         FunBench(source, PART)
@@ -255,6 +273,7 @@ def test_other_folders_and_files_are_refused(tmp_path: Path, samples: Path) -> N
     with pytest.raises(DataError, match="give FunBench's folder"):
         FunBench(tmp_path)
     shutil.copytree(samples / "L2-anatomy_perception", tmp_path / "L2-anatomy_perception")
-    (tmp_path / "L2-anatomy_perception" / "L2b-laterality.json").write_text("[1]")
-    with pytest.raises(DataError, match="not a FunBench file"):
-        FunBench(tmp_path, PART)
+    for text in ("[1]", '{"info": {}, "data": {}}'):
+        (tmp_path / "L2-anatomy_perception" / "L2b-laterality.json").write_text(text)
+        with pytest.raises(DataError, match="not a FunBench file"):
+            FunBench(tmp_path, PART)

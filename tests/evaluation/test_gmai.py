@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -15,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fundus_jax.evaluation import wide
+from fundus_jax import dialog
+from fundus_jax.evaluation import gmai, vlmevalkit, wide
 from fundus_jax.evaluation.gmai import FILE, GmaiMMBench
 from fundus_jax.evaluation.items import Selection
 from fundus_jax.evaluation.report import Prediction, evaluate
 from fundus_jax.records import ConfigError, DataError
 from tests.growth import LINEAR, growth
 
+PART = Selection(allow_partial=True)  # no table made here is the published one
 COLUMNS = ("index", "image", "question", "A", "B", "C", "D", "E", "answer", "category", "original task")
 COLUMNS += ("modality", "clinical VQA task", "department", "perceptual granularity")
 TASKS = {
@@ -85,21 +88,31 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_the_subset_and_its_counts(source: Path) -> None:
-    benchmark = GmaiMMBench(source)
+    benchmark = GmaiMMBench(source, PART)
     assert Counter(one.task for one in benchmark.items) == {"AR": 1, "NT": 2, "BVR": 1, "DD": 3, "SG": 3}
     assert Counter(one.modality for one in benchmark.items) == {"CFP": 8, "OCT": 2}
     assert "10 of 13 questions, AR 1, BVR 1, DD 3, NT 2, SG 3" in benchmark.notes[0]
     assert benchmark.notes[1] == "left out by the rule: Image Quality Grading 1, modality X-ray 2"
-    assert benchmark.notes[2].startswith(f"{FILE} is not the published validation file (md5 ")
-    assert benchmark.partial == ()
-    only = GmaiMMBench(source / FILE, Selection(modalities=("OCT",)))
+    only = GmaiMMBench(source / FILE, Selection(modalities=("OCT",), allow_partial=True))
     assert [one.id for one in only.items] == ["20", "21"]
     with pytest.raises(ConfigError, match="no row has a modality in"):
         GmaiMMBench(source, Selection(modalities=("MRI",)))
 
 
+def test_another_file_than_the_published_one_is_partial(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = f"{FILE} is not the published validation file: it has 13 rows of 4550, and the md5 "
+    with pytest.raises(DataError, match=f"GMAI-MMBench: {reason}"):
+        GmaiMMBench(source)
+    [told] = GmaiMMBench(source, PART).partial
+    assert told.startswith(reason)
+    monkeypatch.setattr(gmai, "MD5", hashlib.md5((source / FILE).read_bytes()).hexdigest())  # noqa: S324
+    assert GmaiMMBench(source).partial == ()
+
+
 def test_a_question_and_its_picture(source: Path) -> None:
-    benchmark = GmaiMMBench(source, Selection(instruct=False))
+    benchmark = GmaiMMBench(source, Selection(instruct=False, allow_partial=True))
     one = benchmark.items[3]
     assert one.prompt == (
         "Question: What is seen\tin picture 4,\n\"as a 'quoted' text\"?\n"
@@ -116,7 +129,7 @@ def test_a_question_and_its_picture(source: Path) -> None:
 
 
 def test_the_published_score(source: Path) -> None:
-    items = GmaiMMBench(source).items
+    items = GmaiMMBench(source, PART).items
     answers = [Prediction(item=one, response="A" if one.id in "16" else "(B)") for one in items]
     found = evaluate(answers, published="GMAI-Fundus")["published"]
     values = {name: (one["value"], one["n"]) for name, one in found["groups"].items()}
@@ -125,11 +138,24 @@ def test_the_published_score(source: Path) -> None:
     assert found["score"]["value"] == pytest.approx((0 + 1 + 1 + 2 / 3 + 1) / 5)
 
 
+def test_vlmevalkit_scores_it_against_its_own_questions(source: Path) -> None:
+    """As VLMEvalKit does: the right answers come from the benchmark's table, by index."""
+    rows = [row(k, task, answer="ABC"[k % 3]) for k, task in enumerate(["Bone", *TASKS, "DD"], start=7)]
+    path = table(source / FILE, rows)
+    items = GmaiMMBench(path, PART).items
+    assert [one.id for one in items] == [str(k) for k in range(8, 14)]
+    letters = {text: letter for letter, text in dialog.lettered(items[0].options).items()}
+    answers = [Prediction(item=one, response=letters[one.answer]) for one in items]
+    known = {int(one["index"]): one["answer"] for one in rows}
+    head, *lines = vlmevalkit.rows(answers)
+    for line in lines:
+        cells = dict(zip(head, line, strict=True))
+        assert known[cells["index"]] == cells["answer"] == cells["prediction"]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"image": "A" * 200}, "not a readable JPEG, PNG"),
-        ({"image": encoded(1)[:-5] + "!" * 5}, "the image is not base64"),
         ({"image": ""}, "its image is 'nothing', neither base64 nor another row's index"),
         ({"image": "77"}, "its image is '77'"),
         ({"answer": ""}, "there is no answer: the TEST files have none"),
@@ -145,7 +171,7 @@ def test_bad_rows_are_named_by_number(tmp_path: Path, changes: dict[str, str], r
         GmaiMMBench(path)
     # outside of the subset nobody needs them
     fine = [row(1), row(2, **{"modality": "X-ray", **changes}), row(3)]
-    assert len(GmaiMMBench(table(path, fine)).items) == 2
+    assert len(GmaiMMBench(table(path, fine), PART).items) == 2
 
 
 def test_all_bad_rows_are_counted(tmp_path: Path) -> None:
@@ -199,4 +225,4 @@ def test_reading_takes_linear_time(tmp_path: Path) -> None:
     paths = {
         n: table(tmp_path / f"{n}.tsv", [{**one, "index": str(k)} for k in range(n)]) for n in (100, 1600)
     }
-    assert growth(lambda n: GmaiMMBench(paths[n]), 1600) < LINEAR
+    assert growth(lambda n: GmaiMMBench(paths[n], PART), 1600) < LINEAR

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from fundus_jax.evaluation.engines import Asking, LoadImage, identity
+from fundus_jax.evaluation.engines import Asking, identity
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.journal import Journal
+from fundus_jax.evaluation.pictures import Images
 from fundus_jax.evaluation.report import Prediction
 from fundus_jax.records import ConfigError, DataError
-from tests.evaluation.samples import item, picture
+from tests.evaluation.samples import Pictures, item, picture
 
 ITEMS = [item(f"q{number}") for number in range(7)]
 ASKING = Asking(max_new_tokens=5, temperature=1.0, samples=2)
@@ -30,7 +31,7 @@ class Echo:
         self.facts, self.failures = FACTS, {}
 
     def answer(
-        self, items: Sequence[Item], wanted: Sequence[int], load_image: LoadImage, asking: Asking
+        self, items: Sequence[Item], wanted: Sequence[int], images: Images, asking: Asking
     ) -> Iterator[tuple[int, list[Prediction]]]:
         for index in reversed(wanted):
             if len(self.asked) == self.most:
@@ -60,7 +61,7 @@ class Echo:
 
 
 def ask(out: Path, engine: Echo, **shard: Any) -> dict[int, list[Prediction]]:
-    return Journal(out, ITEMS, FACTS, ASKING, **shard).ask(engine, lambda _: picture(1))
+    return Journal(out, ITEMS, FACTS, ASKING, **shard).ask(engine, Pictures(lambda _: picture(1)))
 
 
 def test_it_goes_on(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fundus_jax import dialog
 from fundus_jax.evaluation.items import Selection
-from fundus_jax.evaluation.omnimedvqa import FOLDER, MODALITIES, OCT, OmniMedVQA, read
+from fundus_jax.evaluation.omnimedvqa import FILES, FOLDER, MODALITIES, OCT, OmniMedVQA, read
 from fundus_jax.evaluation.report import Prediction, evaluate
 from fundus_jax.records import ConfigError, DataError
 
@@ -28,7 +28,7 @@ def real(shared_data: Path) -> Path:
 
 
 def test_the_counts_of_the_real_questions(real: Path) -> None:
-    items, left = read(real, tuple(MODALITIES), Selection())
+    items, left, _ = read(real, tuple(MODALITIES), Selection())
     assert Counter((one.modality, one.task) for one in items) == {
         ("CFP", "MR"): 1190,
         ("CFP", "AI"): 439,
@@ -40,15 +40,29 @@ def test_the_counts_of_the_real_questions(real: Path) -> None:
     assert left == {"Other Biological Attributes": 1170 + 1697}
     assert len(items) + left.total() == 10_044
     assert len({one.unit for one in items if one.modality == "CFP"}) <= 5034
-    photographs, left = read(real, (CFP,), Selection())
+    photographs, left, _ = read(real, (CFP,), Selection())
     assert len(photographs) == 4228
     assert left[f"modality {OCT}"] == 4646
     assert Counter(len(one.options) for one in photographs) == {4: 3667, 2: 439, 3: 122}
 
 
+def test_a_file_that_was_cut_is_told_by_the_published_numbers(real: Path, tmp_path: Path) -> None:
+    """The numbers are those of the real questions; what is asked of is one file."""
+    for name, published in {**FILES[CFP], **FILES[OCT]}.items():
+        assert len(json.loads((real / FOLDER / f"{name}.json").read_text())) == published
+    (tmp_path / FOLDER).mkdir(parents=True)
+    for name in FILES[OCT]:
+        questions = json.loads((real / FOLDER / f"{name}.json").read_text())
+        more = [question(question_id="x", modality_type="X-Ray")]  # as in the publisher's file
+        (tmp_path / FOLDER / f"{name}.json").write_text(json.dumps(questions[:600] + more))
+    chosen = Selection(modalities=(OCT,), allow_partial=True)
+    with pytest.raises(ConfigError, match="2 of 2 .* not as published: OCT & X-Ray 2017 600 of 630, Retinal"):
+        OmniMedVQA(tmp_path, chosen)  # and none of the images is there
+
+
 def test_images_made_here_and_missing_ones(real: Path, tmp_path: Path) -> None:
     """The real annotations with real image paths; a third of the images lies there, spelt in another case."""
-    items, _ = read(real, (CFP,), Selection())
+    items, *_ = read(real, (CFP,), Selection())
     keys = sorted({one.images[0] for one in items if one.task == "AI"})
     for key in keys[::3]:
         path = tmp_path / key.lower()
@@ -69,7 +83,7 @@ def test_images_made_here_and_missing_ones(real: Path, tmp_path: Path) -> None:
 
 
 def test_the_published_score_of_perfect_and_of_constant_answers(real: Path) -> None:
-    items, _ = read(real, tuple(MODALITIES), Selection())
+    items, *_ = read(real, tuple(MODALITIES), Selection())
     letters = [
         {text: letter for letter, text in dialog.lettered(one.options).items()}[one.answer] for one in items
     ]
@@ -114,7 +128,7 @@ def source(root: Path, questions: Any, name: str = "OLIVES") -> Path:
 
 def test_a_question_and_its_prompt(tmp_path: Path) -> None:
     chest = question(modality_type=..., modality="CT(Computed Tomography)", question_id="c")  # a real slip
-    [one], left = read(source(tmp_path, [question(), chest]), (CFP,), Selection(instruct=False))
+    [one], left, _ = read(source(tmp_path, [question(), chest]), (CFP,), Selection(instruct=False))
     assert one.prompt == (
         "Question: Which eye is shown?\nOptions:\nA. Right eye.\nB. Left eye.\n"
         "Please select the correct answer from the options above. \n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from PIL import Image
 from fundus_jax import training
 from fundus_jax.evaluation import run
 from fundus_jax.evaluation.engines import Asking
-from fundus_jax.evaluation.items import Item
+from fundus_jax.evaluation.items import Item, Selection
 from fundus_jax.evaluation.predict import TEXT_STEP, Sampler, predict
 from fundus_jax.models import read_config
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.sharding import parse_mesh
-from tests.evaluation.samples import example, item, stage
+from tests.evaluation.readers import CUT, KEYS, encode, funbench
+from tests.evaluation.samples import Pictures, command_flags, example, item, stage
 from tests.small import Bigram
 
 
@@ -49,12 +51,13 @@ def load_image(name: str) -> Image.Image:
     return Image.new("RGB", (28 * (1 + int(name) % 3), 56), (int(name), 90, 200))
 
 
+PICTURES = Pictures(load_image)
 ITEMS = [asked(number) for number in range(23)]
 DRAWN: dict[str, Any] = {"max_new_tokens": 7, "temperature": 1.0, "group_size": 3, "seed": 5}
 
 
 def test_answers_stand_in_the_order_of_the_items(talker: tuple[Any, Any]) -> None:
-    found = predict(*talker, ITEMS, load_image=load_image, batch_size=4, **DRAWN)
+    found = predict(*talker, ITEMS, images=PICTURES, batch_size=4, **DRAWN)
     assert [(one.item.id, one.sample) for one in found] == [
         (one.id, sample) for one in ITEMS for sample in range(3)
     ]
@@ -67,14 +70,14 @@ def test_answers_stand_in_the_order_of_the_items(talker: tuple[Any, Any]) -> Non
 
 
 def test_an_answer_depends_neither_on_the_slots_nor_on_what_else_is_wanted(talker: tuple[Any, Any]) -> None:
-    whole = predict(*talker, ITEMS, load_image=load_image, batch_size=4, **DRAWN)
-    assert whole == predict(*talker, ITEMS, load_image=load_image, batch_size=4, **DRAWN)
-    other = predict(*talker, ITEMS, load_image=load_image, batch_size=9, **DRAWN)
+    whole = predict(*talker, ITEMS, images=PICTURES, batch_size=4, **DRAWN)
+    assert whole == predict(*talker, ITEMS, images=PICTURES, batch_size=4, **DRAWN)
+    other = predict(*talker, ITEMS, images=PICTURES, batch_size=9, **DRAWN)
     assert [one.response for one in other] == [one.response for one in whole]
     asking = Asking(max_new_tokens=7, temperature=1.0, samples=3, seed=5)
-    some = dict(Sampler(*talker, slots=4).answer(ITEMS, [20, 3, 11], load_image, asking))
+    some = dict(Sampler(*talker, slots=4).answer(ITEMS, [20, 3, 11], PICTURES, asking))
     assert some == {index: whole[3 * index : 3 * index + 3] for index in (3, 11, 20)}
-    changed = predict(*talker, ITEMS, load_image=load_image, batch_size=4, **DRAWN | {"seed": 6})
+    changed = predict(*talker, ITEMS, images=PICTURES, batch_size=4, **DRAWN | {"seed": 6})
     assert [one.response for one in changed] != [one.response for one in whole]
 
 
@@ -93,7 +96,7 @@ def test_shapes_are_few(talker: tuple[Any, Any]) -> None:
             return processor(*rows, **shape)
 
     engine = Sampler(model, Watched(), slots=4, groups=2)
-    found = dict(engine.answer(ITEMS, range(len(ITEMS)), load_image, Asking(max_new_tokens=3)))
+    found = dict(engine.answer(ITEMS, range(len(ITEMS)), PICTURES, Asking(max_new_tokens=3)))
     assert len(found) == len(ITEMS)
     assert len(shapes) == 2
     assert all(length % TEXT_STEP == 0 for length, _ in shapes)
@@ -108,11 +111,56 @@ def test_errors_arrive(talker: tuple[Any, Any]) -> None:
 
     common: dict[str, Any] = {"max_new_tokens": 4}
     with pytest.raises(DataError, match="7 is broken"):
-        predict(*talker, [asked(7)], load_image=broken, batch_size=2, **common)
+        predict(*talker, [asked(7)], images=Pictures(broken), batch_size=2, **common)
     with pytest.raises(ConfigError, match="batch_size 0"):
-        predict(*talker, ITEMS, load_image=load_image, batch_size=0, **common)
+        predict(*talker, ITEMS, images=PICTURES, batch_size=0, **common)
     with pytest.raises(ConfigError, match="temperature 0, where all samples are alike"):
-        predict(*talker, ITEMS, load_image=load_image, batch_size=2, group_size=2, **common)
+        predict(*talker, ITEMS, images=PICTURES, batch_size=2, group_size=2, **common)
+
+
+def test_each_picture_is_decoded_once_for_each_question(
+    talker: tuple[Any, Any], tmp_path: Path, decodes: list[tuple[int, int]]
+) -> None:
+    """FunBench as its command is documented: cut, turned, resized. Sizes are asked once for each picture."""
+    benchmark = funbench(tmp_path, [encode()] * 3, Selection(side=56, allow_partial=True), [CUT] * 3)
+    items = [
+        dataclasses.replace(one, id=f"{one.id} {again}") for one in benchmark.items for again in range(4)
+    ]
+    assert len(items) == 12
+    sized: list[str] = []
+    plain = benchmark.image_size
+    benchmark.image_size = lambda image: sized.append(image) or plain(image)  # type: ignore[method-assign]
+    assert decodes == []
+    engine = Sampler(*talker, slots=4)
+    whole = dict(engine.answer(items, range(12), benchmark, Asking(max_new_tokens=3)))
+    assert len(decodes) == 12
+    assert sorted(sized) == sorted(KEYS)
+    decodes.clear()
+    rest = dict(engine.answer(items, [7, 2], benchmark, Asking(max_new_tokens=3)))  # resumed, or a shard
+    assert len(decodes) == 2
+    assert rest == {index: whole[index] for index in (2, 7)}
+
+
+def test_a_picture_that_can_not_be_read_costs_its_question_alone(
+    talker: tuple[Any, Any], tmp_path: Path
+) -> None:
+    whole = encode()
+    strip = encode("PNG", (300, 1))
+    files = [whole, whole[: len(whole) // 2], strip]
+    benchmark = funbench(tmp_path, files)
+    engine = Sampler(*talker, slots=2)
+    asking = Asking(max_new_tokens=3)
+    found = dict(engine.answer(benchmark.items, range(3), benchmark, asking))
+    assert list(found) == [0]
+    assert sorted(engine.failures) == [1, 2]
+    assert re.match(r"OIA-ODIR/1.jpg: .*images/OIA-ODIR/1.jpg: its pixels can not", engine.failures[1])
+    assert re.match(r"OIA-ODIR/2.jpg: .*300x1 pixels", engine.failures[2])
+    with pytest.raises(DataError, match="no answer to L2b-laterality:OIA-ODIR/[12].jpg, nor to 1 others"):
+        predict(*talker, benchmark.items, images=benchmark, batch_size=2, max_new_tokens=3)
+    (tmp_path / "images" / "OIA-ODIR" / "1.jpg").write_bytes(whole)
+    again = dict(engine.answer(benchmark.items, [1], benchmark, asking))
+    assert list(again) == [1]
+    assert engine.failures == {}
 
 
 def tiny_model(folder: Path) -> tuple[Any, Any]:
@@ -139,18 +187,17 @@ def test_questions_with_several_images(tmp_path: Path) -> None:
 
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which disease?"}]
     two = item("two", images=("left.png", "right.png"), messages=({"role": "user", "content": content},))
-    found = predict(model, processor, [two, item("one")], load_image=load, max_new_tokens=3, batch_size=2)
+    found = predict(
+        model, processor, [two, item("one")], images=Pictures(load), max_new_tokens=3, batch_size=2
+    )
     assert [one.item.id for one in found] == ["two", "one"]
     assert all(1 <= one.tokens <= 3 for one in found)
     assert sorted(loaded) == sorted(2 * ["left.png", "right.png", "one.png"])  # for the size, and the pixels
 
 
-def test_the_command_on_a_tiny_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Five questions, two samples each, through the flags, the model and the files. Its answers are noise."""
-    from absl import flags
-
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
+    """The flags of the command, for a model of random weights in tmp_path/tiny; and how it was loaded."""
     loaded: list[tuple[Any, ...]] = []
 
     def load_pretrained(*arguments: Any, **named: Any) -> tuple[Any, Any]:
@@ -160,17 +207,17 @@ def test_the_command_on_a_tiny_model(
         return skeleton.merge(training.spread(params, skeleton.shardings(named["mesh"]))), processor
 
     monkeypatch.setattr(run, "load_pretrained", load_pretrained)
-    source = stage(tmp_path / "examples", [example(k) for k in range(5)])
-    values = flags.FlagValues()
-    monkeypatch.setattr(flags, "FLAGS", values)
-    for kind in ("string", "enum", "bool", "list", "integer", "float"):
-        original = getattr(flags, f"DEFINE_{kind}")
-        monkeypatch.setattr(
-            flags, f"DEFINE_{kind}", lambda *a, _define=original, **k: _define(*a, flag_values=values, **k)
-        )
-    run.define_flags()
-    out = tmp_path / "out"
     tiny_model(tmp_path / "tiny")
+    return command_flags(monkeypatch), loaded
+
+
+def test_the_command_on_a_tiny_model(
+    tmp_path: Path, command: tuple[Any, list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five questions, two samples each, through the flags, the model and the files. Its answers are noise."""
+    values, loaded = command
+    source = stage(tmp_path / "examples", [example(k) for k in range(5)])
+    out = tmp_path / "out"
     given = {
         "model": tmp_path / "tiny",
         "benchmark": "phantom",
@@ -218,3 +265,28 @@ def test_the_command_on_a_tiny_model(
     values.source = str(tmp_path)
     with pytest.raises(SystemExit, match="DataError: .*no finished stage directory"):
         run.main(["run"])
+
+
+def test_the_command_goes_past_a_broken_picture_if_it_may(
+    tmp_path: Path, command: tuple[Any, list[Any]]
+) -> None:
+    """It is named, and the other answers are kept; allowed, the report says what is missing."""
+    whole = encode()
+    funbench(tmp_path, [whole, whole[: len(whole) // 2], whole])
+    values, out = command[0], tmp_path / "out"
+    given = {"model": tmp_path / "tiny", "benchmark": "funbench", "source": tmp_path / "FunBench", "out": out}
+    given |= {"images": tmp_path / "images", "tasks": "L2b-laterality", "side": 56, "max_new_tokens": 3}
+    values(["run", *(f"--{name}={value}" for name, value in given.items())])
+    named = f"no answer to 1 of 3 questions, such as L2b-laterality:{KEYS[1]}: .*can not be read: .*truncated"
+    with pytest.raises(SystemExit, match=f"ConfigError: there is {named}"):
+        run.main(["run"])
+    journal = out / "answers" / "00000-of-00001.jsonl"
+    kept = journal.read_bytes()
+    assert len(kept.splitlines()) == 2
+    values.allow_partial = True
+    run.main(["run"])
+    assert journal.read_bytes() == kept
+    report = json.loads((out / "report.json").read_text())
+    assert report["partial"][-1] == f"1 of 3 questions have no answer: L2b-laterality:{KEYS[1]}"
+    assert list(report["benchmark"]["unanswered"]) == [f"L2b-laterality:{KEYS[1]}"]
+    assert "PARTIAL" in (out / "report.txt").read_text().splitlines()[2]

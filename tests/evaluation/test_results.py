@@ -113,6 +113,15 @@ def test_others_read_the_answers_again(tmp_path: Path) -> None:
     assert cells[1][-1] == answers[0].response.replace("\x07", "\ufffd")
 
 
+def test_an_index_is_the_publishers_only_where_all_ids_are_numbers() -> None:
+    def indices(*names: str) -> list[object]:
+        return [row[0] for row in vlmevalkit.rows([answered(item(name), "PDR") for name in names])[1:]]
+
+    assert indices("4001", "17", "0") == [4001, 17, 0]
+    assert indices("4001", "OLIVES:17") == [0, 1]
+    assert indices("7", "07") == [0, 1]
+
+
 def test_pandas_reads_the_same(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     answers = [answered(item("q1"), "PDR", AWKWARD)]

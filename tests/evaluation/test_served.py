@@ -19,9 +19,9 @@ from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.served import Served
 from fundus_jax.models.qwen2_5_vl.images import image_patches
 from fundus_jax.models.qwen2_5_vl.processor import Processor
-from fundus_jax.records import ConfigError
+from fundus_jax.records import ConfigError, DataError
 from tests.chat_server import Body, Reply, Server
-from tests.evaluation.samples import item
+from tests.evaluation.samples import Pictures, item
 from tests.models import tiny
 
 
@@ -43,6 +43,7 @@ def asked(number: int) -> Item:
 
 
 ITEMS = [asked(number) for number in range(12)]
+PICTURES = Pictures(load_image)
 
 
 def text_of(body: Body) -> str:
@@ -55,9 +56,11 @@ def config(server: Server, **changes: Any) -> ChatConfig:
     )
 
 
-def answers(engine: Served, items: Sequence[Item] = ITEMS, **asking: Any) -> dict[int, Any]:
+def answers(
+    engine: Served, items: Sequence[Item] = ITEMS, images: Pictures = PICTURES, **asking: Any
+) -> dict[int, Any]:
     how = Asking(**{"max_new_tokens": 9} | asking)
-    return dict(engine.answer(items, range(len(items)), load_image, how))
+    return dict(engine.answer(items, range(len(items)), images, how))
 
 
 def test_answers_and_what_was_sent(processor: Processor) -> None:
@@ -126,7 +129,7 @@ def test_a_server_that_is_lost_ends_it_and_what_was_said_is_not_lost(processor: 
         found: list[int] = []
 
         def collect() -> None:
-            for index, _ in engine.answer(ITEMS, range(12), load_image, Asking(max_new_tokens=3)):
+            for index, _ in engine.answer(ITEMS, range(12), PICTURES, Asking(max_new_tokens=3)):
                 found.append(index)
                 if len(found) == 4:
                     server.stop()
@@ -134,6 +137,19 @@ def test_a_server_that_is_lost_ends_it_and_what_was_said_is_not_lost(processor: 
         with pytest.raises(ConfigError, match="the same command goes on"):
             collect()
     assert len(found) >= 4
+
+
+def test_a_picture_that_can_not_be_read_costs_its_question_alone(processor: Processor) -> None:
+    def load(name: str) -> Image.Image:
+        if name == "4":
+            raise DataError("4.png: its pixels can not be read")
+        return load_image(name)
+
+    with Server(lambda body, number: Reply(texts=["yes"])) as server:
+        engine = Served(config(server), processor)
+        found = answers(engine, images=Pictures(load))
+    assert sorted(found) == [number for number in range(12) if number != 4]
+    assert engine.failures == {4: "4: 4.png: its pixels can not be read"}
 
 
 def test_several_images_and_text_alone(processor: Processor, tmp_path: Path) -> None:

@@ -249,7 +249,10 @@ def test_who_wrote_and_judged_is_told(copied: Path) -> None:
     stored["config"]["data"]["votes"]["server"]["model"] = "some-vlm"
     (copied / "config.json").write_text(json.dumps(stored))
     text = page_of(copied).text
-    assert "the judge of the process reward is “server”" in text
+    assert "the judge of the process reward is “server” in training and “rules” in the figures below" in text
+    assert "answer + format + process, at most 3, process by rules" in text
+    row = text[text.index("Reward: total") :]
+    assert "not per cent, process by rules" in row[:100]
     assert "Findings of images without masks are the votes of a model, “some-vlm”" in text
     assert "No language model wrote" not in text
 

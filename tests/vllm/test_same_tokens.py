@@ -50,6 +50,34 @@ def served(messages: list[dict[str, Any]], image: Any) -> list[dict[str, Any]]:
     ]
 
 
+def first_difference(mine: list[int], choice: dict[str, Any]) -> int:
+    """How many tokens of ours and of the server's choice are alike before one differs, or one text ends."""
+    theirs = choice["token_ids"]
+    pairs = enumerate(zip(mine, theirs, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(mine), len(theirs)))
+
+
+def assert_tie(mine: list[int], choice: dict[str, Any]) -> None:
+    """The first token of ours that is not the server's was a tie in the numbers of the server."""
+    alike = first_difference(mine, choice)
+    assert alike < min(len(mine), len(choice["token_ids"])), (mine, choice["token_ids"])
+    first, second = choice["logprobs"]["content"][alike]["top_logprobs"]
+    assert abs(first["logprob"] - second["logprob"]) < CLOSE, (alike, mine, choice["token_ids"])
+    assert f"token_id:{mine[alike]}" in (first["token"], second["token"])
+
+
+def test_a_difference_is_no_tie_unless_the_numbers_say_so() -> None:
+    def choice(gap: float) -> dict[str, Any]:
+        top = [{"token": "token_id:5", "logprob": -0.5}, {"token": "token_id:6", "logprob": -0.5 - gap}]
+        content = [{"logprob": -0.1, "top_logprobs": top}] * 3
+        return {"token_ids": [4, 5, 9], "logprobs": {"content": content}}
+
+    assert_tie([4, 6, 8], choice(CLOSE / 2))
+    for mine, gap in (([4, 6, 8], 2 * CLOSE), ([4, 7, 8], CLOSE / 2), ([4, 5], CLOSE / 2)):
+        with pytest.raises(AssertionError):
+            assert_tie(mine, choice(gap))
+
+
 def test_greedy_tokens_are_the_same(vllm: Vllm, exported: Path, trainer: Trainer) -> None:
     model, processor = load_pretrained(exported, "float32")
     prompt = trainer.config.prompt
@@ -74,17 +102,11 @@ def test_greedy_tokens_are_the_same(vllm: Vllm, exported: Path, trainer: Trainer
         logprobs = np.asarray(ours.logprobs)[row, 0][mask]
         theirs, told = choice["token_ids"], choice["logprobs"]["content"]
         said.add(tuple(mine))
-        differs = [i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]]
-        alike = differs[0] if differs else min(len(mine), len(theirs))
-        gaps += [abs(told[i]["logprob"] - logprobs[i]) for i in range(alike)]
+        gaps += [abs(told[i]["logprob"] - logprobs[i]) for i in range(first_difference(mine, choice))]
         if mine == theirs:
             same += 1
-            continue
-        # The first token that differs must have been a tie, in vLLM's own numbers; what follows differs.
-        assert differs, (mine, theirs)
-        first, second = told[alike]["top_logprobs"]
-        assert abs(first["logprob"] - second["logprob"]) < CLOSE, (row, alike, mine, theirs)
-        assert f"token_id:{mine[alike]}" in (first["token"], second["token"])
+        else:
+            assert_tie(mine, choice)
     print(f"{same} of {PROMPTS} the same; largest difference of a log-probability {max(gaps):.1e}")
     assert max(gaps) < CLOSE
     assert same >= PROMPTS - 2, "ties are rare"

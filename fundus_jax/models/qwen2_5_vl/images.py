@@ -9,7 +9,7 @@ the patches into a batch.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,16 @@ from fundus_jax.records import ConfigError, DataError
 MAX_ASPECT_RATIO = 200
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Sized(Protocol):
+    """What is asked of an image before its pixels are: PIL's have it, and `data.Size`."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +84,7 @@ class ImageConfig:
         """W, patch slots of one attention window (64 for Qwen2.5-VL)."""
         return (self.window_size // self.patch_size) ** 2
 
-    def grid(self, image: Image.Image) -> tuple[int, int, int]:
+    def grid(self, image: Sized) -> tuple[int, int, int]:
         """(frames = 1, height, width) in patches that `image` will have. Reads its size only, no pixels."""
         height, width = smart_resize(image.height, image.width, self.factor, self.min_pixels, self.max_pixels)
         return 1, height // self.patch_size, width // self.patch_size

@@ -8,13 +8,13 @@ once, at data time.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
 from fundus_jax.models.batch import Batch
-from fundus_jax.models.qwen2_5_vl.images import ImageConfig
+from fundus_jax.models.qwen2_5_vl.images import ImageConfig, Sized
 from fundus_jax.models.qwen2_5_vl.processor_files import load_tokenizer, read_files, write_files
 from fundus_jax.models.qwen2_5_vl.rows import Row, collate, expand, join
 from fundus_jax.records import ConfigError, DataError
@@ -139,9 +139,9 @@ class Processor:
         rows = [[(text, False)] for text in texts]
         return self._collate(self._rows(rows, images), length=length, patches=patches)[0]
 
-    def row_size(self, text: str, images: Sequence[Image.Image] = ()) -> tuple[int, int]:
+    def row_size(self, text: str, images: Sequence[Sized] = ()) -> tuple[int, int]:
         """(tokens, patch slots) a row would take, from the images' sizes alone: for filters and buckets."""
-        row = self._rows([[(text, False)]], [images])[0]
+        row = self._rows([[(text, False)]], [cast("Sequence[Image.Image]", images)])[0]  # reads no pixel
         return len(row.tokens), row.slots
 
     def train_row(
