@@ -4,9 +4,9 @@
 that nobody reads does not stand here. Annotations are the plain types str, int and float, not strings and not
 `Literal`: ml_collections parses `--config.grpo.kl_coef=0.1` by them.
 
-From the paper (sections 3.3 and 4.1): group_size 4, temperature 1.0, AdamW, reward = answer + format +
-process, and which ratings exist. The paper's text as we have it lost the values of the ratings and the
-learning rate; where a field says "ours", so it is.
+From the paper (sections 3.3 and 4.1): group_size 4, temperature 1.0, 8 epochs, AdamW, reward = answer +
+format + process, and which ratings exist. The paper's text as we have it lost the values of the ratings and
+the learning rate; where a field says "ours", so it is.
 """
 
 import dataclasses
@@ -40,11 +40,11 @@ class GrpoConfig:
     passes over them, each one optimizer update whose gradient is summed over micro-batches of `micro_batch`
     rollouts (whole groups, which share the work on their prompt). `slots` prompts are decoded at a time, and
     the next take the places of those that have ended (0: all prompts of the step at once); this bounds the
-    memory of the caches and changes no token. `steps` of these make the stage. Every `save_every` steps a
-    bundle is saved (0: only at the end). `seed` fixes prompts and
-    sampling. `buckets`: prompts are sorted by length into at most so many shapes, and those of a step are of
-    one shape, so that short prompts are not padded to the longest; each shape that occurs compiles the
-    programs of a step once more.
+    memory of the caches and changes no token. `steps` of these make the stage, or `epochs` over the prompts
+    where steps is 0 (what `extra_draws` take besides is not counted). Every `save_every` steps a bundle is
+    saved (0: only at the end). `seed` fixes prompts and sampling. `buckets`: prompts are sorted by length
+    into at most so many shapes, and those of a step are of one shape, so that short prompts are not padded to
+    the longest; each shape that occurs compiles the programs of a step once more.
 
     Published objectives are values of the fields below; a field that could not act is refused.
 
@@ -57,7 +57,8 @@ class GrpoConfig:
     group_size: int = 4
     temperature: float = 1.0
     prompts_per_step: int = 16
-    steps: int = 100
+    steps: int = 0
+    epochs: float = 8.0
     max_new_tokens: int = 512
     slots: int = 0
     mu: int = 1
@@ -144,6 +145,7 @@ class GrpoConfig:
             self.temperature,
             "must be above 0 (greedy ones are alike)",
         )
+        _require(self.epochs > 0, "epochs", self.epochs, "must be above 0")
         _require(0 < self.clip_low < 1, "clip_low", self.clip_low, "must lie between 0 and 1")
         _require(self.clip_high > 0, "clip_high", self.clip_high, "must be above 0")
         _require(0 <= self.max_abstain < 1, "max_abstain", self.max_abstain, "must be at least 0 and below 1")
@@ -151,6 +153,10 @@ class GrpoConfig:
         self.optim.validate()
         self.alarms.validate()
         own_rewards.load(self.rewards)
+
+    def total_steps(self, prompts: int) -> int:
+        """Steps of the stage for a pool of so many prompts."""
+        return self.steps or max(1, int(prompts * self.epochs / self.prompts_per_step))
 
     def _validate_together(self) -> None:
         weights = (self.answer_weight, self.format_weight, self.process_weight)
@@ -238,7 +244,7 @@ class GrpoConfig:
 _AT_LEAST = {
     "group_size": 2,  # alone in its group, a rollout has nothing to be better than
     "prompts_per_step": 1,
-    "steps": 1,
+    "steps": 0,
     "max_new_tokens": 1,
     "slots": 0,
     "mu": 1,

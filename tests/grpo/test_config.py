@@ -23,7 +23,8 @@ BAD = [
     ("temperature", "1.0"),
     ("prompts_per_step", 0),
     ("buckets", 0),
-    ("steps", 0),
+    ("steps", -1),
+    ("epochs", 0.0),
     ("max_new_tokens", 0),
     ("mu", 0),
     ("micro_batch", 0),
@@ -79,6 +80,13 @@ def test_the_defaults_are_valid():
     assert (config.group_size, config.temperature) == (4, 1.0)  # the paper's
     config.kl_coef = 1  # an int is a number too
     config.validate()
+
+
+def test_steps_come_from_epochs_where_none_are_given():
+    assert GrpoConfig(steps=7).total_steps(1000) == 7
+    assert GrpoConfig(prompts_per_step=16).total_steps(1000) == 500, "the paper's 8 epochs"
+    assert GrpoConfig(epochs=1.5, prompts_per_step=16).total_steps(1000) == 93
+    assert GrpoConfig(epochs=1, prompts_per_step=16).total_steps(3) == 1
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
@@ -171,7 +179,8 @@ def test_every_field_is_read_somewhere_else():
         and isinstance(node.ctx, ast.Load)
         and ast.unparse(node.value) in ("config", "self.config", "config.grpo")
     }
-    assert {item.name for item in dataclasses.fields(GrpoConfig)} <= read
+    counted = {"epochs"}  # by `total_steps`, which `launch.stages` asks
+    assert {item.name for item in dataclasses.fields(GrpoConfig)} - counted <= read
 
 
 def test_the_optimizer_is_checked_too():
