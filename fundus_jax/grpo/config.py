@@ -50,7 +50,8 @@ class GrpoConfig:
 
     * GRPO: aggregate "sequence-mean". Dr. GRPO: scale "none", aggregate "constant".
     * RLOO: baseline "leave-one-out", scale "none", kl "k1", kl_in "reward", aggregate "constant" (norm 1).
-    * DAPO: clip_high 0.28, extra_draws, overlong_cache and overlong_weight 1, kl_coef 0.
+    * DAPO: clip_high 0.28 with mu > 1, extra_draws, overlong_cache and overlong_weight 1, kl_coef 0. The
+      authors make 16 updates from a step's rollouts, each from a sixteenth of them; here each is from all.
     * GSPO: ratio "sequence", clip_low 3e-4, clip_high 4e-4, aggregate "sequence-mean", mu > 1.
     """
 
@@ -68,7 +69,8 @@ class GrpoConfig:
     seed: int = 0
     buckets: int = 1
 
-    # The loss (loss.py says what each choice computes). kl_coef is ours: 0 needs no reference policy at all.
+    # The loss (loss.py says what each choice computes). Clips act with mu > 1 only: in the first pass every
+    # ratio is 1. kl_coef is ours: 0 needs no reference policy at all.
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 0.0  # bounds the ratio where the advantage is negative (3 in the paper); 0: off
@@ -137,7 +139,7 @@ class GrpoConfig:
             )
         for name, low in _AT_LEAST.items():
             _require(getattr(self, name) >= low, name, getattr(self, name), f"must be at least {low}")
-        for name in ("flawed", "tenuous", "plausible", "knowledge_implausible", "knowledge_plausible"):
+        for name in (*_BY_FINDINGS, *_BY_KNOWLEDGE):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie between 0 and 1")
         _require(
             self.temperature > 0,
@@ -159,12 +161,12 @@ class GrpoConfig:
         return self.steps or max(1, int(prompts * self.epochs / self.prompts_per_step))
 
     def _validate_together(self) -> None:
-        weights = (self.answer_weight, self.format_weight, self.process_weight)
+        weights = (self.answer_weight, self.format_weight, self.process_weight, self.localisation_weight)
         _require(
             any(weights) or bool(self.rewards),
             "answer_weight",
             self.answer_weight,
-            "and the other two are 0, and rewards names none, so nothing is rewarded: raise one",
+            "and the other weights are 0, and rewards names none, so nothing is rewarded: raise one",
         )
         ordered = self.flawed <= self.tenuous <= self.plausible
         _require(ordered, "tenuous", self.tenuous, "must lie between flawed and plausible")
@@ -192,7 +194,17 @@ class GrpoConfig:
 
     def _validate_objective(self) -> None:
         """Refuses choices that beside the others would change nothing, or would not be what they say."""
-        moves, penalty = self.mu > 1, self.kl_coef > 0  # in the first pass every ratio is 1
+        for idle, names, why in (
+            (self.mu == 1, _CLIPPING, "mu 1, where every ratio is 1: raise mu, or leave it"),
+            (not self.kl_coef, ("kl", "kl_in", "kl_clamp"), "kl_coef 0: there is no penalty"),
+            (not self.sampler_correction, ("sampler_ratio",), "sampler_correction 0: nothing is corrected"),
+            (not self.process_weight, ("process", *_JUDGING), "process_weight 0: no judge is asked"),
+            (self.process == "findings", _BY_KNOWLEDGE, 'process "findings": nothing else is asked about'),
+            (self.process == "knowledge", _BY_FINDINGS, 'process "knowledge": nothing else is asked about'),
+        ):
+            for name in names if idle else ():
+                value, untouched = getattr(self, name), _DEFAULTS[name]
+                _require(value == untouched, name, value, f"must be {untouched!r} with {why}")
         bound, corrects = 1 + self.clip_high, self.sampler_correction
         overlong = "above 0" if self.overlong_cache else "0"
         biased = (
@@ -200,26 +212,17 @@ class GrpoConfig:
         )
         # field, whether it makes sense, what it must be otherwise
         rules = (
-            ("ratio", moves or self.ratio == "token", 'must be "token" with mu 1, where every ratio is 1'),
-            ("dual_clip", moves or not self.dual_clip, "must be 0 with mu 1, where every ratio is 1"),
             (
                 "dual_clip",
                 not self.dual_clip or self.dual_clip > bound,
                 f"must be 0 or above 1 + clip_high = {bound}",
             ),
-            ("kl_in", penalty or self.kl_in == "loss", 'must be "loss" with kl_coef 0: there is no penalty'),
-            ("kl_clamp", penalty or not self.kl_clamp, "must be 0 with kl_coef 0: there is no penalty"),
             (
                 "flat_groups",
                 self.flat_groups == "keep" or self.kl_in == "loss",
                 'must be "keep" with kl_in "reward", which leaves no group without variance',
             ),
             ("sampler_correction", not corrects or corrects >= 1, "must be 0 or at least 1"),
-            (
-                "sampler_ratio",
-                bool(corrects) or self.sampler_ratio == "token",
-                'must be "token" with sampler_correction 0: nothing is corrected',
-            ),
             (
                 "scale",
                 self.baseline == "mean" or self.scale == "none",
@@ -241,6 +244,11 @@ class GrpoConfig:
             _require(sensible, name, getattr(self, name), remedy)
 
 
+_DEFAULTS = {item.name: item.default for item in dataclasses.fields(GrpoConfig)}
+_CLIPPING = ("clip_low", "clip_high", "dual_clip", "ratio")
+_BY_FINDINGS = ("flawed", "tenuous", "plausible")
+_BY_KNOWLEDGE = ("knowledge_implausible", "knowledge_plausible")
+_JUDGING = (*_BY_FINDINGS, *_BY_KNOWLEDGE, "max_abstain", "abstain_window")
 _AT_LEAST = {
     "group_size": 2,  # alone in its group, a rollout has nothing to be better than
     "prompts_per_step": 1,
