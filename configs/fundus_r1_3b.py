@@ -7,9 +7,9 @@ reward.
 
 --config.model is a Hugging Face directory of Qwen2.5-VL-3B-Instruct. Hardware in the paper: 8 x H800 80 GB,
 bf16. Mesh, recomputing and micro-batches are chosen by the devices (--mesh=auto); docs/scaling.md says what
-fits on which machine. From the paper: 2 epochs of SFT, AdamW, 4 rollouts at temperature 1.0. Ours, since its
-text lost them: learning rates, batch sizes, rating values; and that options are answered by letter, as
-FunBench asks for them (the paper's figures show labels in words: --config.prompt.style=options).
+fits on which machine. From the paper: 2 epochs of SFT, 8 of GRPO, AdamW, 4 rollouts at temperature 1.0. Ours,
+since its text lost them: learning rates, batch sizes, rating values; and that options are answered by letter,
+as FunBench asks for them (the paper's figures show labels in words: --config.prompt.style=options).
 """
 
 from fundus_jax.grpo.config import GrpoConfig
@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> RunConfig:
             optim=OptimConfig(name="adamw", lr=1e-5, warmup=10, final_fraction=0.1, b2=0.999),
         ),
         grpo=GrpoConfig(
-            steps=1000,
+            epochs=8,
             prompts_per_step=128,
             group_size=4,
             micro_batch=64,

@@ -6,6 +6,7 @@ them. `validate` is called before anything else happens.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,11 +204,20 @@ class RunConfig:
         self.policy.validate()
         for stage in (self.base, self.sft, self.grpo, self.judge, self.exam):
             stage.validate()
-        updates = {"base": self.base.steps, "sft": self.sft.steps, "grpo": self.grpo.steps * self.grpo.mu}
-        for name, steps in updates.items():  # here, and not after the data stage; 0 steps: the data decide
-            warmup = getattr(self, name).optim.warmup
-            if steps and warmup >= steps:
-                raise ConfigError(f"{name}.optim.warmup is {warmup} of {steps} updates; it must be less")
+        steps = {name: getattr(self, name).steps for name in ("base", "sft", "grpo")}
+        check_warmup(self, {name: count for name, count in steps.items() if count})  # 0: the data decide
+
+
+def check_warmup(config: RunConfig, steps: Mapping[str, int]) -> None:
+    """Raises ConfigError for a warm-up that is longer than its stage. steps: of each stage. Called as soon
+    as they are known, and not when the stage begins."""
+    for name, count in steps.items():
+        warmup, updates = (
+            getattr(config, name).optim.warmup,
+            count * (config.grpo.mu if name == "grpo" else 1),
+        )
+        if warmup >= updates:
+            raise ConfigError(f"{name}.optim.warmup is {warmup} of {updates} updates; it must be less")
 
 
 def model_config(config: RunConfig) -> Qwen2_5_VLConfig:

@@ -41,7 +41,7 @@ from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError
 from fundus_jax.workdir import Workdir
-from launch.config import RunConfig, names, rates
+from launch.config import RunConfig, check_warmup, names, rates
 
 
 def prepare_data(config: RunConfig, work: Workdir) -> None:
@@ -112,18 +112,30 @@ class Trainer:
         self.processor = Processor.from_pretrained(self.hf_dir, **bounds)
         wanted = [*([] if config.model else ["base"]), *names(config.stages)]
         self.plan = {stage: self._steps(stage) for stage in wanted}
+        check_warmup(config, self.plan)
+        logging.info("plan: %s", ", ".join(f"{stage} {count} steps" for stage, count in self.plan.items()))
         work.stages = self.plan
 
     def _steps(self, stage: str) -> int:
-        if stage == "sft" and not self.config.sft.steps:  # the data decide
+        steps: int = getattr(self.config, stage).steps
+        if steps:
+            return steps
+        if stage == "sft":  # the data decide
             return self.config.sft.total_steps(len(self.rows.packs))
-        return getattr(self.config, stage).steps
+        return self.config.grpo.total_steps(len(self.prompts.rows))
 
     @functools.cached_property
     def rows(self) -> sft.Rows:
         """What SFT learns from."""
         pool = self.pool.choose(part=(0.0, self.config.data.sft_part))
         return sft.make_rows(pool, self.processor, self.config.prompt, self.config.sft)
+
+    @functools.cached_property
+    def prompts(self) -> grpo.Prompts:
+        """What GRPO draws from."""
+        config = self.config
+        sizes = {"buckets": config.grpo.buckets, "batch": config.grpo.prompts_per_step}
+        return grpo.Prompts(self.grpo_pool(), self.processor, config.prompt, config.max_prompt, **sizes)
 
     @property
     def reached(self) -> list[str]:
@@ -170,12 +182,10 @@ class Trainer:
                 self.work, self.before(stage), self.rows, self.processor, config.sft, self.mesh, **common
             )
         else:
-            sizes = {"buckets": config.grpo.buckets, "batch": config.grpo.prompts_per_step}
-            prompts = grpo.Prompts(
-                self.grpo_pool(), self.processor, config.prompt, config.max_prompt, **sizes
-            )
             common["exam"] = self.exam()
-            grpo.train(self.work, self.before(stage), prompts, self.judge, config.grpo, self.mesh, **common)
+            grpo.train(
+                self.work, self.before(stage), self.prompts, self.judge, config.grpo, self.mesh, **common
+            )
         self.work.checkpoints.wait()
 
     def exam(self) -> Exam | None:

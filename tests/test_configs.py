@@ -80,6 +80,16 @@ def test_g_is_the_recipe_of_its_size() -> None:
         setup("h_findings_only", "30b")
 
 
+def test_the_papers_recipes_train_by_epochs_and_the_others_by_steps() -> None:
+    recipes = [importlib.import_module(f"configs.fundus_r1_{size}").get_config() for size in SIZES[:2]]
+    recipes += [importlib.import_module("configs.fundus_r1_32b").get_config("lora")]
+    for config in (*recipes, *(setup(name, size) for name in NEIGHBOURS for size in SIZES[:2])):
+        assert (config.sft.steps, config.sft.epochs) == (0, 2), config.name
+        assert (config.grpo.steps, config.grpo.epochs) == (0, 8), config.name
+    for config in (setup("g_fundus_r1", "phantom"), setup("c_grpo", "quick")):
+        assert config.grpo.steps, config.name
+
+
 @pytest.mark.parametrize("stages", ["grpo,sft", "sft,sft", "evaluate", "base,sft"])
 def test_stages_are_left_out_not_moved(stages: str) -> None:
     config = setup("g_fundus_r1", "phantom")

@@ -23,13 +23,13 @@ class Abstentions:
     """What the judge was asked and could not answer, in each of the last `abstain_window` steps.
 
     Args:
-        config: its `max_abstain`, `abstain_window` and `steps` count.
+        config: its `max_abstain` and `abstain_window` count. steps: of the stage.
         metrics: the metrics.jsonl of the run, in which a resumed run finds the steps up to `done`.
     """
 
-    def __init__(self, config: GrpoConfig, metrics: Path | None = None, done: int = 0) -> None:
+    def __init__(self, config: GrpoConfig, steps: int, metrics: Path | None = None, done: int = 0) -> None:
         self.config = config
-        self.size = min(config.abstain_window, config.steps)
+        self.size = min(config.abstain_window, steps)
         self._steps: deque[tuple[int, int]] = deque(maxlen=self.size)
         self._why: list[str] = []
         if done and metrics is not None:

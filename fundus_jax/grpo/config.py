@@ -4,9 +4,9 @@
 that nobody reads does not stand here. Annotations are the plain types str, int and float, not strings and not
 `Literal`: ml_collections parses `--config.grpo.kl_coef=0.1` by them.
 
-From the paper (sections 3.3 and 4.1): group_size 4, temperature 1.0, AdamW, reward = answer + format +
-process, and which ratings exist. The paper's text as we have it lost the values of the ratings and the
-learning rate; where a field says "ours", so it is.
+From the paper (sections 3.3 and 4.1): group_size 4, temperature 1.0, 8 epochs, AdamW, reward = answer +
+format + process, and which ratings exist. The paper's text as we have it lost the values of the ratings and
+the learning rate; where a field says "ours", so it is.
 """
 
 import dataclasses
@@ -40,24 +40,26 @@ class GrpoConfig:
     passes over them, each one optimizer update whose gradient is summed over micro-batches of `micro_batch`
     rollouts (whole groups, which share the work on their prompt). `slots` prompts are decoded at a time, and
     the next take the places of those that have ended (0: all prompts of the step at once); this bounds the
-    memory of the caches and changes no token. `steps` of these make the stage. Every `save_every` steps a
-    bundle is saved (0: only at the end). `seed` fixes prompts and
-    sampling. `buckets`: prompts are sorted by length into at most so many shapes, and those of a step are of
-    one shape, so that short prompts are not padded to the longest; each shape that occurs compiles the
-    programs of a step once more.
+    memory of the caches and changes no token. `steps` of these make the stage, or `epochs` over the prompts
+    where steps is 0 (what `extra_draws` take besides is not counted). Every `save_every` steps a bundle is
+    saved (0: only at the end). `seed` fixes prompts and sampling. `buckets`: prompts are sorted by length
+    into at most so many shapes, and those of a step are of one shape, so that short prompts are not padded to
+    the longest; each shape that occurs compiles the programs of a step once more.
 
     Published objectives are values of the fields below; a field that could not act is refused.
 
     * GRPO: aggregate "sequence-mean". Dr. GRPO: scale "none", aggregate "constant".
     * RLOO: baseline "leave-one-out", scale "none", kl "k1", kl_in "reward", aggregate "constant" (norm 1).
-    * DAPO: clip_high 0.28, extra_draws, overlong_cache and overlong_weight 1, kl_coef 0.
+    * DAPO: clip_high 0.28 with mu > 1, extra_draws, overlong_cache and overlong_weight 1, kl_coef 0. The
+      authors make 16 updates from a step's rollouts, each from a sixteenth of them; here each is from all.
     * GSPO: ratio "sequence", clip_low 3e-4, clip_high 4e-4, aggregate "sequence-mean", mu > 1.
     """
 
     group_size: int = 4
     temperature: float = 1.0
     prompts_per_step: int = 16
-    steps: int = 100
+    steps: int = 0
+    epochs: float = 8.0
     max_new_tokens: int = 512
     slots: int = 0
     mu: int = 1
@@ -67,7 +69,8 @@ class GrpoConfig:
     seed: int = 0
     buckets: int = 1
 
-    # The loss (loss.py says what each choice computes). kl_coef is ours: 0 needs no reference policy at all.
+    # The loss (loss.py says what each choice computes). Clips act with mu > 1 only: in the first pass every
+    # ratio is 1. kl_coef is ours: 0 needs no reference policy at all.
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 0.0  # bounds the ratio where the advantage is negative (3 in the paper); 0: off
@@ -136,7 +139,7 @@ class GrpoConfig:
             )
         for name, low in _AT_LEAST.items():
             _require(getattr(self, name) >= low, name, getattr(self, name), f"must be at least {low}")
-        for name in ("flawed", "tenuous", "plausible", "knowledge_implausible", "knowledge_plausible"):
+        for name in (*_BY_FINDINGS, *_BY_KNOWLEDGE):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must lie between 0 and 1")
         _require(
             self.temperature > 0,
@@ -144,6 +147,7 @@ class GrpoConfig:
             self.temperature,
             "must be above 0 (greedy ones are alike)",
         )
+        _require(self.epochs > 0, "epochs", self.epochs, "must be above 0")
         _require(0 < self.clip_low < 1, "clip_low", self.clip_low, "must lie between 0 and 1")
         _require(self.clip_high > 0, "clip_high", self.clip_high, "must be above 0")
         _require(0 <= self.max_abstain < 1, "max_abstain", self.max_abstain, "must be at least 0 and below 1")
@@ -152,13 +156,17 @@ class GrpoConfig:
         self.alarms.validate()
         own_rewards.load(self.rewards)
 
+    def total_steps(self, prompts: int) -> int:
+        """Steps of the stage for a pool of so many prompts."""
+        return self.steps or max(1, int(prompts * self.epochs / self.prompts_per_step))
+
     def _validate_together(self) -> None:
-        weights = (self.answer_weight, self.format_weight, self.process_weight)
+        weights = (self.answer_weight, self.format_weight, self.process_weight, self.localisation_weight)
         _require(
             any(weights) or bool(self.rewards),
             "answer_weight",
             self.answer_weight,
-            "and the other two are 0, and rewards names none, so nothing is rewarded: raise one",
+            "and the other weights are 0, and rewards names none, so nothing is rewarded: raise one",
         )
         ordered = self.flawed <= self.tenuous <= self.plausible
         _require(ordered, "tenuous", self.tenuous, "must lie between flawed and plausible")
@@ -186,7 +194,17 @@ class GrpoConfig:
 
     def _validate_objective(self) -> None:
         """Refuses choices that beside the others would change nothing, or would not be what they say."""
-        moves, penalty = self.mu > 1, self.kl_coef > 0  # in the first pass every ratio is 1
+        for idle, names, why in (
+            (self.mu == 1, _CLIPPING, "mu 1, where every ratio is 1: raise mu, or leave it"),
+            (not self.kl_coef, ("kl", "kl_in", "kl_clamp"), "kl_coef 0: there is no penalty"),
+            (not self.sampler_correction, ("sampler_ratio",), "sampler_correction 0: nothing is corrected"),
+            (not self.process_weight, ("process", *_JUDGING), "process_weight 0: no judge is asked"),
+            (self.process == "findings", _BY_KNOWLEDGE, 'process "findings": nothing else is asked about'),
+            (self.process == "knowledge", _BY_FINDINGS, 'process "knowledge": nothing else is asked about'),
+        ):
+            for name in names if idle else ():
+                value, untouched = getattr(self, name), _DEFAULTS[name]
+                _require(value == untouched, name, value, f"must be {untouched!r} with {why}")
         bound, corrects = 1 + self.clip_high, self.sampler_correction
         overlong = "above 0" if self.overlong_cache else "0"
         biased = (
@@ -194,26 +212,17 @@ class GrpoConfig:
         )
         # field, whether it makes sense, what it must be otherwise
         rules = (
-            ("ratio", moves or self.ratio == "token", 'must be "token" with mu 1, where every ratio is 1'),
-            ("dual_clip", moves or not self.dual_clip, "must be 0 with mu 1, where every ratio is 1"),
             (
                 "dual_clip",
                 not self.dual_clip or self.dual_clip > bound,
                 f"must be 0 or above 1 + clip_high = {bound}",
             ),
-            ("kl_in", penalty or self.kl_in == "loss", 'must be "loss" with kl_coef 0: there is no penalty'),
-            ("kl_clamp", penalty or not self.kl_clamp, "must be 0 with kl_coef 0: there is no penalty"),
             (
                 "flat_groups",
                 self.flat_groups == "keep" or self.kl_in == "loss",
                 'must be "keep" with kl_in "reward", which leaves no group without variance',
             ),
             ("sampler_correction", not corrects or corrects >= 1, "must be 0 or at least 1"),
-            (
-                "sampler_ratio",
-                bool(corrects) or self.sampler_ratio == "token",
-                'must be "token" with sampler_correction 0: nothing is corrected',
-            ),
             (
                 "scale",
                 self.baseline == "mean" or self.scale == "none",
@@ -235,10 +244,15 @@ class GrpoConfig:
             _require(sensible, name, getattr(self, name), remedy)
 
 
+_DEFAULTS = {item.name: item.default for item in dataclasses.fields(GrpoConfig)}
+_CLIPPING = ("clip_low", "clip_high", "dual_clip", "ratio")
+_BY_FINDINGS = ("flawed", "tenuous", "plausible")
+_BY_KNOWLEDGE = ("knowledge_implausible", "knowledge_plausible")
+_JUDGING = (*_BY_FINDINGS, *_BY_KNOWLEDGE, "max_abstain", "abstain_window")
 _AT_LEAST = {
     "group_size": 2,  # alone in its group, a rollout has nothing to be better than
     "prompts_per_step": 1,
-    "steps": 1,
+    "steps": 0,
     "max_new_tokens": 1,
     "slots": 0,
     "mu": 1,

@@ -17,7 +17,6 @@ import numpy as np
 
 from fundus_jax import hosts
 from fundus_jax.grpo.advantages import group_stats, varied
-from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.rewards import Score, reward_arrays
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.sampler import Counts
@@ -57,11 +56,12 @@ class Draw(NamedTuple):
 def redraw(
     ask: Callable[[int], Draw],
     put: Callable[[np.ndarray, Any], tuple[Any, Any]],
-    config: GrpoConfig,
+    extra_draws: int,
     step: int,
+    steps: int,
 ) -> tuple[Draw, dict[str, float]]:
-    """Returns the draw of a step, for which up to `extra_draws` further ones were asked, and metrics (none
-    where that is 0).
+    """Returns the draw of a step, one of `steps`, for which up to `extra_draws` further ones were asked, and
+    metrics (none where that is 0).
 
     ask: gives a draw by a number, which no other draw of the stage has; put: (index [B], a tree of whole
     numpy arrays [B,...]) -> (the batch of these prompts, the tree), both on the mesh. Every process sees the
@@ -73,14 +73,14 @@ def redraw(
     which unlike that of the chosen ones tells how good the policy is.
     """
     draw = ask(step)
-    if not config.extra_draws:
+    if not extra_draws:
         return draw, {}
     first = draw.teaches
     teaches, batches = first.copy(), 0
-    while batches < config.extra_draws and not teaches.all():
+    while batches < extra_draws and not teaches.all():
         batches += 1
         draw = draw if draw.batch is None else _on_host(draw)
-        other = _on_host(ask(step + batches * config.steps))
+        other = _on_host(ask(step + batches * steps))
         (places,), (good,) = np.nonzero(~teaches), np.nonzero(other.teaches)
         count = min(len(places), len(good))
         draw = _replaced(draw, places[:count], other, good[:count])

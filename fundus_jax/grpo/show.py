@@ -63,14 +63,14 @@ class Diary:
 
         values: its metrics. index: of its prompts [B]. texts, scores: B groups of G. advantages: [B,G].
         """
-        config = self.config
+        config, last = self.config, self.work.stages["grpo"]
         self.begun = self.alarms.check(step, values)
         self.work.metrics.log("grpo", step, {**values, **self.alarms.metrics()})
         self.progress.update(note=self._note(values))
         self._tell()
-        if step == config.steps:
+        if step == last:
             self.progress.close()
-        due = step == config.steps or bool(config.save_every and step % config.save_every == 0)
+        due = step == last or bool(config.save_every and step % config.save_every == 0)
         if due or self.begun or (config.show_every and step % config.show_every == 0):
             show(self.work, step, self.prompts, index, texts, scores, advantages, config)
         return due or self._stops

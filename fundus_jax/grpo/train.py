@@ -182,6 +182,11 @@ class Examiner:
             scores = own_rewards.grade(self.own, self.prompts, index, texts, said, scores)
         return Draw(index, batch, rollout, said, ref, old, texts, scores, scores, counts)
 
+    def draw(self, params: training.Params, step: int, steps: int) -> tuple[Draw, dict[str, float]]:
+        """What the policy with `params` is trained on in a step, one of `steps`, and metrics: `redraw`."""
+        ask = functools.partial(self.ask, params)
+        return redraw(ask, self.put, self.config.extra_draws, step, steps)
+
     def put(self, index: np.ndarray, rows: Any) -> tuple[Any, Any]:
         """The batch of the prompts `index`, and the tree of arrays `rows` [B,...], on the mesh."""
         mine = training.rows_here(len(index), self.mesh)
@@ -218,9 +223,9 @@ def train(
     def policy(params: Any) -> Any:
         return skeleton.merge(training.join(training.cast(params, compute), frozen), model.options)
 
-    optimizer = training.make_optimizer(config.optim, config.steps * config.mu)
+    steps, mine = work.stages["grpo"], training.rows_here(config.prompts_per_step, mesh)
+    optimizer = training.make_optimizer(config.optim, steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
-    mine = training.rows_here(config.prompts_per_step, mesh)
     own = own_rewards.load(config.rewards)
     with jax.set_mesh(mesh), work.stoppable("grpo", on=JudgeError) as keep:
         state = training.start(skeleton, params, optimizer, mesh)
@@ -230,14 +235,14 @@ def train(
         iterator = batches(count, config.prompts_per_step, build, seed=config.seed, groups=prompts.groups)
         state, done = work.resume("grpo", state, iterator)
         diary, watch = Diary(work, config, prompts, own, done), Stopwatch()
-        abstentions = Abstentions(config, work.metrics.path, done)
+        abstentions = Abstentions(config, steps, work.metrics.path, done)
         examiner = Examiner(
             prompts=prompts, iterator=iterator, judge=judge, own=own, config=config, mesh=mesh, policy=policy,
             score=score, reference=reference, frozen=frozen, watch=watch,
         )  # fmt: skip
-        for step in range(done + 1, config.steps + 1):
+        for step in range(done + 1, steps + 1):
             keep(step - 1, state, iterator)
-            drawn, told = redraw(functools.partial(examiner.ask, state.params), examiner.put, config, step)
+            drawn, told = examiner.draw(state.params, step, steps)
             judged = abstentions.add(drawn.every) | judge.metrics()
             advantages, credited = credit_of(drawn, config)
             with watch("update"):
@@ -247,7 +252,7 @@ def train(
                     state, metrics = update(state, samples, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "grpo", step)
-            if exam is not None and exam.due(step, config.steps):
+            if exam is not None and exam.due(step, steps):
                 with watch("exam"):
                     values |= exam(policy(state.params))
             values |= describe(drawn, think=prompts.form["think"]) | credited | told | judged | watch.lap()

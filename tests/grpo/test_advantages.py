@@ -211,8 +211,9 @@ def test_trl_leaves_one_out_alike(beta):
     reference = policy + random.normal(size=policy.shape).astype(np.float32)
     mask = np.arange(9) < random.integers(1, 10, 64)[:, None]
     mask[0] = True
-    config = GrpoConfig(baseline="leave-one-out", scale="none", kl="k1", kl_coef=beta)
-    config.kl_in = "reward" if beta else "loss"
+    config = GrpoConfig(baseline="leave-one-out", scale="none", kl_coef=beta)
+    if beta:
+        config.kl, config.kl_in = "k1", "reward"
     config.validate()
     shape = (16, 4, 9)
     for valid in (np.ones((16, 4), bool), random.random((16, 4)) < 0.8):

@@ -23,7 +23,8 @@ BAD = [
     ("temperature", "1.0"),
     ("prompts_per_step", 0),
     ("buckets", 0),
-    ("steps", 0),
+    ("steps", -1),
+    ("epochs", 0.0),
     ("max_new_tokens", 0),
     ("mu", 0),
     ("micro_batch", 0),
@@ -35,6 +36,8 @@ BAD = [
     ("optim", None),
     ("clip_low", 0.0),
     ("clip_low", 1.0),
+    ("clip_low", 0.1),  # with mu 1 nothing is clipped
+    ("clip_high", 0.28),
     ("clip_high", 0.0),
     ("clip_high", float("inf")),
     ("kl", "k4"),
@@ -81,6 +84,13 @@ def test_the_defaults_are_valid():
     config.validate()
 
 
+def test_steps_come_from_epochs_where_none_are_given():
+    assert GrpoConfig(steps=7).total_steps(1000) == 7
+    assert GrpoConfig(prompts_per_step=16).total_steps(1000) == 500, "the paper's 8 epochs"
+    assert GrpoConfig(epochs=1.5, prompts_per_step=16).total_steps(1000) == 93
+    assert GrpoConfig(epochs=1, prompts_per_step=16).total_steps(3) == 1
+
+
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_bad_value_is_named(name, value):
     config = GrpoConfig(**{name: value})
@@ -111,6 +121,16 @@ def test_errors_give_the_arithmetic_and_the_remedy():
     GrpoConfig(aggregate="constant", constant_norm=512).validate()
     with pytest.raises(ConfigError, match="nothing is rewarded"):
         GrpoConfig(answer_weight=0.0, format_weight=0.0, process_weight=0.0).validate()
+    with pytest.raises(ConfigError, match=r"clip_high is 0\.28; it must be 0\.2 with mu 1, .*: raise mu"):
+        GrpoConfig(clip_high=0.28).validate()
+
+
+def test_one_reward_of_any_kind_is_enough(tmp_path):
+    (tmp_path / "mine.py").write_text("def brief(rollout):\n    return 1.0\n")
+    nothing = dict.fromkeys(("answer_weight", "format_weight", "process_weight"), 0.0)
+    for one in (*nothing, "localisation_weight"):
+        GrpoConfig(**nothing | {one: 1.0}).validate()
+    GrpoConfig(**nothing, rewards=f"{tmp_path / 'mine.py'}:brief*1").validate()
 
 
 @pytest.mark.parametrize(
@@ -120,12 +140,20 @@ def test_errors_give_the_arithmetic_and_the_remedy():
         ("dual_clip", {"dual_clip": 3.0}),
         ("dual_clip", {"dual_clip": 1.2, "mu": 2}),
         ("dual_clip", {"dual_clip": 3.0, "clip_high": 2.5, "mu": 2}),
+        ("clip_low", {"clip_low": 3e-4}),
+        ("clip_high", {"clip_high": 0.28, "sampler_correction": 2.0, "micro_batch": 4}),  # no ratio leaves 1
+        ("kl", {"kl": "k1", "kl_coef": 0.0}),
         ("kl_in", {"kl_in": "reward", "kl_coef": 0.0}),
         ("kl_clamp", {"kl_clamp": 10.0, "kl_coef": 0.0}),
         ("flat_groups", {"flat_groups": "drop", "kl_in": "reward"}),
         ("scale", {"baseline": "leave-one-out"}),
         ("overlong_cache", {"overlong_cache": 64, "overlong_weight": 1.0, "max_new_tokens": 32}),
         ("overlong_weight", {"overlong_cache": 64}),
+        ("process", {"process": "sum", "process_weight": 0.0}),
+        ("tenuous", {"tenuous": 0.25, "process_weight": 0.0}),
+        ("max_abstain", {"max_abstain": 0.5, "process_weight": 0.0}),
+        ("knowledge_plausible", {"knowledge_plausible": 1.0, "process": "findings"}),
+        ("plausible", {"plausible": 0.9, "process": "knowledge"}),
     ],
 )
 def test_choices_that_make_no_sense_together_are_refused(field, changes):
@@ -171,7 +199,8 @@ def test_every_field_is_read_somewhere_else():
         and isinstance(node.ctx, ast.Load)
         and ast.unparse(node.value) in ("config", "self.config", "config.grpo")
     }
-    assert {item.name for item in dataclasses.fields(GrpoConfig)} <= read
+    counted = {"epochs"}  # by `total_steps`, which `launch.stages` asks
+    assert {item.name for item in dataclasses.fields(GrpoConfig)} - counted <= read
 
 
 def test_the_optimizer_is_checked_too():

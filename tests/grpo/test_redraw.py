@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.redraw import Draw, redraw
 from fundus_jax.grpo.rewards import Score
 from fundus_jax.grpo.rollout import Rollout
@@ -54,7 +53,7 @@ class World:
         return self.batches[-1], rows
 
     def fill(self, most: int) -> tuple[Draw, dict[str, float]]:
-        return redraw(self.ask, self.put, GrpoConfig(extra_draws=most, steps=STEPS), STEP)
+        return redraw(self.ask, self.put, most, STEP, STEPS)
 
 
 def told(draw: Draw) -> list[int]:

@@ -76,8 +76,8 @@ def run(
 ) -> tuple[Trainer, training.Params, list[dict]]:
     """The stage from a stirred policy; (trainer, parameters, metrics)."""
     trainer = small.open_run(path, source, small.config(grpo=config))
-    trainer.plan = trainer.work.stages = {"grpo": config.steps}
     prompts = grpo.Prompts(trainer.grpo_pool(), trainer.processor, trainer.config.prompt, 512)
+    trainer.plan = trainer.work.stages = {"grpo": config.total_steps(len(prompts.rows))}
     model = small.bigram(trainer)
     try:
         params = grpo.train(trainer.work, model, prompts, judge or RulesJudge(), config, trainer.mesh)
@@ -123,6 +123,18 @@ def test_groups_are_written_for_people(source: Path, tmp_path: Path) -> None:
             assert parts | {"text", "verdicts", "advantage"} == one.keys()
             assert all({"rating", "reference", "reasons"} == verdict.keys() for verdict in one["verdicts"])
         assert sum(one["advantage"] for one in group["rollouts"]) == pytest.approx(0, abs=1e-5)
+
+
+def test_epochs_end_the_stage_where_no_steps_are_given(source: Path, tmp_path: Path) -> None:
+    trainer, _, lines = run(tmp_path, source, replace(SMALL, steps=0, epochs=0.2, extra_draws=1))
+    count = int(0.2 * len(trainer.prompts.rows) / SMALL.prompts_per_step)
+    assert [line["step"] for line in lines] == list(range(1, count + 1))
+    assert count > 1
+    assert lines[0]["redraw/batches"] == 1, (
+        "an untrained policy earns nothing; what is drawn besides is no step"
+    )
+    assert trainer.work.checkpoints.steps() == [count]
+    assert [path.stem for path in sorted((tmp_path / "rollouts").glob("*.html"))] == [f"{count:06d}"]
 
 
 def test_two_passes_over_the_same_rollouts(

@@ -16,7 +16,7 @@ from fundus_jax.data import open_pool
 from fundus_jax.models import load_pretrained, save_pretrained
 from fundus_jax.records import ConfigError
 from fundus_jax.workdir import Workdir
-from launch import evaluate, inherit, run, stages
+from launch import evaluate, inherit, programs, run, stages
 from launch.config import EvaluateConfig, RunConfig, as_json
 from tests import small
 
@@ -46,6 +46,45 @@ def test_epochs_are_counted_where_no_steps_are_given(source: Path, tmp_path: Pat
     trainer = small.open_run(tmp_path, source, small.config(sft=sft))
     assert trainer.plan["sft"] == len(trainer.rows.packs) * 2 // 4 > 1
     trainer.work.close()
+
+
+def test_epochs_of_grpo_are_over_the_prompts_that_it_draws_from(source: Path, tmp_path: Path) -> None:
+    """Of its tasks, of the patients that SFT leaves to it, and not too long."""
+    small_run = small.config()
+    data = dataclasses.replace(small_run.data, sft_part=0.5)
+    changes = {"data": data, "prompt": dataclasses.replace(small_run.prompt, style="options")}
+    grpo = dataclasses.replace(small_run.grpo, steps=0, epochs=3.0, prompts_per_step=2, micro_batch=4)
+    trainer = small.open_run(tmp_path / "all", source, small.config(grpo=grpo, max_prompt=512, **changes))
+    count = len(trainer.prompts.rows)
+    assert trainer.plan["grpo"] == count * 3 // 2
+    assert 1 < count == len(trainer.grpo_pool().examples) < len(trainer.pool.examples)
+    sizes = [
+        trainer.processor.row_size(text, [trainer.pool.image(one)])[0] for one, text in trainer.prompts.rows
+    ]
+    trainer.work.close()
+    config = small.config(grpo=grpo, max_prompt=max(sizes) - 1, **changes)
+    trainer = small.open_run(tmp_path / "short", source, config)
+    left = sum(size < max(sizes) for size in sizes)
+    assert trainer.plan["grpo"] == left * 3 // 2 < count * 3 // 2
+    trainer.work.close()
+
+
+def test_programs_are_built_without_a_pool(source: Path) -> None:
+    """`launch/compile.py` has no data: where epochs decide, it does not need the number of steps."""
+    parts = (small.config().sft, small.config().grpo)
+    sft, grpo = (dataclasses.replace(part, steps=0) for part in parts)
+    config = small.config(model=str(source / "policy"), max_pixels=56 * 56, sft=sft, grpo=grpo)
+    policy = programs.Abstract(config, small.one_device())
+    for stage in ("sft", "grpo"):
+        assert programs.STAGES[stage](policy).programs[-1].name == "update"
+
+
+def test_a_warmup_longer_than_the_epochs_is_refused_before_anything_is_trained(
+    source: Path, tmp_path: Path
+) -> None:
+    grpo = dataclasses.replace(small.config().grpo, steps=0, epochs=0.1, optim=small.optim(warmup=500))
+    with pytest.raises(ConfigError, match=r"grpo\.optim\.warmup is 500 of [0-9]+ updates"):
+        small.open_run(tmp_path, source, small.config(grpo=grpo))
 
 
 def test_a_given_model_is_measured_and_exported_as_it_is(source: Path, tmp_path: Path) -> None:
