@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,6 +67,21 @@ def test_a_given_model_is_measured_and_exported_as_it_is(source: Path, tmp_path:
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
     assert not (trainer.work.path / "adapter").exists()
     trainer.work.close()
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_what_is_measured_has_the_dtype_it_was_trained_in(source: Path, tmp_path: Path, compute: str) -> None:
+    maker = small.open_run(tmp_path / "maker", source, small.config())
+    model = save_pretrained(small.stir(maker.start()), maker.processor, tmp_path / "model")
+    maker.work.close()
+    config = small.config(model=str(model), stages="", compute=compute)
+    trainer = small.open_run(tmp_path / "run", source, config)
+    engine: Any = evaluate._engine(config, trainer, "base")
+    trainer.work.close()
+    found, masters = (training.split(one)[1] for one in (engine.model, trainer.after("base")))
+    wanted = training.cast(masters, compute)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {compute}
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, wanted)))
 
 
 def test_a_stage_that_the_run_leaves_out_is_refused_by_name(tmp_path: Path) -> None:
