@@ -82,7 +82,9 @@ class Workdir:
     def resume(self, stage: str, state: Any, iterator: Any) -> tuple[Any, int]:
         """(state, step) to go on with: those of the newest bundle of `stage`, or the given state and 0.
 
-        Puts the data iterator at its place, and drops metrics that were logged after that bundle.
+        Puts the data iterator at its place, and drops metrics that were logged after that bundle. The given
+        arrays are deleted where a bundle takes their place, under whatever names they are held, as the first
+        step of a fresh run would have donated them: there is no room for both.
         """
         first, last = self.offset(stage), self.offset(stage) + self.stages[stage]
         steps = [step for step in self.checkpoints.steps() if first < step <= last]
@@ -95,7 +97,9 @@ class Workdir:
                 self.leads(name, line["step"], line)
         if not done:
             return state, 0
-        bundle = self.checkpoints.restore(first + done, state)
+        wanted = jax.tree.map(_shape, state)
+        jax.tree.map(lambda leaf: leaf.delete(), state)
+        bundle = self.checkpoints.restore(first + done, wanted)
         iterator.set_state(bundle.data_state)
         logging.info("%s: resumed at step %d of %d", stage, done, self.stages[stage])
         return bundle.state, done
@@ -177,6 +181,10 @@ def best_step(lines: Iterable[Mapping[str, Any]]) -> int | None:
     None where nothing was measured."""
     found = [line for line in lines if line.get(BEST_BY) is not None]
     return max(found, key=lambda line: (line[BEST_BY], -line["step"]))["step"] if found else None
+
+
+def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def differences(old: Any, new: Any, field: str = "") -> list[str]:

@@ -47,6 +47,9 @@ class Choice:
         changed.sft = dataclasses.replace(config.sft, micro_batches=self.sft_micro_batches)
         cut = {"micro_batch": self.grpo_micro_batch, "slots": self.grpo_slots}
         changed.grpo = dataclasses.replace(config.grpo, **cut)
+        if self.memory_gib is not None:  # an evaluation decodes as a step of GRPO does
+            most = self.grpo_slots or config.grpo.prompts_per_step
+            changed.evaluate = dataclasses.replace(config.evaluate, batch=min(config.evaluate.batch, most))
         return changed
 
     def __str__(self) -> str:

@@ -97,7 +97,9 @@ class EvaluateConfig:
     """How the policy is measured after each stage, on the test split.
 
     questions: at most so many greedy questions (0: all). sampled: questions that are also answered `samples`
-    times at temperature 1, among `data.grpo_tasks`. batch: prompts decoded together. before: greedy questions
+    times at temperature 1, among `data.grpo_tasks`. batch: prompts decoded together; they take as
+    much memory as as many of a GRPO step, with `samples` in the place of `grpo.group_size`, and where
+    --mesh=auto plans the memory they are not more than it decodes together there. before: greedy questions
     for the policy before all training, where it is trained then.
     """
 

@@ -35,6 +35,7 @@ from fundus_jax.files import write_atomic
 from fundus_jax.grpo import own_rewards
 from fundus_jax.grpo.judge import RulesJudge
 from fundus_jax.grpo.rewards import assess, score_rollouts
+from fundus_jax.models.freeze import freeze_all, narrow
 from fundus_jax.workdir import Workdir
 from launch.config import RunConfig, names
 from launch.stages import Trainer
@@ -89,9 +90,13 @@ def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any
 
 
 def _engine(config: RunConfig, trainer: Trainer, stage: str) -> Engine:
-    """The policy after `stage`."""
+    """The policy after `stage`, in the dtype in which it computed while it was trained: in that of its
+    masters, weights, keys and values would need twice the room."""
+    model = trainer.after(stage)
+    freeze_all(model)
+    narrow(model, config.compute)
     return Sampler(
-        trainer.after(stage),
+        model,
         trainer.processor,
         mesh=trainer.mesh,
         slots=config.evaluate.batch,

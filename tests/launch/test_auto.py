@@ -163,10 +163,13 @@ def test_7b_on_the_smallest_chips_wants_less_to_hold(count: int, slices: int) ->
 
 def test_where_memory_is_short_fewer_prompts_are_decoded_at_a_time() -> None:
     config = fundus_r1_3b.get_config("lora")
-    assert choose(config, "NVIDIA H200", 1).apply(config).grpo.slots == 0, "all of a step at once"
+    large = choose(config, "NVIDIA H200", 1).apply(config)
+    assert large.grpo.slots == 0, "all of a step at once"
+    assert large.evaluate.batch == config.evaluate.batch
     small = choose(config, "TPU v6 lite", 1)
     assert 0 < small.grpo_slots < config.grpo.prompts_per_step
     small.apply(config).validate()
+    assert small.apply(config).evaluate.batch == small.grpo_slots
     assert f"decoded {small.grpo_slots} prompts at a time" in str(small)
 
 
