@@ -170,9 +170,10 @@ class Sizes:
 
 def _activations(width: float, mlp: float, remat: str, layers: int) -> float:
     """Bytes of one token: what every layer keeps, and twice what one layer computes with. The numbers of
-    arrays of each width are fitted to the compiler's figures for 3B on eight H100 (docs/log.md)."""
+    arrays of each width are fitted to the compiler's figures for 3B on eight H100, and for keeping all to
+    those on 256 v6e (docs/log.md)."""
     whole = 2 * (15 * width + 7.5 * mlp)
-    kept = {"none": whole, "dots": 2 * (5 * width + 3 * mlp), "block": 2 * width}[remat]
+    kept = {"none": 1.15 * whole, "dots": 2 * (5 * width + 3 * mlp), "block": 2 * width}[remat]
     return layers * kept + 2 * whole
 
 
