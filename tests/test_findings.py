@@ -192,3 +192,10 @@ def test_no_text_makes_the_parser_raise(text: str) -> None:
 )
 def test_anything_long_takes_linear_time(piece: str) -> None:
     assert growth(lambda size: parse_mentions(piece * (size // len(piece))), 200_000) < LINEAR
+
+
+@pytest.mark.parametrize(
+    "piece", ["the answer is ", "label is (", "answer is" + " " * 1000, "diagnosis is a "]
+)
+def test_conclusions_are_found_in_linear_time(piece: str) -> None:
+    assert growth(lambda size: findings.observations(piece * (size // len(piece))), 1_000_000) < LINEAR

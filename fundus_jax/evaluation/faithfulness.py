@@ -2,8 +2,9 @@
 
 What is there is known from masks, or else from the votes of a model (`Findings`): the second is a weaker
 witness, so the two are never pooled. Recall asks for the findings that are there to be named, which only a
-diagnosis obliges a trace to do; precision and contradictions hold for every trace. Pure. Neighbours:
-findings (the parser), slices.py (by data set, modality and disease).
+diagnosis obliges a trace to do; precision and contradictions hold for every trace. As for the rules judge,
+the label after "the answer is" is no claim. Pure. Neighbours: findings (the parser), slices.py (by data set,
+modality and disease).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.bootstrap import figure
-from fundus_jax.findings import Mentions, parse_mentions
+from fundus_jax.findings import Mentions, observations, parse_mentions
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,9 @@ def evaluate_faithfulness(traces: Sequence[Trace], *, seed: int = 0) -> dict[str
     """
     if not traces:
         return None
-    rows = np.array([counts(one.there, parse_mentions(one.text), one.diagnosis) for one in traces], float)
+    said = [parse_mentions(observations(one.text)) for one in traces]
+    rows = [counts(one.there, mentions, one.diagnosis) for one, mentions in zip(traces, said, strict=True)]
+    rows = np.array(rows, float)
     rows = np.column_stack([rows, np.ones(len(rows))])
     units = [one.unit for one in traces]
 

@@ -22,7 +22,7 @@ from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.places import evaluate_places
 from fundus_jax.evaluation.published import evaluate_published, evaluate_sets
 from fundus_jax.evaluation.slices import evaluate_more
-from fundus_jax.findings import parse_mentions
+from fundus_jax.findings import observations, parse_mentions
 from fundus_jax.records import ConfigError
 
 FINDING_LEVEL = "L4"  # only a diagnosis obliges the trace to name what is there
@@ -79,7 +79,7 @@ def outcome_of(prediction: Prediction, mode: Mode = "tail") -> Outcome:
         extracted = None if option is None else (option,)
     claimed = None
     if item.findings is not None and item.think and item.level == FINDING_LEVEL:
-        claimed = tuple(sorted(parse_mentions(parsed.think or "").present))
+        claimed = tuple(sorted(parse_mentions(observations(parsed.think or "")).present))
     correct = extracted is not None and set(extracted) == set(item.answers)
     return Outcome(extracted=extracted, correct=correct, well_formed=parsed.well_formed, claimed=claimed)
 

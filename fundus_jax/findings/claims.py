@@ -1,6 +1,6 @@
 """A trace with its claims marked: what the image's findings bear out, what they do not, and what they deny.
 
-The claims are those that the rules judge reads too: what follows "the answer is" is none. Neighbours:
+The claims are those that the rules judge reads too: the label after "the answer is" is none. Neighbours:
 `mentions` reads the text. The report of a run and the reviewers' page show traces with it.
 """
 

@@ -73,14 +73,25 @@ def find_mentions(text: str) -> list[Mention]:
     return sorted(scope.found, key=lambda one: one.start)
 
 
-# What follows here is the answer, no observation: "the answer is Drusen" must not count as having seen any.
-_CONCLUSION = re.compile(r"\b(?:answer|diagnosis|label) (?:is|must be|should be)\b[^.!?\n]*", re.IGNORECASE)
+# The label that follows here is no observation: "the answer is Drusen" must not count as having seen any. It
+# ends where labels end, at a stop, before a word that ties something to it, and after six words. What comes
+# then counts, or a finding could be said, and evidence be lost, behind a conclusion. No label of the data
+# sets has the name of a finding beyond.
+_TIES = "and|or|but|with|without|because|since|as|given|due|while|which|that|so|for|from|after|by|in|on"
+_WORD_OF_LABEL = rf"(?!(?:{_TIES})\b|-+\s)[^\s,;:.!?()/&–—]+"
+_CONCLUSION = re.compile(
+    r"\b(?:answer|diagnosis|label) (?:is|must be|should be)\b[^\S\n]*+"
+    r"(?:(?:most |best )?(?:consistent|compatible) with |(?:most |best )?(?:described|classified) as )?"
+    r"""[:("'“‘*]*+[^\S\n]*+(?:[A-Z][):][^\S\n]*+)?"""  # the letter of an option
+    rf"(?:{_WORD_OF_LABEL}(?:[^\S\n]++{_WORD_OF_LABEL}){{,5}})?",
+    re.IGNORECASE,
+)
 
 
 def observations(text: str) -> str:
-    """The text with blanks, as many, in the place of what follows "the answer is": that is no observation,
-    and some labels carry the name of a finding."""
-    return _CONCLUSION.sub(lambda match: " " * len(match.group()), text)
+    """The text as long, without the conclusion: in the place of "the answer is" and the label that follows
+    stands the end of a clause. The label is no observation, and some carry the name of a finding."""
+    return _CONCLUSION.sub(lambda match: ".".ljust(len(match.group())), text)
 
 
 # ---- words -------------------------------------------------------------------------------------------------

@@ -69,8 +69,8 @@ class Judge(Protocol):
 class RulesJudge:
     """Compares the findings that a trace claims with the reference; reasons name every error.
 
-    "No lesion is seen" names findings too: it denies all of them. What a trace says after "the answer is" is
-    no claim, because some labels carry the name of a finding.
+    "No lesion is seen" names findings too: it denies all of them. The label after "the answer is" is no
+    claim, because some carry the name of a finding; what else such a sentence says is one.
 
     Against Findings: no error is plausible, one is tenuous, more are flawed. Each finding counts at most
     once: claimed present but not there, claimed absent but there, claimed both, mentioned although this

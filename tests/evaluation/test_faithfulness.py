@@ -71,6 +71,20 @@ def test_slices() -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+def test_a_conclusion_is_no_claim_here_either() -> None:
+    """As in the reward: neither for the findings that are there, nor against them."""
+    wrong = Trace("No lesion is seen. So the answer is Drusen.", frozenset(), True, "p1")
+    found = evaluate_faithfulness([wrong])
+    assert found is not None
+    assert found["precision"] is None
+    behind = Trace(
+        "The diagnosis is Drusen, and haemorrhages are seen.", frozenset({"haemorrhage"}), True, "p1"
+    )
+    found = evaluate_faithfulness([behind])
+    assert found is not None
+    assert (found["precision"]["value"], found["recall"]["value"]) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("unit", "dataset"),
     [("idrid/p1", "idrid"), ("Images/OLIVES/a/b.png", "OLIVES"), ("OIA-ODIR/x.jpg", "OIA-ODIR"), ("12", "")],

@@ -47,6 +47,11 @@ def test_where_no_trace_is_asked_for_none_is_missed() -> None:
     assert (outcome_of(asked).well_formed, outcome_of(asked).claimed) == (False, ())
 
 
+def test_the_label_in_a_conclusion_is_no_finding_that_was_claimed() -> None:
+    said = answered(item(findings=()), "Drusen", "Haemorrhages are seen. So the answer is Drusen.")
+    assert outcome_of(said).claimed == ("haemorrhage",)
+
+
 def test_several_answers_have_to_be_all_and_only() -> None:
     one = item(answers=("PDR", "AMD"), multiple=True)
     assert outcome_of(answered(one, "G, E")).correct

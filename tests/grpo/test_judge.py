@@ -1,12 +1,17 @@
 """The rule judge: hand-made traces against findings and against knowledge, and what holds for any trace."""
 
+import importlib
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.datasets import registry
+from data_pipeline.datasets.phantom.rules import LABELS
 from data_pipeline.knowledge.note import shipped_notes
 from data_pipeline.writer import RuleWriter
-from fundus_jax.findings import FINDINGS, vocabulary
+from fundus_jax.findings import FINDINGS, Mentions, observations, parse_mentions, vocabulary
 from fundus_jax.grpo.judge import Request, RulesJudge
 from fundus_jax.records import Box, DataError, Example, Findings, Knowledge
 
@@ -137,6 +142,54 @@ def test_the_answer_is_no_observation():
         assert (JUDGE(said, findings("drusen"), "OCT").rating == "plausible") is good
     denied = "No lesion is seen. So the answer is Drusen."
     assert JUDGE(denied, findings(), "OCT").rating == "plausible"  # what it says of the image is true
+
+
+@pytest.mark.parametrize("conclusion", ["The diagnosis is", "So the answer must be", "label should be:"])
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        *("with {}", "and {}", "or {}", "because {} are seen", "since there are {}", "given {}", "due to {}"),
+        *(", {}", ", as {} show", "; {}", ": {}", "({})", "- {}", "– {}", "/ {}", "that shows {}"),
+        *("and the image shows {}", "in view of {}", "a b c d e f g {}"),
+    ],
+)
+def test_nothing_hides_behind_a_conclusion(conclusion, hidden):
+    """Neither what the label excludes, nor the evidence for it."""
+    said = f"{conclusion} PDR {hidden.format('haemorrhages')}."
+    seen = "The image shows microaneurysms."
+    assert JUDGE(f"{seen} {said}", knowledge(["microaneurysm"], (), ["haemorrhage"]), "CFP").reasons == (
+        "haemorrhage is excluded but claimed",
+    )
+    assert JUDGE(f"{seen} {said}", MODERATE, "CFP").rating == "plausible"
+    assert JUDGE(f"{said} {seen}", BLEEDING, "CFP").rating == "plausible"
+
+
+def every_label():
+    modules = (row.module for row in registry.DATASETS.values() if row.module)
+    tables = (importlib.import_module(f"data_pipeline.datasets.{module}").DISEASES for module in modules)
+    return sorted({*itertools.chain(*tables, *LABELS.values()), *(note.label for note in shipped_notes())})
+
+
+@pytest.mark.parametrize(
+    "said", ["the answer is {}.", "the diagnosis must be {}", "the answer is: **{}**", "the label is (B) {},"]
+)
+def test_no_label_is_a_claim(said):
+    """Of any data set: those that carry the name of a finding, a comma, "and", "or" or "with"."""
+    labels = every_label()
+    assert sum(bool(parse_mentions(label).present) for label in labels) >= 10
+    assert {"Blurred fundus with suspected PDR", "Disc swelling and elevation"} <= set(labels)
+    for label in labels:
+        assert parse_mentions(observations(f"No lesion is seen. So {said.format(label)}")) == Mentions(
+            frozenset(), frozenset()
+        ), label
+
+
+def test_a_conclusion_ends_what_was_denied_before_it():
+    trace = "No drusen, so the diagnosis is PDR, haemorrhages and microaneurysms."
+    assert JUDGE(trace, BLEEDING, "CFP").rating == "plausible"
+    assert JUDGE("Without drusen the diagnosis is PDR, haemorrhages.", BLEEDING, "CFP").reasons == (
+        "microaneurysm is not mentioned",
+    )
 
 
 @pytest.mark.parametrize("note", shipped_notes(), ids=lambda note: note.address.rpartition("/")[2])
