@@ -30,12 +30,15 @@ from PIL import Image
 
 from fundus_jax.files import write_atomic
 from fundus_jax.models import weights
+from fundus_jax.models.attention import backend_for
 from fundus_jax.models.batch import Batch
+from fundus_jax.models.layers import REMAT, Options
 from fundus_jax.models.qwen2_5_vl import params
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.images import ImageConfig, image_patches
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.models.qwen2_5_vl.rows import collate, expand
+from launch.chips import CHIPS, DEVICE_KINDS, Chip
 
 IMAGE, VIDEO, START, END, PAD, FIRST = (
     0,
@@ -67,6 +70,11 @@ def define_row_flags(prompts: int) -> None:
     flags.DEFINE_integer("image_side", 32, "Patches along a side of the image; even.", lower_bound=4)
     flags.DEFINE_integer("text_tokens", 128, "Tokens after an image.", lower_bound=2)
     flags.DEFINE_integer("text_length", 384, "Tokens of a row without an image.", lower_bound=2)
+
+
+def define_remat_flag() -> None:
+    """Declares what the backward pass computes again."""
+    flags.DEFINE_enum("remat", "none", sorted(REMAT), "What our backward pass computes again.")
 
 
 def define_report_flags(repeats: int = 5) -> None:
@@ -106,8 +114,21 @@ def make_config(args: Any) -> Qwen2_5_VLConfig:
 
 
 def make_model(args: Any) -> Qwen2_5_VL:
-    """The model of the flags with random weights."""
-    return Qwen2_5_VL(make_config(args), rngs=nnx.Rngs(0), dtype=jnp.dtype(args.dtype))
+    """The model of the flags with random weights, and with the attention of the devices here."""
+    model = Qwen2_5_VL(make_config(args), rngs=nnx.Rngs(0), dtype=jnp.dtype(args.dtype))
+    model.options = options()
+    return model
+
+
+def options() -> Options:
+    """How a run of `launch` computes on the devices here."""
+    return Options(attention=backend_for(jax.devices()[0].platform))
+
+
+def chip() -> Chip | None:
+    """What the maker publishes of the devices here; None where `launch.chips` does not know them."""
+    kind = jax.devices()[0].device_kind
+    return next((CHIPS[name] for start, name in DEVICE_KINDS.items() if kind.startswith(start)), None)
 
 
 def in_torch(model: Qwen2_5_VL) -> Any:
@@ -238,7 +259,8 @@ def agree(what: str, ours: Any, theirs: Any, bound: float) -> float:
 
 
 def new_report(args: Any, model: Any, settings: Sequence[str]) -> dict[str, Any]:
-    """The head of a report: machine, load, versions, settings; rows come later. model: None, or counted."""
+    """The head of a report: machine, load, versions, settings; rows come later. model: None, or the one that
+    is measured."""
     device = jax.devices()[0]
     report: dict[str, Any] = {
         "device": f"{device.platform}: {device.device_kind}; {os.cpu_count()} CPU cores",
@@ -248,6 +270,7 @@ def new_report(args: Any, model: Any, settings: Sequence[str]) -> dict[str, Any]
     }
     if model is not None:
         report["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+        report["attention"] = model.options.attention
     return report
 
 

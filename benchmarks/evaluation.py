@@ -64,6 +64,7 @@ def make_policy(args: Any) -> tuple[Any, Processor]:
         config, processor = read_config(path), Processor.from_pretrained(path)
     ends = tuple(range(0, config.vocab_size, args.mean_tokens))
     model = policy.fresh(dataclasses.replace(config, eos_ids=ends), sizes.seed)
+    model.options = common.options()
     processor.eos_ids = ends
     return model, processor
 

@@ -12,6 +12,7 @@ rollouts must agree. TRL's trainer is this step with a data loader and logging a
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.records import Example, Findings
 from fundus_jax.workdir import Stopwatch
 
-SETTINGS = (*common.SIZES, "prompts", "group", "text_tokens", "image_side", "new_tokens", "repeats")
+SETTINGS = (*common.SIZES, "prompts", "group", "text_tokens", "image_side", "new_tokens", "remat", "repeats")
 PHASES = ("rollout", "score", "judge", "update")
 BOUND = {"float32": 1e-4, "bfloat16": 5e-2}
 Judged = Callable[[np.ndarray], np.ndarray]  # tokens [B,G,N] -> advantages [B,G]
@@ -72,16 +73,23 @@ def make_judge(vocab: int, config: GrpoConfig) -> Judged:
 
 
 class Ours:
-    """The programs of `grpo.train`, one process, one device."""
+    """The programs of `grpo.train`, one process, one device; `remat` is of the update."""
 
-    def __init__(self, model: Qwen2_5_VL, inputs: common.Inputs, config: GrpoConfig, judge: Judged) -> None:
+    def __init__(
+        self, model: Qwen2_5_VL, inputs: common.Inputs, config: GrpoConfig, judge: Judged, remat: str
+    ) -> None:
         self.config, self.judge, self.options = config, judge, model.options
         self.mesh = sharding.parse_mesh("data:1", jax.devices()[:1])
         self.skeleton, params = training.split(model)
         self.compute = model.config.dtype
         optimizer = training.make_optimizer(config.optim, 100)
-        self.update = make_update(self.skeleton.merge, optimizer, config, self.compute)
-        self.score = make_score(self.skeleton.merge, config, self.compute)
+        learning = dataclasses.replace(self.options, remat=remat)
+
+        def merge(params: Any) -> Any:
+            return self.skeleton.merge(params, learning)
+
+        self.update = make_update(merge, optimizer, config, self.compute)
+        self.score = make_score(merge, config, self.compute)
         with jax.set_mesh(self.mesh):
             copies = jax.tree.map(np.array, training.cast(params, "float32"))
             self.state = training.start(self.skeleton, copies, optimizer, self.mesh)
@@ -219,7 +227,7 @@ def run(args: Any) -> dict[str, Any]:
     )
     config.validate()
     judge = make_judge(args.vocab, config)
-    sides: dict[str, Any] = {"ours": Ours(model, inputs, config, judge)}
+    sides: dict[str, Any] = {"ours": Ours(model, inputs, config, judge, args.remat)}
     if args.hf:
         sides["hf"] = Theirs(common.in_torch(model), inputs, config, judge)
         report["difference"] = check(sides["ours"], sides["hf"], BOUND[args.dtype])
@@ -243,6 +251,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("image_side", 32, "Patches along a side of the image; even.", lower_bound=4)
     flags.DEFINE_integer("text_tokens", 64, "Tokens after the image.", lower_bound=1)
     flags.DEFINE_integer("new_tokens", 48, "Tokens of a rollout.", lower_bound=2)
+    common.define_remat_flag()
     common.define_report_flags(repeats=3)
 
 

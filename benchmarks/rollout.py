@@ -32,17 +32,6 @@ from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 
 SETTINGS = (*common.SIZES, "prompts", "text_tokens", "image_side", "new_tokens", "repeats")
 BOUND = {"float32": 1e-4, "bfloat16": 5e-2}  # of the lowest log-probability
-# GB/s of memory by `device_kind`, as the makers publish them.
-BANDWIDTH = {
-    "NVIDIA H100 80GB HBM3": 3350,
-    "NVIDIA H800": 3350,
-    "NVIDIA H200": 4800,
-    "TPU v5 lite": 819,
-    "TPU v5p": 2765,
-    "TPU v6 lite": 1640,
-}
-
-
 Draw = Callable[[int, int], Any]  # (new tokens, rollouts of each prompt) -> tokens, when they are there
 
 
@@ -114,9 +103,8 @@ def extended(named: dict[str, Any], more: Any) -> dict[str, Any]:
 def bandwidth() -> tuple[float, str]:
     """(GB/s of memory, where the number is from): the maker's for a known accelerator, else measured here by
     reading and writing 256 MB in place."""
-    kind = jax.devices()[0].device_kind
-    if kind in BANDWIDTH:
-        return BANDWIDTH[kind], f"published for {kind}"
+    if chip := common.chip():
+        return chip.bandwidth / chip.devices / 1e9, f"published for {jax.devices()[0].device_kind}"
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jax.block_until_ready(step(jnp.zeros(2**26, jnp.float32)))
     best = float("inf")

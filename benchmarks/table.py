@@ -60,10 +60,15 @@ def forward(report: Report) -> Iterable[tuple[str, ...]]:
 
 
 def sft_step(report: Report) -> Iterable[tuple[str, ...]]:
-    """Rows of the table of `benchmarks.sft_step`."""
-    yield ("rows", "B x T", *SIDES)
+    """Rows of the table of `benchmarks.sft_step`, with FLOPs where they were counted, and MFU where the chip
+    is known."""
+    counted, shared = (any(key in row for row in report["rows"]) for key in ("flops", "mfu"))
+    work = ("ViT TFLOP", "LM TFLOP") if counted else ()
+    yield ("rows", "B x T", *SIDES, *work, *(("MFU",) if shared else ()))
     for row in report["rows"]:
-        yield (row["rows"], " x ".join(map(str, row["shape"])), *ratios(row))
+        more = [f"{row['flops'][tower] / 1e12:.3g}" for tower in ("vision", "text")] if counted else []
+        more += [f"{row['mfu']['ours']:.1%}"] if shared else []
+        yield (row["rows"], " x ".join(map(str, row["shape"])), *ratios(row), *more)
 
 
 def grpo_step(report: Report) -> Iterable[tuple[str, ...]]:

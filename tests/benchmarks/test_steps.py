@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import common, convert, evaluation, forward, grpo_step, images, sft_step
+from benchmarks import common, convert, evaluation, forward, grpo_step, images, sft_step, table
 from tests.benchmarks import run
 
 ROWS = run.MODEL | {"prompts": 2, "image_side": 8, "text_tokens": 8, "text_length": 12}
@@ -27,9 +27,19 @@ def test_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sft_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    report = run.report(monkeypatch, sft_step, tmp_path / "out.json", answer_tokens=6, **ROWS)
+    more = {"answer_tokens": 6, "remat": "block"}
+    report = run.report(monkeypatch, sft_step, tmp_path / "out.json", **ROWS | more)
     assert [row["rows"] for row in report["rows"]] == ["image", "text"]
     assert all(row["difference"] < 1e-5 for row in report["rows"])
+    assert report["attention"] == "xla"
+    for row in report["rows"]:
+        assert (row["flops"]["vision"] > 0) == (row["rows"] == "image")
+        assert row["flops_per_second"].keys() == {"ours", "hf"}
+        total = row["flops_per_second"]["ours"] * row["ours"]["median"]
+        assert total == pytest.approx(sum(row["flops"].values()), rel=1e-3)
+        assert "mfu" not in row, "a CPU's peak is not known"
+    assert len({len(line) for line in table.sft_step(report)}) == 1
+    assert "ViT TFLOP" in next(iter(table.sft_step(report)))
 
 
 def test_grpo_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
