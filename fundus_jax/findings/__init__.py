@@ -17,6 +17,8 @@ from fundus_jax.findings.table import (
     modality_contradictions,
     ordered,
     phrase,
+    surveyed,
+    unknown,
     vocabulary,
 )
 
@@ -38,5 +40,7 @@ __all__ = [
     "ordered",
     "parse_mentions",
     "phrase",
+    "surveyed",
+    "unknown",
     "vocabulary",
 ]

@@ -5,7 +5,7 @@ It is the only place that knows the words; a new finding is a row. Names are low
 2003); AREDS. Neighbours: `mentions` reads texts with it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from fundus_jax.records import MODALITIES, ConfigError
@@ -170,9 +170,25 @@ def modality_contradictions(modality: str, present: Iterable[str]) -> tuple[str,
     return ordered(set(present) - set(vocabulary(modality, extended=True)))
 
 
-def missing(required: Iterable[str], present: Iterable[str]) -> tuple[str, ...]:
-    """The required findings that are neither present nor proven by one that is, in the fixed order."""
-    there = set(present)
+def unknown(modality: str, searched: Iterable[str] | None) -> frozenset[str]:
+    """The findings that a modality can show and nobody looked for; none where `searched` is None: then all
+    of them were."""
+    if searched is None:
+        return frozenset()
+    return frozenset(vocabulary(modality, extended=True)) - set(searched)
+
+
+def surveyed(modality: str, searched: Iterable[str] | None) -> bool:
+    """Whether enough was looked for to say that there is no lesion: all of the modality's core findings."""
+    return unknown(modality, searched).isdisjoint(vocabulary(modality))
+
+
+def missing(
+    required: Iterable[str], present: Iterable[str], unknown: Collection[str] = ()
+) -> tuple[str, ...]:
+    """The required findings that are neither present nor proven by one that is, in the fixed order; nor may
+    they be so for all that is known, where `unknown` names what nobody looked for."""
+    there = {*present, *unknown}
     return ordered(
         name for name in required if name not in there and there.isdisjoint(_PROVEN_BY.get(name, ()))
     )

@@ -26,6 +26,7 @@ import pydantic
 
 from fundus_jax.chat import Chat, ChatConfig, ChatError
 from fundus_jax.dialog import harmless
+from fundus_jax.findings import ordered, unknown
 from fundus_jax.grpo.judge import Judge, JudgeError, Request, RulesJudge
 from fundus_jax.records import ConfigError, Findings, Verdict
 
@@ -163,7 +164,9 @@ def _told(request: Request) -> str:
     """The reference in words."""
     reference = request.reference
     if isinstance(reference, Findings):
+        unseen = unknown(request.modality, reference.searched)
         lines = [f"Findings in the image: {_listed(reference.present)}."]
+        lines += [f"Nobody looked for: {_listed(ordered(unseen))}."] if unseen else []
         if request.about is None:
             lines += ["The trace has to speak of every finding in the image."]
         else:

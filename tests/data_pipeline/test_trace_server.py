@@ -99,20 +99,21 @@ def test_the_messages(tmp_path: Path) -> None:
         assert guide in write[0]["content"]
     lines = write[1]["content"].splitlines()
     nonce = lines[0].removeprefix("Number: ")
-    assert lines[1:10] == [
+    assert lines[1:11] == [
         "Modality: Colour fundus photograph (CFP)",
         "Question: What is the diagnosis for this image?",
         "Right answer: Moderate NPDR",
         "Findings in the image: microaneurysm, haemorrhage.",
+        "Nobody looked for: none.",
         "In words: The image shows microaneurysms and haemorrhages.",
         "Where they lie: haemorrhage: upper left.",
         "Required for the answer: microaneurysm, haemorrhage.",
         "Supporting it: hard exudate, cotton-wool spot.",
         "Excluding it: neovascularisation, vitreous haemorrhage, preretinal haemorrhage.",
     ]
-    assert lines[11] == f"KNOWLEDGE {nonce} BEGINS"
+    assert lines[12] == f"KNOWLEDGE {nonce} BEGINS"
     assert lines[-1] == f"KNOWLEDGE {nonce} ENDS"
-    assert "\n".join(lines[12:-1]) == MODERATE.text
+    assert "\n".join(lines[13:-1]) == MODERATE.text
     for kind in trace_server.Fault.model_fields["kind"].annotation.__args__:
         assert f"- {kind}: " in check[0]["content"]
     number = check[1]["content"].splitlines()[0].removeprefix("Number: ")

@@ -1,5 +1,7 @@
 """The rule judge: hand-made traces against findings and against knowledge, and what holds for any trace."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +34,23 @@ def knowledge(required=(), supportive=(), excluded=(), modality="CFP"):
 
 
 BLEEDING = findings("microaneurysm", "haemorrhage")
+
+
+@pytest.mark.parametrize(
+    ("trace", "rating"),
+    [
+        ("Haemorrhages and neovascularisation are seen.", "plausible"),
+        ("Haemorrhages without neovascularisation or irma are seen.", "plausible"),
+        ("Haemorrhages and hard exudates are seen.", "tenuous"),
+        ("Haemorrhages are seen without subretinal fluid.", "tenuous"),  # no photograph can show it
+        ("Haemorrhages and irma are seen. No irma is seen.", "tenuous"),
+        ("No lesion is seen. There is neovascularisation.", "flawed"),
+        ("Neovascularisation is seen.", "flawed"),  # of what is known, it names nothing
+    ],
+)
+def test_what_nobody_looked_for_speaks_neither_for_a_trace_nor_against_it(trace, rating):
+    some = replace(findings("haemorrhage"), searched=("haemorrhage", "hard exudate"))
+    assert JUDGE(trace, some, "CFP").rating == rating
 
 
 @pytest.mark.parametrize(
