@@ -11,7 +11,17 @@ import re
 from collections.abc import Iterator, Sequence
 
 from data_pipeline.stages import LABEL_TASKS
-from data_pipeline.writer import CONCEPTS, EVERYWHERE, REGIONS, SEVERE, SIDES, asked, everywhere, regions
+from data_pipeline.writer import (
+    BESIDE_SPREAD,
+    CONCEPTS,
+    EVERYWHERE,
+    REGIONS,
+    SEVERE,
+    SIDES,
+    asked,
+    everywhere,
+    regions,
+)
 from fundus_jax import dialog, findings
 from fundus_jax.findings import Mentions
 from fundus_jax.records import Box, DataError, Example, Findings, Knowledge
@@ -103,8 +113,8 @@ def unseen(example: Example, found: Findings, knowledge: Knowledge | None) -> tu
         return tuple(name for name in (asked(example),) if name in unknown)
     if example.task not in LABEL_TASKS or knowledge is None:
         return ()
-    lacking = findings.missing(knowledge.required, found.present)
-    needed = {*lacking} - {*findings.missing(knowledge.required, found.present, unknown)}
+    needed = {*findings.missing(knowledge, found.present)}
+    needed -= {*findings.missing(knowledge, found.present, unknown)}
     if not knowledge.required and not knowledge.supportive:
         needed = unknown & {*knowledge.excluded} & {*findings.vocabulary(example.modality)}
     return findings.ordered(needed)
@@ -162,7 +172,7 @@ def _label(
     if knowledge is None or (knowledge.label, knowledge.modality) != (label, example.modality):
         yield f"{KNOWLEDGE}: there is no record on {label} in {example.modality}"
         return
-    for name in findings.missing(knowledge.required, mentions.present):
+    for name in findings.missing(knowledge, mentions.present):
         yield f"{OMITTED}: {name}"
     for name in findings.ordered(mentions.present & set(knowledge.excluded)):
         yield f"{EXCLUDED}: {name}"
@@ -171,8 +181,8 @@ def _label(
     spread = EVERYWHERE in think.lower()
     # Votes do not say how far a finding spreads.
     seen = found is not None and found.origin != "votes" and "haemorrhage" not in found.votes
-    if label == SEVERE and seen and not spread:
-        yield f"{LABEL}: {label} needs {_MANY}"
+    if label == SEVERE and seen and not spread and mentions.present.isdisjoint(BESIDE_SPREAD):
+        yield f"{LABEL}: {label} needs {_MANY}, or {' or '.join(BESIDE_SPREAD)}"
     if label in ("No DR", "Mild NPDR", "Moderate NPDR") and spread:
         yield f"{LABEL}: {_MANY} fit {SEVERE}, not {label}"
 
@@ -184,7 +194,8 @@ def _connects(sentence: str, knowledge: Knowledge) -> bool:
     mentions = findings.parse_mentions(sentence)
     if not knowledge.required and not knowledge.supportive:
         return "without lesion" in sentence.lower() or bool(mentions.absent & set(knowledge.excluded))
-    matters = {*knowledge.required, *knowledge.supportive}
+    proofs = {name for one in knowledge.required for name in findings.proofs(knowledge.label, one)}
+    matters = proofs | {*knowledge.required, *knowledge.supportive}
     return bool(mentions.present & matters)
 
 

@@ -227,7 +227,7 @@ class ServerWriter:
             "unknown": _listed(findings.ordered(findings.unknown(example.modality, found.searched))),
             "words": writer.summary(example, found),
             "places": _places(case),
-            "required": _listed(known.required if known else ()),
+            "required": _listed(findings.required(known) if known else ()),
             "supportive": _listed(known.supportive if known else ()),
             "excluded": _listed(known.excluded if known else ()),
             "knowledge": text,
@@ -247,7 +247,7 @@ def _possible(case: Case) -> bool:
     if case.example.task not in LABEL_TASKS:
         return True
     known, seen = case.knowledge, case.found.present
-    if known is None or findings.missing(known.required, seen):
+    if known is None or findings.missing(known, seen):
         return False
     return bool(known.required) or not known.supportive or not set(seen).isdisjoint(known.supportive)
 

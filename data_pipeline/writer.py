@@ -16,6 +16,7 @@ from fundus_jax.records import Box, Example, Findings, Knowledge
 
 EVERYWHERE = "in all quadrants"
 SEVERE = "Severe NPDR"
+BESIDE_SPREAD = findings.proofs(SEVERE, "haemorrhage")  # each makes the disease severe without it
 SPREAD = 0.3  # share of the image that the boxes of haemorrhages cover at least when they are everywhere
 
 VIEWS = {
@@ -129,7 +130,7 @@ def connection(example: Example, found: Findings, knowledge: Knowledge | None) -
     """Step (ii): one sentence from findings to label; "" when the image lacks what the label requires. It
     says that a finding is absent only where somebody looked for it."""
     label = example.answer
-    if knowledge is None or findings.missing(knowledge.required, found.present):
+    if knowledge is None or findings.missing(knowledge, found.present):
         return ""
     concept, unknown = CONCEPTS.get(label, label), findings.unknown(example.modality, found.searched)
     without, names = WITHOUT.get(label, ("", ()))
@@ -146,13 +147,14 @@ def connection(example: Example, found: Findings, knowledge: Knowledge | None) -
         absent = [name for name in knowledge.excluded if name not in {*unknown, *found.present}]
         others = f"without {_bare(absent)}" if unknown and absent else "alone"
         return f"Microaneurysms {others} fit {concept}."
-    if label == "Moderate NPDR":
+    if label == "Moderate NPDR" and {"microaneurysm", "haemorrhage"} <= set(found.present):
         return f"Haemorrhages beyond microaneurysms{without} fit {concept}."
-    if label == SEVERE:
-        if not everywhere(example.boxes):
-            return ""
+    if label == SEVERE and everywhere(example.boxes):
         return f"Haemorrhages {EVERYWHERE}{without} fit {concept}."
-    signs = [name for name in found.present if name in (*proof, *_signs(label))]
+    if label == SEVERE:
+        proof = BESIDE_SPREAD
+    others = [name for one in proof for name in findings.proofs(label, one)]
+    signs = [name for name in found.present if name in (*proof, *others)]
     if not signs:
         return ""
     return f"{_capital(findings.phrase(signs))}{without} {_verb_of(signs, 'fit')} {concept}."
@@ -198,11 +200,6 @@ def _about_one(example: Example, found: Findings) -> list[str]:
         summary(example, found),
         f"{subject} {_verb_of([name], 'lie')} in the {place} of the image.",
     ]
-
-
-def _signs(label: str) -> tuple[str, ...]:
-    """The findings that prove a label beside the required ones, so that they are named with it."""
-    return ("vitreous haemorrhage",) if label == "PDR" else ()
 
 
 def _bare(names: Iterable[str]) -> str:

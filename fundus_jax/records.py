@@ -221,10 +221,8 @@ class Findings:
         _one_of("Findings", "origin", self.origin, ORIGINS)
         _sorted_set("Findings", "present", self.present)
         _require(self.n >= 0, f"Findings.n is {self.n}; it counts answers and can not be negative")
-        for name, votes in self.votes.items():
-            _require(
-                0 <= votes <= self.n, f"Findings.votes[{name!r}]: {votes} not between 0 and n = {self.n}"
-            )
+        for name, one in self.votes.items():
+            _require(0 <= one <= self.n, f"Findings.votes: {one} of {name!r}, not between 0 and n = {self.n}")
         if self.origin == "votes":
             unknown = sorted(set(self.present) - set(self.votes))
             _require(not unknown, f"Findings.present names {unknown}, which nobody voted on")

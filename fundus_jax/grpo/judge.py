@@ -12,7 +12,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fundus_jax.findings import FINDINGS, Mentions, contradictions, observations, parse_mentions, unknown
+from fundus_jax.findings import (
+    FINDINGS,
+    Mentions,
+    contradictions,
+    missing,
+    observations,
+    parse_mentions,
+    unknown,
+)
 from fundus_jax.records import ConfigError, DataError, Findings, Knowledge, Verdict
 
 # Denies every finding at once. "No other lesion" does not, nor does "no lesion in the macula".
@@ -78,9 +86,9 @@ class RulesJudge:
     while claiming some, is one more error. What nobody looked for is neither there nor absent: to claim or
     to deny it is no error. A trace that names no other finding is flawed, unless none is asked about.
 
-    Against Knowledge: plausible when every required finding is claimed present, no excluded one is, nothing
-    is claimed both ways and nothing is named that this modality can not show; otherwise, or when no finding
-    is named, implausible.
+    Against Knowledge: plausible when every required finding (or one that meets it) is claimed present, no
+    excluded one is, nothing is claimed both ways and nothing is named that this modality can not show;
+    otherwise, or when no finding is named, implausible.
     """
 
     def __call__(self, requests: Sequence[Request]) -> list[Verdict]:
@@ -150,9 +158,7 @@ def _conflict(name: str, claims: Mentions, there: frozenset[str], modality: str)
 
 
 def _against_knowledge(claims: Mentions, reference: Knowledge) -> list[str]:
-    errors = [
-        f"{name} is required but not claimed" for name in reference.required if name not in claims.present
-    ]
+    errors = [f"{name} is required but not claimed" for name in missing(reference, claims.present)]
     errors += [f"{name} is excluded but claimed" for name in reference.excluded if name in claims.present]
     errors += [
         f"{name} is claimed both present and absent" for name in contradictions(claims.present, claims.absent)

@@ -26,7 +26,7 @@ import pydantic
 
 from fundus_jax.chat import Chat, ChatConfig, ChatError
 from fundus_jax.dialog import harmless
-from fundus_jax.findings import ordered, unknown
+from fundus_jax.findings import ordered, required, unknown
 from fundus_jax.grpo.judge import Judge, JudgeError, Request, RulesJudge
 from fundus_jax.records import ConfigError, Findings, Verdict
 
@@ -174,7 +174,7 @@ def _told(request: Request) -> str:
     else:
         lines = [
             f"Diagnosis: {harmless(reference.label)}",
-            f"Required findings: {_listed(reference.required)}.",
+            f"Required findings: {_listed(required(reference))}.",
             f"Findings that support it: {_listed(reference.supportive)}.",
             f"Findings that exclude it: {_listed(reference.excluded)}.",
             f"What is known: {' '.join(harmless(reference.text).split())}",

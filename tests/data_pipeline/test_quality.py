@@ -10,7 +10,9 @@ from data_pipeline.pixels import from_masks
 from data_pipeline.quality import check
 from data_pipeline.votes import merged
 from data_pipeline.writer import RuleWriter
+from fundus_jax import findings
 from fundus_jax.findings import vocabulary
+from fundus_jax.grpo.judge import Request, RulesJudge
 from fundus_jax.records import Findings, Trace
 from tests.data_pipeline.made import GRADES, SPREAD, example
 from tests.data_pipeline.test_traces import NOTES
@@ -265,3 +267,58 @@ def test_no_lesion_may_be_said_only_where_all_were_looked_for(claim: str) -> Non
     other = replace(one, question="Does this image show drusen?")
     (reason,) = check(other, found, None, think.replace("Haemorrhages", "Drusen"), "No")
     assert reason == "no findings: nobody looked for drusen, on which the answer depends"
+
+
+@pytest.mark.parametrize(
+    ("label", "modality", "present", "right"),
+    [
+        ("CNV", "OCT", ("subretinal hyperreflective material", "subretinal fluid"), True),
+        ("CNV", "OCT", ("pigment epithelial detachment", "subretinal fluid"), True),
+        ("CNV", "OCT", ("subretinal fluid", "intraretinal fluid"), False),
+        ("Polypoidal choroidal vasculopathy", "OCT", ("subretinal hyperreflective material",), False),
+        ("Moderate NPDR", "CFP", ("haemorrhage",), True),
+        ("Moderate NPDR", "CFP", ("hard exudate", "microaneurysm"), True),
+        ("Moderate NPDR", "UWF", ("cotton-wool spot", "microaneurysm"), True),
+        ("Moderate NPDR", "CFP", ("microaneurysm",), False),
+        ("Moderate NPDR", "CFP", ("drusen",), False),
+        ("Moderate NPDR", "CFP", ("haemorrhage", "neovascularisation"), False),
+        ("Severe NPDR", "CFP", ("irma", "microaneurysm"), True),
+        ("Severe NPDR", "CFP", ("haemorrhage", "venous beading"), True),
+        ("Severe NPDR", "CFP", ("haemorrhage", "microaneurysm"), False),  # in one spot
+        ("PDR", "CFP", ("preretinal haemorrhage",), True),
+        ("PDR", "CFP", ("haemorrhage", "microaneurysm"), False),
+        ("AMD", "CFP", ("geographic atrophy",), True),
+        ("AMD", "UWF", ("subretinal haemorrhage",), True),
+        ("AMD", "CFP", ("hard exudate", "haemorrhage"), False),
+        ("AMD", "CFP", ("pigmentary change",), False),
+        ("Dry AMD", "OCT", ("geographic atrophy",), True),
+        ("Dry AMD", "CFP", ("subretinal haemorrhage",), False),
+        ("Diabetic retinopathy", "CFP", ("haemorrhage", "hard exudate"), True),
+        ("Diabetic retinopathy", "CFP", ("hard exudate",), False),
+    ],
+)
+def test_a_label_is_known_by_any_of_its_signs(
+    label: str, modality: str, present: tuple[str, ...], right: bool
+) -> None:
+    """The schemes of ICDR and AREDS, and what a B-scan shows of new vessels: in the trace, in the check, for
+    the model that writes, and for the judge of the process reward."""
+    one = example(
+        modality=modality, options=(label, "Normal"), answer=label, findings=tuple(sorted(present)), boxes=()
+    )
+    found, known = from_masks(one), NOTES[label, modality]
+    assert isinstance(found, Findings)
+    trace = written(Case(one, found, known))
+    assert trace.kept is right, (trace.think, trace.reasons)
+    if right:
+        assert trace_server._possible(Case(one, found, known))
+        seen = trace.think.split(". ")[1].lower()
+        assert any(findings.FINDINGS[name].plural in seen for name in present), "what proves it is named"
+        request = Request(trace=trace.think, reference=known, modality=modality)
+        assert RulesJudge().rate(request).rating == "plausible"
+
+
+def test_models_are_told_what_meets_a_required_finding() -> None:
+    assert findings.required(NOTES["AMD", "CFP"]) == (
+        "drusen (or subretinal haemorrhage or geographic atrophy)",
+    )
+    assert findings.required(NOTES["Glaucoma", "CFP"]) == ("large cup",)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.knowledge.note import shipped_notes
 from data_pipeline.writer import RuleWriter
-from fundus_jax.findings import FINDINGS, vocabulary
+from fundus_jax.findings import FINDINGS, proofs, vocabulary
 from fundus_jax.grpo.judge import Request, RulesJudge
 from fundus_jax.records import Box, DataError, Example, Findings, Knowledge
 
@@ -216,6 +216,13 @@ MODERATE = knowledge(["microaneurysm", "haemorrhage"], ["hard exudate"], ["neova
         ("Microaneurysms, haemorrhages and hard exudates, no new vessels.", "plausible", ()),
         ("Microaneurysms, haemorrhages and drusen are seen.", "plausible", ()),
         ("Microaneurysms are seen.", "implausible", ("haemorrhage is required but not claimed",)),
+        ("Haemorrhages are seen.", "plausible", ()),  # more than microaneurysms, which may hide
+        ("Microaneurysms and hard exudates are seen.", "plausible", ()),
+        (
+            "Drusen are seen.",
+            "implausible",
+            ("microaneurysm is required but not claimed", "haemorrhage is required but not claimed"),
+        ),
         (
             "Microaneurysms are seen, no haemorrhages.",
             "implausible",
@@ -284,7 +291,8 @@ def test_the_rating_is_the_number_of_errors(there, claimed, denied):
 def test_knowledge_asks_for_what_is_required_and_nothing_excluded(required, excluded, claimed):
     excluded = excluded - required
     verdict = JUDGE(spoken(claimed), knowledge(sorted(required), (), sorted(excluded)), "CFP")
-    good = bool(claimed) and required <= claimed and not excluded & claimed
+    met = all(claimed & {name, *proofs("Moderate NPDR", name)} for name in required)
+    good = bool(claimed) and met and not excluded & claimed
     assert verdict.rating == ("plausible" if good else "implausible")
 
 
