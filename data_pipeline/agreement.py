@@ -2,8 +2,8 @@
 
 For each finding: sensitivity, specificity and their harmonic mean S2, over images (not questions); the last
 line averages the columns, as the paper's does. A finding is compared in a data set where at least one mask
-shows it: that somebody looked for it is then certain, and without a positive image there is no sensitivity.
-What has no negative image, or was not voted on, has no S2; it is named and left out of the average.
+shows it, since without a positive image there is no sensitivity, and over the images in which it was looked
+for. What has no negative image, or was not voted on, has no S2; it is named and left out of the average.
 
 Intervals are of 95 %: Wilson's for sensitivity and specificity, and for S2 and the averages a bootstrap over
 patients. Neighbours: `votes.py` asks the model, `findings.py` has the command.
@@ -109,10 +109,15 @@ def _table(dataset: str, modality: str, masked: Sequence[Example], found: Mappin
     gold = np.array([[name in (one.findings or ()) for name in names] for one in seen], bool)
     said = np.array([[name in voted[one.id].present for name in names] for one in seen], bool)
     gold, said = gold.reshape(len(seen), len(names)), said.reshape(len(seen), len(names))
-    cells = np.stack([gold & said, gold & ~said, ~gold & ~said, ~gold & said], axis=-1).astype(float)
+    known = np.array([[name not in unseen for name in names] for unseen in map(_unseen, seen)], bool)
+    known = known.reshape(gold.shape)
+    cells = np.stack([gold & said, gold & ~said, ~gold & ~said, ~gold & said], axis=-1)
+    cells = (cells & known[..., None]).astype(float)
     left_out = {name: "not voted on" for name in names if name not in asked}
     left_out |= {
-        name: "every image shows it" for k, name in enumerate(names) if name in asked and gold[:, k].all()
+        name: "every image shows it"
+        for k, name in enumerate(names)
+        if name in asked and gold[known[:, k], k].all()
     }
     kept = [k for k, name in enumerate(names) if name not in left_out]
     patients = [one.patient for one in seen]
@@ -122,6 +127,11 @@ def _table(dataset: str, modality: str, masked: Sequence[Example], found: Mappin
         dataset, modality, len(seen), len(set(patients)), len(masked) - len(seen), rows,
         _average(cells[:, kept], drawn[:, kept]), left_out,
     )  # fmt: skip
+
+
+def _unseen(example: Example) -> frozenset[str]:
+    """The findings that an example's masks are not about."""
+    return findings.unknown(example.modality, example.searched)
 
 
 def _resampled(cells: np.ndarray, patients: Sequence[str]) -> np.ndarray:

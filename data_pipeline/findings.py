@@ -3,7 +3,8 @@
 Paper, section 3.2.2. `masks`: where the publisher gives masks, the findings are those of the masks (the
 embedded back end, `pixels.py`); nothing is written for the other examples, and their number is logged.
 `votes`: a vision-language model is asked, and the majority counts (`votes.py`). `both`: masks where they
-exist, votes elsewhere, as in the paper. Neighbours: `jobs.py` runs the shards.
+exist, as in the paper, and votes on what they are not about and on the other images. Neighbours: `jobs.py`
+runs the shards.
 
     python -m data_pipeline.findings --examples=DIR --out=DIR
     python -m data_pipeline.findings --examples=DIR --out=DIR --findings=both --knowledge=DIR \

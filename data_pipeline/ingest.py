@@ -22,6 +22,7 @@ from data_pipeline.datasets import heldout, registry
 from data_pipeline.datasets.base import Sample, annotated, fingerprint, picture
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from data_pipeline.datasets.phantom_source import shards as phantom_shards
+from fundus_jax import findings
 from fundus_jax.records import ConfigError, DataError, Example
 
 TASKS = {
@@ -185,7 +186,15 @@ def _examples(
             answer=one.answer,
             findings=sample.findings,
             boxes=sample.boxes,
+            searched=_searched(sample),
         )
+
+
+def _searched(sample: Sample) -> tuple[str, ...] | None:
+    """As an Example has it: None where there are no masks, and where all was looked for."""
+    if sample.findings is None or not findings.unknown(sample.modality, sample.searched):
+        return None
+    return tuple(sorted({*sample.searched, *sample.findings}))
 
 
 def _define_flags() -> None:

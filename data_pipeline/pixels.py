@@ -1,7 +1,8 @@
 """Findings by masks: the embedded back end of the findings stage, called `pixels`.
 
 Where the publisher gives masks, the findings are those of the masks, as the paper (3.2.2) does for the 6 % of
-its data that has them. Neighbours: `votes.py` is the other back end, `findings.py` the job.
+its data that has them; what the masks are not about stays unknown. Neighbours: `votes.py` is the
+other back end, `findings.py` the job.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,15 +14,23 @@ from fundus_jax.records import Example, Findings
 
 
 def from_masks(example: Example) -> Findings | jobs.Quarantine | None:
-    """What the masks of an example's image show; None where there are none. What the modality can not show is
-    a fault of the builder, and the example is quarantined with it."""
-    if example.findings is None:
+    """What the masks of an example's image show; None where there are none, or they are about nothing. What
+    the modality can not show is a fault of the builder, and the example is quarantined with it."""
+    if example.findings is None or example.searched == ():
         return None
-    foreign = sorted(set(example.findings) - set(findings.vocabulary(example.modality, extended=True)))
+    named = {*example.findings, *(example.searched or ())}
+    foreign = sorted(named - set(findings.vocabulary(example.modality, extended=True)))
     if foreign:
-        reason = f"the masks show {foreign}, which {example.modality} can not show; mend the builder"
+        reason = f"the masks are of {foreign}, which {example.modality} can not show; mend the builder"
         return jobs.Quarantine(example.id, reason)
-    return Findings(example=example.id, present=example.findings, votes={}, n=0, origin="pixels")
+    return Findings(
+        example=example.id,
+        present=example.findings,
+        votes={},
+        n=0,
+        origin="pixels",
+        searched=example.searched,
+    )
 
 
 class PixelSource:
@@ -32,7 +41,7 @@ class PixelSource:
 
     @property
     def ways(self) -> list[dict]:
-        return [{"name": self.name}]
+        return [{"name": self.name, "version": 2}]  # of what the same masks give
 
     def inputs(self, examples: Path) -> list[jobs.ShardInput]:
         return stages.shards(examples, Example)

@@ -131,7 +131,7 @@ def _plain(value: Any) -> str:
 # flag -> (default, what it is)
 ASSUMED: dict[str, tuple[Any, str]] = {
     "images": (168_938, "images (Table 2)"),
-    "masked": (8_593, "of these have masks, which are used in the place of votes (Table 2)"),
+    "masked": (0, "of these have masks of all that is voted on, so that nothing is asked about them"),
     "samples": (5, "answers to each request about an image"),
     "sizes": (["768x496:0.79", "2048x1536:0.15", "3900x3072:0.06"], "pixels of OCT, CFP, UWF; their shares"),
     "max_pixels": (1_003_520, "area to which the server reduces an image (--mm-processor-kwargs)"),

@@ -11,12 +11,22 @@ import re
 from collections.abc import Iterator, Sequence
 
 from data_pipeline.stages import LABEL_TASKS
-from data_pipeline.writer import CONCEPTS, EVERYWHERE, REGIONS, SEVERE, SIDES, asked, everywhere, regions
+from data_pipeline.writer import (
+    BESIDE_SPREAD,
+    CONCEPTS,
+    EVERYWHERE,
+    REGIONS,
+    SEVERE,
+    SIDES,
+    asked,
+    everywhere,
+    regions,
+)
 from fundus_jax import dialog, findings
 from fundus_jax.findings import Mentions
 from fundus_jax.records import Box, DataError, Example, Findings, Knowledge
 
-VERSION = 1  # raise it when a rule changes: shards that were checked by the old one are made again
+VERSION = 2  # raise it when a rule changes: shards that were checked by the old one are made again
 
 MALFORMED = "malformed"
 NO_FINDINGS = "no findings"
@@ -41,6 +51,7 @@ LESION_TASKS = ("lesion_presence", "lesion_location")
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _CLEAN = re.compile(
     r"\bno (?:visible |other )?(?:lesions?|abnormalit(?:y|ies)) (?:is|are) (?:seen|visible|present)"
+    r"|\bwithout (?:any |other )?(?:lesions?|abnormalit(?:y|ies))\b"
 )
 _MANY = f"many haemorrhages {EVERYWHERE}"
 _WORD = re.compile(r"[a-z0-9]+")
@@ -75,6 +86,8 @@ def check(
     """
     if found is None and (example.task in LABEL_TASKS or example.task in LESION_TASKS):
         return (f"{NO_FINDINGS}: nobody looked for any in this image",)
+    if found is not None and (blind := unseen(example, found, knowledge)):
+        return (f"{NO_FINDINGS}: nobody looked for {', '.join(blind)}, on which the answer depends",)
     there = dialog.positioned(example, boxes).boxes if boxes else ()
     plain = dialog.without_boxes(think)
     form = tuple(_form(think, answer, most_words + PLACE_WORDS * len({box.finding for box in there})))
@@ -89,6 +102,22 @@ def check(
         *_places(think, there),
     ]
     return tuple(dict.fromkeys(reasons))
+
+
+def unseen(example: Example, found: Findings, knowledge: Knowledge | None) -> tuple[str, ...]:
+    """The findings on which the answer depends and of which nobody knows whether the image shows them: the
+    one that is asked about; those that the label requires, or, where it is known by the absence of lesions
+    alone, the core ones that it excludes."""
+    unknown = findings.unknown(example.modality, found.searched)
+    if example.task in LESION_TASKS:
+        return tuple(name for name in (asked(example),) if name in unknown)
+    if example.task not in LABEL_TASKS or knowledge is None:
+        return ()
+    needed = {*findings.missing(knowledge, found.present)}
+    needed -= {*findings.missing(knowledge, found.present, unknown)}
+    if not knowledge.required and not knowledge.supportive:
+        needed = unknown & {*knowledge.excluded} & {*findings.vocabulary(example.modality)}
+    return findings.ordered(needed)
 
 
 def kind(reason: str) -> str:
@@ -119,12 +148,18 @@ def _claims(example: Example, found: Findings | None, think: str, mentions: Ment
         if mentions.present:
             yield f"{NO_FINDINGS}: claims {', '.join(findings.ordered(mentions.present))}, which nobody saw"
         return
-    for name in findings.ordered(mentions.present - set(found.present)):
+    unknown = findings.unknown(example.modality, found.searched)
+    for name in findings.ordered((mentions.present | mentions.absent) & unknown):
+        yield f"{NO_FINDINGS}: nobody looked for {name}, so it is neither there nor absent"
+    for name in findings.ordered(mentions.present - unknown - set(found.present)):
         yield f"{ABSENT}: {name}"
     for name in findings.ordered(mentions.absent & set(found.present)):
         yield f"{DENIED}: {name}"
-    if found.present and _CLEAN.search(think.lower()):
-        yield f"{DENIED}: says that there is no lesion"
+    if _CLEAN.search(think.lower()):
+        if found.present:
+            yield f"{DENIED}: says that there is no lesion"
+        elif not findings.surveyed(example.modality, found.searched):
+            yield f"{NO_FINDINGS}: nobody looked for all lesions, so there may be one"
     if EVERYWHERE in think.lower() and not everywhere(example.boxes):
         yield f"{ABSENT}: {_MANY}"
 
@@ -137,16 +172,17 @@ def _label(
     if knowledge is None or (knowledge.label, knowledge.modality) != (label, example.modality):
         yield f"{KNOWLEDGE}: there is no record on {label} in {example.modality}"
         return
-    for name in findings.missing(knowledge.required, mentions.present):
+    for name in findings.missing(knowledge, mentions.present):
         yield f"{OMITTED}: {name}"
     for name in findings.ordered(mentions.present & set(knowledge.excluded)):
         yield f"{EXCLUDED}: {name}"
     if not any(_connects(sentence, knowledge) for sentence in _SENTENCE.findall(think)):
         yield f"{KNOWLEDGE}: no sentence connects the findings to {CONCEPTS.get(label, label)}"
     spread = EVERYWHERE in think.lower()
-    seen = found is not None and found.origin == "pixels"  # votes do not say how far a finding spreads
-    if label == SEVERE and seen and not spread:
-        yield f"{LABEL}: {label} needs {_MANY}"
+    # Votes do not say how far a finding spreads.
+    seen = found is not None and found.origin != "votes" and "haemorrhage" not in found.votes
+    if label == SEVERE and seen and not spread and mentions.present.isdisjoint(BESIDE_SPREAD):
+        yield f"{LABEL}: {label} needs {_MANY}, or {' or '.join(BESIDE_SPREAD)}"
     if label in ("No DR", "Mild NPDR", "Moderate NPDR") and spread:
         yield f"{LABEL}: {_MANY} fit {SEVERE}, not {label}"
 
@@ -158,7 +194,8 @@ def _connects(sentence: str, knowledge: Knowledge) -> bool:
     mentions = findings.parse_mentions(sentence)
     if not knowledge.required and not knowledge.supportive:
         return "without lesion" in sentence.lower() or bool(mentions.absent & set(knowledge.excluded))
-    matters = {*knowledge.required, *knowledge.supportive}
+    proofs = {name for one in knowledge.required for name in findings.proofs(knowledge.label, one)}
+    matters = proofs | {*knowledge.required, *knowledge.supportive}
     return bool(mentions.present & matters)
 
 

@@ -11,8 +11,9 @@ by rule, as in the rule writer's traces, and the model is told in words where a 
 writes must hold no markup at all, or it is rejected, so that no control token reaches a tokenizer.
 
 Not asked for, and written by rule, are traces that need no findings (which modality, which eye), and those
-that could never pass: nobody looked at the image, nothing is known of the label, or a finding that it
-requires was not found. Neighbours: `composing.py` is the other back end, docs/data.md says what is recorded.
+that could never pass: nobody looked at the image, or for what the answer depends on, nothing is known of the
+label, or a finding that it requires was not found. Neighbours: `composing.py` is the other back end,
+docs/data.md says what is recorded.
 """
 
 import json
@@ -223,9 +224,10 @@ class ServerWriter:
             "question": _line(example.question),
             "answer": _line(example.answer),
             "findings": _listed(findings.ordered(found.present)),
-            "words": writer.summary(found.present, example.boxes),
+            "unknown": _listed(findings.ordered(findings.unknown(example.modality, found.searched))),
+            "words": writer.summary(example, found),
             "places": _places(case),
-            "required": _listed(known.required if known else ()),
+            "required": _listed(findings.required(known) if known else ()),
             "supportive": _listed(known.supportive if known else ()),
             "excluded": _listed(known.excluded if known else ()),
             "knowledge": text,
@@ -240,10 +242,12 @@ def _possible(case: Case) -> bool:
     """Whether a model can write a trace that passes: see the head of this file."""
     if case.example.task in dialog.WITHOUT_FINDINGS or case.found is None:
         return False
+    if quality.unseen(case.example, case.found, case.knowledge):
+        return False
     if case.example.task not in LABEL_TASKS:
         return True
     known, seen = case.knowledge, case.found.present
-    if known is None or findings.missing(known.required, seen):
+    if known is None or findings.missing(known, seen):
         return False
     return bool(known.required) or not known.supportive or not set(seen).isdisjoint(known.supportive)
 

@@ -7,7 +7,8 @@ as its fields: what the modality can not show can not be voted for.
 
 The vocabulary is that of the knowledge in play: all findings that the labels of a modality require, are
 supported or excluded by. The paper asks for those of the image's own label and task; here the label stays out
-of the question, so that it can not suggest the answer. Neighbours: `findings.py` is the job, `agreement.py`
+of the question, so that it can not suggest the answer. Beside masks, the model is asked for what they are not
+about: masks of four lesions say nothing of new vessels. Neighbours: `findings.py` is the job, `agreement.py`
 compares with masks; docs/data.md says what is recorded.
 """
 
@@ -83,7 +84,8 @@ class VoteSource:
     Args:
         config: how it is asked.
         vocabulary: the findings that it is asked for, by modality.
-        masks: where they exist they are used directly, and the model is not asked.
+        masks: where they exist they are used directly, and the model is asked for the findings that they are
+            not about.
         only_masked: images without masks are left out, as for measuring the model against them.
 
     Raises ConfigError for a setting that does not make sense.
@@ -102,7 +104,6 @@ class VoteSource:
         config.validate()
         self.settings, self.vocabulary = config, {name: tuple(words) for name, words in vocabulary.items()}
         self.masks, self.only_masked = masks, only_masked
-        self.ballots = {modality: ballot(words) for modality, words in self.vocabulary.items()}
         self.prompts = instructions.load("votes")
 
     @property
@@ -110,8 +111,9 @@ class VoteSource:
         asked = self.settings
         mine = {
             "name": self.name,
+            "version": 2,  # of the records that the same votes give
             "model": asked.server.model,
-            "prompts": instructions.version(self.prompts, self.ballots.values()),
+            "prompts": instructions.version(self.prompts, map(ballot, self.vocabulary.values())),
             "vocabulary": {name: list(words) for name, words in self.vocabulary.items()},
             **{
                 name: getattr(asked, name)
@@ -141,28 +143,40 @@ class VoteSource:
 
     async def ask(self, chat: Chat, image: Image) -> Outcome | jobs.Quarantine:
         """The votes on one image. Raises ChatError where there are fewer than n of them in the end."""
-        if self.masks and image.examples[0].findings is not None:
-            return Outcome(tuple(filter(None, map(from_masks, image.examples))))
+        first = image.examples[0]
+        masked = [one for one in map(from_masks, image.examples) if one] if self.masks else []
+        seen = [one for one in masked if isinstance(one, Findings)]
+        words = self.vocabulary[first.modality]
+        if masked:
+            left = findings.unknown(first.modality, first.searched)
+            words = tuple(name for name in words if name in left)
+        if masked and (not words or not seen):
+            return Outcome(tuple(masked))
         try:
             data = await asyncio.to_thread(image.picture.read)
         except DataError as error:
             return jobs.Quarantine(image.id, str(error))
         assert isinstance(data, bytes)  # noqa: S101 - a record of an ArrayRecord file
-        modality = image.examples[0].modality
-        counted, tries = await self._collect(chat, image.id, self.messages(data, modality), modality)
-        votes = dict.fromkeys(self.vocabulary[modality], 0)
+        messages = self.messages(data, first.modality, words)
+        counted, tries = await self._collect(chat, image.id, messages, ballot(words))
+        votes = dict.fromkeys(words, 0)
         for answer in counted:
             for name, said in answer.model_dump(by_alias=True).items():
                 votes[name] += said == "present"
-        present = tuple(sorted(name for name in votes if 2 * votes[name] > len(counted)))
-        records = tuple(
-            Findings(example=one.id, present=present, votes=votes, n=len(counted), origin="votes")
-            for one in image.examples
+        voted = Findings(
+            example=image.id,
+            present=tuple(sorted(name for name in votes if 2 * votes[name] > len(counted))),
+            votes=votes,
+            n=len(counted),
+            origin="votes",
+            searched=tuple(sorted(votes)),
         )
-        return Outcome(records, tuple(tries))
+        if seen:
+            return Outcome(tuple(merged(one, voted) for one in seen), tuple(tries))
+        return Outcome(tuple(replace(voted, example=one.id) for one in image.examples), tuple(tries))
 
     async def _collect(
-        self, chat: Chat, name: str, messages: list[dict[str, Any]], modality: str
+        self, chat: Chat, name: str, messages: list[dict[str, Any]], schema: type[pydantic.BaseModel]
     ) -> tuple[list[pydantic.BaseModel], list[dict[str, Any]]]:
         """n answers that count, with as few further requests as that takes, and a line for each request."""
         asked = self.settings
@@ -174,7 +188,7 @@ class VoteSource:
             try:
                 answers: Sequence[Any] = await chat.ask(
                     messages,
-                    self.ballots[modality],
+                    schema,
                     n=missing,
                     max_tokens=asked.answer_tokens,
                     temperature=asked.temperature,
@@ -195,15 +209,27 @@ class VoteSource:
         )
         raise ChatError(failed[-1].kind, told)
 
-    def messages(self, image: bytes, modality: str) -> list[dict[str, Any]]:
-        """The conversation that asks about an image: PNG or JPEG bytes."""
+    def messages(self, image: bytes, modality: str, words: Sequence[str]) -> list[dict[str, Any]]:
+        """The conversation that asks for some findings in an image: PNG or JPEG bytes."""
         kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-        words = {"modality": MODALITIES[modality].lower(), "findings": ", ".join(self.vocabulary[modality])}
+        words = {"modality": MODALITIES[modality].lower(), "findings": ", ".join(words)}
         text = {"type": "text", "text": instructions.fill(self.prompts["votes"], **words)}
         return [{"role": "user", "content": [picture(image, kind), text]}]
 
 
-def ballot(vocabulary: Sequence[str]) -> type[pydantic.BaseModel]:
+def merged(masks: Findings, voted: Findings) -> Findings:
+    """What masks and votes on the findings that they are not about say together."""
+    return replace(
+        voted,
+        example=masks.example,
+        present=tuple(sorted({*masks.present, *voted.present})),
+        origin="both",
+        searched=tuple(sorted({*(masks.searched or ()), *(voted.searched or ())})),
+    )
+
+
+@functools.cache
+def ballot(vocabulary: tuple[str, ...]) -> type[pydantic.BaseModel]:
     """The schema of one answer: each finding of the vocabulary, by its name, is "present" or "absent"."""
     said = Literal["present", "absent"]
     fields: dict[str, Any] = {

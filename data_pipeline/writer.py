@@ -16,6 +16,7 @@ from fundus_jax.records import Box, Example, Findings, Knowledge
 
 EVERYWHERE = "in all quadrants"
 SEVERE = "Severe NPDR"
+BESIDE_SPREAD = findings.proofs(SEVERE, "haemorrhage")  # each makes the disease severe without it
 SPREAD = 0.3  # share of the image that the boxes of haemorrhages cover at least when they are everywhere
 
 VIEWS = {
@@ -40,6 +41,14 @@ CONCEPTS = {
     "DME": "macular oedema",
     "Drusen": "dry disease",
     "CNV": "choroidal neovascularisation",
+}
+
+# Label -> what tells it from its neighbours, and the findings whose absence that claims.
+WITHOUT = {
+    "Moderate NPDR": ("without neovascularisation", ("neovascularisation",)),
+    "Severe NPDR": ("without neovascularisation", ("neovascularisation",)),
+    "DME": ("without a pigment epithelial detachment", ("pigment epithelial detachment",)),
+    "Drusen": ("without fluid", ("intraretinal fluid", "subretinal fluid")),
 }
 
 
@@ -67,7 +76,7 @@ class RuleWriter:
         elif example.task in ("lesion_presence", "lesion_location"):
             middle = _about_one(example, found)
         else:
-            middle = [summary(found.present, example.boxes), connection(example, found, knowledge)]
+            middle = [summary(example, found), connection(example, found, knowledge)]
         if self.boxes and found is not None and any(middle):
             middle = [*positions(dialog.positioned(example, self.boxes).boxes), *middle]
         return " ".join(filter(None, [*middle, derivation(example.answer)])) if any(middle) else ""
@@ -101,24 +110,32 @@ def _before(low: int, high: int) -> float:
     return min(1.0, max(0.0, (_HALF - low) / (high - low)))
 
 
-def summary(present: Sequence[str], boxes: Sequence[Box]) -> str:
-    """Step (i): "The image shows ..." with the findings in their fixed order, or "No lesion is seen."."""
-    if not present:
+def summary(example: Example, found: Findings) -> str:
+    """Step (i): "The image shows ..." with the findings in their fixed order, or "No lesion is seen."; where
+    not all lesions were looked for, "No microaneurysms or haemorrhages are seen."."""
+    present = found.present
+    if not present and findings.surveyed(example.modality, found.searched):
         return "No lesion is seen."
+    if not present:
+        absent = findings.ordered(found.searched or ())
+        return f"No {_bare(absent)} {_verb_of(absent, 'be')} seen." if absent else ""
     text = findings.phrase(present)
-    if "haemorrhage" in present and everywhere(boxes):
+    if "haemorrhage" in present and everywhere(example.boxes):
         parts = findings.phrase(present).split("haemorrhages", 1)  # the first is the plain one, by the order
         text = f"{parts[0]}many haemorrhages {EVERYWHERE}{parts[1]}"
     return f"The image shows {text}."
 
 
 def connection(example: Example, found: Findings, knowledge: Knowledge | None) -> str:
-    """Step (ii): one sentence from findings to label; "" when the image lacks what the label requires."""
+    """Step (ii): one sentence from findings to label; "" when the image lacks what the label requires. It
+    says that a finding is absent only where somebody looked for it."""
     label = example.answer
-    if knowledge is None or findings.missing(knowledge.required, found.present):
+    if knowledge is None or findings.missing(knowledge, found.present):
         return ""
-    concept = CONCEPTS.get(label, label)
-    if label == "No DR":
+    concept, unknown = CONCEPTS.get(label, label), findings.unknown(example.modality, found.searched)
+    without, names = WITHOUT.get(label, ("", ()))
+    without = f" {without}" if without and unknown.isdisjoint(names) else ""
+    if label == "No DR" and unknown.isdisjoint(("microaneurysm", "haemorrhage")):
         return f"Without microaneurysms or haemorrhages there is {concept}."
     proof = (
         knowledge.required or knowledge.supportive
@@ -127,17 +144,19 @@ def connection(example: Example, found: Findings, knowledge: Knowledge | None) -
         subject = "Layers" if example.modality == "OCT" else "A retina"
         return f"{subject} without lesions {_verb(subject, 'fit')} {concept}."
     if label == "Mild NPDR":
-        return f"Microaneurysms alone fit {concept}."
-    if label == "Moderate NPDR":
-        return f"Haemorrhages beyond microaneurysms without neovascularisation fit {concept}."
+        absent = [name for name in knowledge.excluded if name not in {*unknown, *found.present}]
+        others = f"without {_bare(absent)}" if unknown and absent else "alone"
+        return f"Microaneurysms {others} fit {concept}."
+    if label == "Moderate NPDR" and {"microaneurysm", "haemorrhage"} <= set(found.present):
+        return f"Haemorrhages beyond microaneurysms{without} fit {concept}."
+    if label == SEVERE and everywhere(example.boxes):
+        return f"Haemorrhages {EVERYWHERE}{without} fit {concept}."
     if label == SEVERE:
-        if not everywhere(example.boxes):
-            return ""
-        return f"Haemorrhages {EVERYWHERE} without neovascularisation fit {concept}."
-    signs = [name for name in found.present if name in (*proof, *_signs(label))]
+        proof = BESIDE_SPREAD
+    others = [name for one in proof for name in findings.proofs(label, one)]
+    signs = [name for name in found.present if name in (*proof, *others)]
     if not signs:
         return ""
-    without = {"DME": " without a pigment epithelial detachment", "Drusen": " without fluid"}.get(label, "")
     return f"{_capital(findings.phrase(signs))}{without} {_verb_of(signs, 'fit')} {concept}."
 
 
@@ -175,17 +194,19 @@ def _about_one(example: Example, found: Findings) -> list[str]:
     subject = _capital(findings.FINDINGS[name].plural)
     if example.task == "lesion_presence":
         state = "present" if name in found.present else "absent"
-        return [summary(found.present, example.boxes), f"{subject} {_verb_of([name], 'be')} {state}."]
+        return [summary(example, found), f"{subject} {_verb_of([name], 'be')} {state}."]
     place = example.answer[:1].lower() + example.answer[1:]
     return [
-        summary(found.present, example.boxes),
+        summary(example, found),
         f"{subject} {_verb_of([name], 'lie')} in the {place} of the image.",
     ]
 
 
-def _signs(label: str) -> tuple[str, ...]:
-    """The findings that prove a label beside the required ones, so that they are named with it."""
-    return ("vitreous haemorrhage",) if label == "PDR" else ()
+def _bare(names: Iterable[str]) -> str:
+    """Findings as what is not there: "microaneurysms, haemorrhages or large cup"."""
+    words = [findings.FINDINGS[name].plural for name in findings.ordered(names)]
+    words = [word.removeprefix("a ").removeprefix("an ") for word in words]
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _capital(text: str) -> str:

@@ -7,6 +7,7 @@ for its localisation score). Everything is pure. Neighbours: `dialog.py` reads a
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -74,14 +75,22 @@ def agreements(
     return scores | dict.fromkeys(map(canonical, malformed), 0.0)
 
 
-def score(text: str, there: Sequence[Box]) -> float | None:
+def read(text: str, unknown: Collection[str] = ()) -> dialog.Places:
+    """The boxes that a text says, without those of findings that nobody looked for: nothing speaks for or
+    against these."""
+    said = dialog.parse_boxes(text)
+    return replace(said, boxes=tuple(box for box in said.boxes if canonical(box.finding) not in unknown))
+
+
+def score(text: str, there: Sequence[Box], unknown: Collection[str] = ()) -> float | None:
     """What the boxes of a text are worth against those that are there: the mean of `agreements`, in [0, 1].
+    Those of `unknown` findings count neither way.
 
     A finding that is missing, made up or malformed is one of the mean with 0. None where no box is there: the
     question of where does not apply, and a finding that is made up is for the process reward to punish.
     """
     if not there:
         return None
-    said = dialog.parse_boxes(text)
+    said = read(text, unknown)
     scores = agreements(said.boxes, there, [name for name, _ in said.malformed])
     return sum(scores.values()) / len(scores)

@@ -14,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,14 +24,12 @@ GRID = 1000  # boxes are whole numbers from 0 to GRID - 1, whatever the size of 
 MODALITIES = ("CFP", "OCT", "UWF")
 SPLITS = ("train", "val", "test")
 EYES = ("OD", "OS", "")
-ORIGINS = ("pixels", "votes")
+ORIGINS = ("pixels", "votes", "both")
 RATINGS = ("plausible", "tenuous", "flawed", "implausible", "abstain")
 REFERENCES = ("findings", "knowledge")
 ROLES = ("required", "supportive", "excluded")  # of a finding for a label
 
-_IMAGE_KEY = re.compile(
-    r"[^#/\\\s.][^#/\\\s]*#[0-9]{1,12}"
-)  # a bare file name: no folder, no "..", no hidden file
+_IMAGE_KEY = re.compile(r"[^#/\\\s.][^#/\\\s]*#[0-9]{1,12}")  # a bare name: no folder, no "..", not hidden
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -64,6 +62,14 @@ def _sorted_set(kind: str, field: str, names: tuple[str, ...]) -> None:
     )
 
 
+def _looked_for(kind: str, searched: tuple[str, ...] | None, **named: Collection[str]) -> None:
+    """Checks that nothing is said of a finding that nobody looked for."""
+    _sorted_set(kind, "searched", searched or ())
+    for field, names in named.items():
+        unknown = sorted(set(names) - set(names if searched is None else searched))
+        _require(not unknown, f"{kind}.{field} names {unknown}, which {kind}.searched does not")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Box:
     """Where a finding lies: corners on the 0-999 grid of the image, x to the right, y down."""
@@ -89,6 +95,8 @@ class Example:
 
     `image` is "FILE#INDEX": FILE is an ArrayRecord file beside this record's shard, INDEX the image in it.
     `findings` is None where the publisher gives no masks; () means masks exist and nothing is there.
+    `searched` are the findings that the masks are about, there or not; None means all that the modality can
+    show (or that there are no masks). Of the others nobody knows.
     `options` may be empty for a question without choices; otherwise the answer is one of them.
     """
 
@@ -106,17 +114,11 @@ class Example:
     answer: str
     findings: tuple[str, ...] | None
     boxes: tuple[Box, ...]
+    searched: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _filled(
-            "Example",
-            id=self.id,
-            dataset=self.dataset,
-            patient=self.patient,
-            task=self.task,
-            question=self.question,
-            answer=self.answer,
-        )
+        texts = ("id", "dataset", "patient", "task", "question", "answer")
+        _filled("Example", **{name: getattr(self, name) for name in texts})
         _one_of("Example", "split", self.split, SPLITS)
         _one_of("Example", "eye", self.eye, EYES)
         _one_of("Example", "modality", self.modality, MODALITIES)
@@ -133,6 +135,8 @@ class Example:
         )
         if self.findings is not None:
             _sorted_set("Example", "findings", self.findings)
+        _require(self.findings is not None or self.searched is None, "Example.searched: there are no masks")
+        _looked_for("Example", self.searched, findings=self.findings or ())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,27 +206,27 @@ class Knowledge:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
-    """The findings of one example's image: from masks ("pixels": no votes, n = 0) or n answers of a model."""
+    """The findings of one example's image, from masks ("pixels": no votes, n = 0), n answers of a model, or
+    both. One is `present`, absent because it was `searched` for in vain (None: all were), or else unknown."""
 
     example: str
     present: tuple[str, ...]
     votes: dict[str, int]
     n: int
     origin: str
+    searched: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _filled("Findings", example=self.example)
         _one_of("Findings", "origin", self.origin, ORIGINS)
         _sorted_set("Findings", "present", self.present)
         _require(self.n >= 0, f"Findings.n is {self.n}; it counts answers and can not be negative")
-        for name, votes in self.votes.items():
-            _require(
-                0 <= votes <= self.n,
-                f"Findings.votes[{name!r}] is {votes}; it lies between 0 and n = {self.n}",
-            )
+        for name, one in self.votes.items():
+            _require(0 <= one <= self.n, f"Findings.votes: {one} of {name!r}, not between 0 and n = {self.n}")
         if self.origin == "votes":
             unknown = sorted(set(self.present) - set(self.votes))
             _require(not unknown, f"Findings.present names {unknown}, which nobody voted on")
+        _looked_for("Findings", self.searched, present=self.present, votes=self.votes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,7 +282,7 @@ def from_json(cls: type[R], line: str, where: str = "record") -> R:
 
     Args:
         cls: the class that the line has to hold.
-        line: one JSON object; a field that is unknown, mistyped, or missing without default, is refused.
+        line: one JSON object; a field that is unknown, mistyped, or missing (unless () will do), is refused.
         where: the place for error messages, e.g. "findings/000.jsonl:12".
 
     Raises:
@@ -354,9 +358,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:
@@ -373,7 +375,9 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         }
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         hints = _hints(hint)  # type: ignore[arg-type]
-        later = {field.name for field in dataclasses.fields(hint) if field.default is not dataclasses.MISSING}
+        later = {
+            field.name for field in dataclasses.fields(hint) if field.default == ()
+        }  # None is to be said
         unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - later - value.keys())
         if unknown or missing:
             raise DataError(f"{where}: unknown fields {unknown}, missing fields {missing}")

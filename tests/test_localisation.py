@@ -106,6 +106,7 @@ def test_the_score_is_the_mean_over_findings() -> None:
     assert localisation.score(render_boxes(there[:1]), there) == 1 / 2  # one is missing
     made_up = render_boxes([*there, box(0, 0, 9, 9, "hard exudate")])
     assert localisation.score(made_up, there) == 2 / 3
+    assert localisation.score(made_up, there, {"hard exudate"}) == 1  # it may be there
     assert localisation.score(render_boxes(there), ()) is None  # not applicable
     plural = render_boxes(there).replace("haemorrhage", "Hemorrhages")
     assert localisation.score(plural, there) == 1

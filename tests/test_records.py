@@ -227,3 +227,22 @@ def test_records_are_frozen_and_have_no_dict() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         example().id = "x"  # type: ignore[misc]
     assert not hasattr(example(), "__dict__")
+
+
+@pytest.mark.parametrize("searched", [("drusen", "drusen"), ("haemorrhage", "drusen"), ("drusen",)])
+def test_nothing_is_known_of_what_nobody_looked_for(searched: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match="searched"):
+        example(findings=("haemorrhage",), searched=searched)
+    with pytest.raises(DataError, match="searched"):
+        Findings(example="a", present=("haemorrhage",), votes={}, n=0, origin="pixels", searched=searched)
+    with pytest.raises(DataError, match="there are no masks"):
+        example(findings=None, boxes=(), searched=("drusen",))
+    with pytest.raises(DataError, match="votes names"):
+        Findings(example="a", present=(), votes={"irma": 1}, n=5, origin="both", searched=("drusen",))
+
+
+def test_old_findings_are_refused_since_nobody_knows_what_was_looked_for() -> None:
+    line = json.loads(records.to_json(Findings(example="a", present=(), votes={}, n=0, origin="pixels")))
+    del line["searched"]
+    with pytest.raises(DataError, match=r"missing fields \['searched'\]"):
+        records.from_json(Findings, json.dumps(line))

@@ -71,7 +71,7 @@ def sample(split: str, seed: int, index: int, size: int) -> Sample:
         modality=drawn.modality,
         eye=drawn.eye,
         labels={"disease": drawn.label, **grade},
-        searched=vocabulary(drawn.modality),
+        searched=vocabulary(drawn.modality, extended=True),
         findings=drawn.findings,
         boxes=drawn.boxes,
     )

@@ -15,8 +15,8 @@ from data_pipeline.pictures import Picture
 from data_pipeline.reviewing.index import Case, Index
 from data_pipeline.stages import LABEL_TASKS
 from fundus_jax import dialog
-from fundus_jax.findings import FINDINGS, clean, mark, missed
-from fundus_jax.records import Box, Findings, Knowledge
+from fundus_jax.findings import FINDINGS, clean, mark, missed, unknown
+from fundus_jax.records import Box, Knowledge
 
 LONGEST = 20_000  # characters of a text that are shown, or taken from a reviewer
 SIDES = (256, 4096)  # of a picture on the screen, in pixels
@@ -42,7 +42,7 @@ def view(case: Case, rules: reviewed.Rules) -> dict[str, Any]:
         "published": example.answer,
         "boxes": _boxes(example.boxes),
         "colours": {name: number for number, name in enumerate(names)},
-        "findings": _findings(case.found, names),
+        "findings": _findings(case, names),
         "knowledge": _knowledge(case),
         "trace": {
             **shown,
@@ -61,7 +61,8 @@ def read(think: str, case: Case, *, said: bool = False) -> dict[str, Any]:
     """A think text in pieces, each claim marked; with `said`, apart from the boxes that it says."""
     places = dialog.parse_boxes(think) if said else None
     text = dialog.without_boxes(think) if places and (places.boxes or places.malformed) else think
-    pieces = mark(text, case.example.modality, case.found.present if case.found else None, LONGEST)
+    there, searched = (case.found.present, case.found.searched) if case.found else (None, None)
+    pieces = mark(text, case.example.modality, there, LONGEST, searched=searched)
     found: dict[str, Any] = {"pieces": [[one.text, one.kind, one.why] for one in pieces]}
     if places:
         found["said"] = _boxes(places.boxes)
@@ -103,15 +104,18 @@ def _boxes(boxes: Sequence[Box]) -> list[list[Any]]:
     return [[clean(box.finding, 80), box.x1, box.y1, box.x2, box.y2] for box in boxes]
 
 
-def _findings(found: Findings | None, names: Sequence[str]) -> dict[str, Any] | None:
+def _findings(case: Case, names: Sequence[str]) -> dict[str, Any] | None:
     """Of each name: whether it is present, and its votes; present and much voted first. None where nobody
-    looked. `unseen` counts the findings that were asked for and got no vote."""
+    looked. `unseen` counts the findings that were asked for and got no vote; `unknown` are those that nobody
+    looked for."""
+    found = case.found
     if found is None:
         return None
+    unseen_by_all = _in_order(unknown(case.example.modality, found.searched))
     rows = [[clean(name, 80), name in found.present, found.votes.get(name)] for name in names]
     rows.sort(key=lambda row: (not row[1], -(row[2] or 0)))
     unseen = sum(1 for votes in found.votes.values() if not votes)
-    return {"origin": found.origin, "n": found.n, "rows": rows, "unseen": unseen}
+    return {"origin": found.origin, "n": found.n, "rows": rows, "unseen": unseen, "unknown": unseen_by_all}
 
 
 def _in_order(names: Collection[str]) -> list[str]:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fundus_jax import training
 from fundus_jax.data import Pool, batches
+from fundus_jax.findings import unknown
 from fundus_jax.models.freeze import freeze
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.optim import OptimConfig
@@ -49,7 +50,8 @@ class BaseConfig:
 
 def targets_of(examples: Sequence[Example]) -> tuple[list[str], np.ndarray]:
     """Names and a table [examples, names] of 0/1: each finding, each label within its kind of image, and what
-    tells the en-face images apart: the wide field and the right eye."""
+    tells the en-face images apart: the wide field and the right eye. NaN for the findings that an image may
+    show or not, because nobody looked for them."""
 
     def facts(example: Example) -> set[str]:
         kind = "OCT" if example.modality == "OCT" else "en face"
@@ -59,6 +61,9 @@ def targets_of(examples: Sequence[Example]) -> tuple[list[str], np.ndarray]:
 
     names = sorted(set().union(*(facts(example) for example in examples)))
     table = np.asarray([[name in facts(example) for name in names] for example in examples], np.float32)
+    for row, example in zip(table, examples, strict=True):
+        unseen = unknown(example.modality, example.searched if example.findings is not None else ())
+        row[[name in unseen for name in names]] = np.nan
     return names, table
 
 
@@ -85,9 +90,11 @@ def warm_up(
         real = (rows.patch_image[:, ::merge] >= 0)[..., None]
         pooled = jnp.sum(jnp.where(real, features, 0), axis=1) / jnp.maximum(real.sum(axis=1), 1)
         logits = pooled @ learned["head"]["weight"].T + learned["head"]["bias"]
-        entropy = jnp.logaddexp(0, logits) - wanted * logits
-        right = ((logits > 0) == (wanted > 0)).all(axis=1)
-        return entropy.mean(axis=1).sum() / total, {"exact": right.sum() / total}
+        known = ~jnp.isnan(wanted)
+        entropy = jnp.where(known, jnp.logaddexp(0, logits) - jnp.nan_to_num(wanted) * logits, 0)
+        right = (((logits > 0) == (wanted > 0)) | ~known).all(axis=1)
+        mean = entropy.sum(axis=1) / jnp.maximum(known.sum(axis=1), 1)
+        return mean.sum() / total, {"exact": right.sum() / total}
 
     def build(index: np.ndarray) -> tuple[Any, np.ndarray]:
         rows = processor([IMAGE] * len(index), [[pool.image(examples[i])] for i in index])

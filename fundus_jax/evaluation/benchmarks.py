@@ -86,6 +86,7 @@ def item_of(example: Example, selection: Selection) -> Item:
         lettered=style in dialog.CHOICES and bool(example.options),
         think=think,
         findings=example.findings,
+        searched=example.searched,
         boxes=dialog.positioned(example, boxes).boxes if placed else None,
     )
 

@@ -3,7 +3,8 @@ mentioned.
 
 FundusExpert (Liu, Song, ICCV 2025) defines it for a report and the labels of its image as Score / Total:
 the positive findings that the report claims and the negative ones that it denies, over all positive
-findings and the negative ones that it mentions. What no label says is positive counts as negative. There a
+findings and the negative ones that it mentions. What no label says is positive counts as negative there; here
+only what somebody looked for, and what nobody did is left out of the report before it is scored. There a
 language model counts; here the two sets of mentions are read from the report, by rules or by a language
 model (by_server.py), and the counting is ours, so that it can be checked. Is the published figure the mean
 of the reports' shares, or the share of the sums? Its text does not say; `mean` and `pooled` are both given.
@@ -77,7 +78,9 @@ def evaluate_reports(
         raise ConfigError(f"{len(answers)} reports to score; findings are unknown for {unknown[:3]}")
     said = [read_by_rules(one.response) for one in answers] if mentions is None else mentions
     read = [i for i, one in enumerate(said) if one is not None]
-    pairs = [(answers[i], one) for i, one in enumerate(said) if one is not None]
+    pairs = [
+        (answers[i], one.without(answers[i].item.unknown)) for i, one in enumerate(said) if one is not None
+    ]
     counts = np.array([score_and_total(a.item.findings or (), one) for a, one in pairs], float).reshape(-1, 2)
     counted = counts[:, 1] > 0
     units = [answer.item.unit for answer, _ in pairs]

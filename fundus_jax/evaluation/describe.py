@@ -2,8 +2,8 @@
 on.
 
 FundusGen, on which it was published, is not released. Here any Examples with masks are asked about, once an
-image: phantoms, or real data sets as ingest makes them. Findings that a data set has no masks for count as
-absent, as with the publisher what no label names does. Neighbours: consistency.py (the score), benchmarks.py.
+image: phantoms, or real data sets as ingest makes them. Findings that a data set has no masks for count
+neither way. Neighbours: consistency.py (the score), benchmarks.py.
 """
 
 from __future__ import annotations
@@ -73,4 +73,5 @@ def _item(example: Example, selection: Selection) -> Item:
         lettered=False,
         think=selection.think,
         findings=example.findings,
+        searched=example.searched,
     )

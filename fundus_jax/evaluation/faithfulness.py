@@ -3,8 +3,9 @@
 What is there is known from masks, or else from the votes of a model (`Findings`): the second is a weaker
 witness, so the two are never pooled. Recall asks for the findings that are there to be named, which only a
 diagnosis obliges a trace to do; precision and contradictions hold for every trace. As for the rules judge,
-the label after "the answer is" is no claim. Pure. Neighbours: findings (the parser), slices.py (by data set,
-modality and disease).
+the label after "the answer is" is no claim. What nobody looked for is neither there nor absent: to claim or
+to deny it counts neither way. Pure. Neighbours: findings (the parser), slices.py (by data set, modality and
+disease).
 """
 
 from __future__ import annotations
@@ -22,27 +23,33 @@ from fundus_jax.findings import Mentions, observations, parse_mentions
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A trace about an image: its text, the findings that are there, whether it has to name them all, and the
-    unit (patient or image)."""
+    """A trace about an image: its text, the findings that are there, whether it has to name them all, the
+    unit (patient or image), and the findings that may be there or not."""
 
     text: str
     there: frozenset[str]
     diagnosis: bool
     unit: Hashable
+    unknown: frozenset[str] = frozenset()
 
 
-def counts(there: Collection[str], mentions: Mentions, diagnosis: bool) -> tuple[int, ...]:
+def counts(
+    there: Collection[str], mentions: Mentions, diagnosis: bool, unknown: Collection[str] = ()
+) -> tuple[int, ...]:
     """(claimed rightly, claimed; named, to be named; denied though there, denied; contradicts) of one trace.
 
-    It contradicts where it denies what is there, or claims and denies the same.
+    It contradicts where it denies what is there, or claims and denies the same. What is `unknown` counts in
+    that alone.
 
     >>> counts({"drusen", "pdr"}, Mentions(frozenset({"drusen", "cnv"}), frozenset({"pdr"})), True)
     (1, 2, 1, 2, 1, 1, 1)
     """
-    known, claimed, denied = set(there), mentions.present, mentions.absent
+    both, known = bool(mentions.present & mentions.absent), set(there)
+    mentions = mentions.without(unknown)
+    claimed, denied = mentions.present, mentions.absent
     right, wrong = len(known & claimed), len(known & denied)
     recall = (right, len(known)) if diagnosis else (0, 0)
-    return right, len(claimed), *recall, wrong, len(denied), int(wrong > 0 or bool(claimed & denied))
+    return right, len(claimed), *recall, wrong, len(denied), int(wrong > 0 or both)
 
 
 def evaluate_faithfulness(traces: Sequence[Trace], *, seed: int = 0) -> dict[str, Any] | None:
@@ -58,8 +65,10 @@ def evaluate_faithfulness(traces: Sequence[Trace], *, seed: int = 0) -> dict[str
     if not traces:
         return None
     said = [parse_mentions(observations(one.text)) for one in traces]
-    rows = [counts(one.there, mentions, one.diagnosis) for one, mentions in zip(traces, said, strict=True)]
-    rows = np.array(rows, float)
+    rows = np.array(
+        [counts(one.there, told, one.diagnosis, one.unknown) for one, told in zip(traces, said, strict=True)],
+        float,
+    )
     rows = np.column_stack([rows, np.ones(len(rows))])
     units = [one.unit for one in traces]
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from fundus_jax import dialog
 from fundus_jax.evaluation.pictures import Images
+from fundus_jax.findings import unknown
 from fundus_jax.records import Box, ConfigError, DataError
 
 
@@ -36,6 +37,7 @@ class Item:
         multiple: whether all suitable options are asked for.
         think: whether a trace is asked for before the answer.
         findings: what is in the image by its masks; None where there are none.
+        searched: what the masks are about, as in `records.Example`.
         boxes: where it is, as far as the trace is asked to say; None where it is not asked, or nobody knows.
     """
 
@@ -53,6 +55,7 @@ class Item:
     multiple: bool = False
     think: bool = True
     findings: tuple[str, ...] | None = None
+    searched: tuple[str, ...] | None = None
     boxes: tuple[Box, ...] | None = None
 
     @property
@@ -65,6 +68,11 @@ class Item:
         """The text of the user's turn."""
         parts = [part for turn in self.messages for part in turn["content"]]
         return "\n".join(part["text"] for part in parts if part["type"] == "text")
+
+    @property
+    def unknown(self) -> frozenset[str]:
+        """The findings that the image may show or not: the masks are not about them."""
+        return unknown(self.modality, self.searched)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,7 +56,7 @@ def evaluate_places(items: Sequence[Item], thinks: Sequence[str], *, seed: int =
     known = [i for i, item in enumerate(items) if item.boxes is not None]
     if not known:
         return None
-    said = {i: dialog.parse_boxes(thinks[i]) for i in known}
+    said = {i: localisation.read(thinks[i], items[i].unknown) for i in known}
     rows = [(i, *row) for i in known for row in finding_rows(said[i], items[i].boxes or ())]
     by_finding: dict[str, list[int]] = {}
     by_modality: dict[str, list[int]] = {}

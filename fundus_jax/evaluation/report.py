@@ -23,7 +23,7 @@ from fundus_jax.evaluation.places import evaluate_places
 from fundus_jax.evaluation.published import evaluate_published, evaluate_sets
 from fundus_jax.evaluation.slices import evaluate_more
 from fundus_jax.findings import observations, parse_mentions
-from fundus_jax.records import ConfigError
+from fundus_jax.records import ConfigError, Findings
 
 FINDING_LEVEL = "L4"  # only a diagnosis obliges the trace to name what is there
 
@@ -58,8 +58,8 @@ class Outcome:
         correct: whether they are the right ones, all and only.
         well_formed: whether it is one think block and one answer block; or one answer block, where no trace
             was asked for.
-        claimed: the findings that its trace says are there; None where no trace or not these are asked for,
-            or where they are not known.
+        claimed: the findings that its trace says are there, without those that nobody looked for; None where
+            no trace or not these are asked for, or where they are not known.
     """
 
     extracted: tuple[str, ...] | None
@@ -79,7 +79,8 @@ def outcome_of(prediction: Prediction, mode: Mode = "tail") -> Outcome:
         extracted = None if option is None else (option,)
     claimed = None
     if item.findings is not None and item.think and item.level == FINDING_LEVEL:
-        claimed = tuple(sorted(parse_mentions(observations(parsed.think or "")).present))
+        said = parse_mentions(observations(parsed.think or "")).present
+        claimed = tuple(sorted(said - item.unknown))
     correct = extracted is not None and set(extracted) == set(item.answers)
     return Outcome(extracted=extracted, correct=correct, well_formed=parsed.well_formed, claimed=claimed)
 
@@ -91,7 +92,7 @@ def evaluate(
     seed: int = 0,
     published: str = "",
     partial: Sequence[str] = (),
-    votes: Mapping[str, frozenset[str]] | None = None,
+    votes: Mapping[str, Findings] | None = None,
 ) -> Report:
     """Scores answers; the report is a plain dict of JSON values, whose every number has n and a 95% interval.
 
@@ -228,7 +229,12 @@ def compare_places(
 
     None where no item has boxes. Raises ConfigError for answers to different items.
     """
-    return _paired(before, after, lambda one: localisation.score(_think(one), one.item.boxes or ()), seed)
+    return _paired(
+        before,
+        after,
+        lambda one: localisation.score(_think(one), one.item.boxes or (), one.item.unknown),
+        seed,
+    )
 
 
 def _think(prediction: Prediction) -> str:

@@ -180,10 +180,9 @@ def _engine(args: Any, mesh: Mesh) -> Engine:
     )
 
 
-def _votes(folder: str) -> dict[str, frozenset[str]]:
+def _votes(folder: str) -> dict[str, Findings]:
     """The findings of a stage directory that a model voted for, by example."""
-    records = read_stage(folder, Findings)
-    return {one.example: frozenset(one.present) for one in records if one.origin == "votes"}
+    return {one.example: one for one in read_stage(folder, Findings) if one.origin == "votes"}
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -217,7 +216,7 @@ def report_of(
     mode: Mode = "tail",
     seed: int = 0,
     reader: ChatConfig | None = None,
-    votes: Mapping[str, frozenset[str]] | None = None,
+    votes: Mapping[str, Findings] | None = None,
 ) -> Report:
     """The report of answers to a benchmark, by the measure that it is made for.
 

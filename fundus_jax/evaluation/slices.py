@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from fundus_jax import dialog
+from fundus_jax import dialog, findings
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.faithfulness import Trace, evaluate_faithfulness
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.repeats import Repeats, evaluate_repeats
+from fundus_jax.records import Findings
 
 DIAGNOSIS = ("L4", "DD", "disease")  # levels and tasks whose answer is a disease
 _FOLDERS = ("Images", "images")  # above the folders of data sets, in benchmarks of several
@@ -46,7 +47,7 @@ def evaluate_more(
     extracted: Sequence[Sequence[str] | None],
     tokens: Sequence[int],
     *,
-    votes: Mapping[str, frozenset[str]] | None = None,
+    votes: Mapping[str, Findings] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The report's `more`, of answers [N]: to `items`, their texts, the options that they choose, lengths.
@@ -77,7 +78,7 @@ def _entry(
     texts: Sequence[str],
     extracted: Sequence[Sequence[str] | None],
     tokens: Sequence[int],
-    votes: Mapping[str, frozenset[str]],
+    votes: Mapping[str, Findings],
     seed: int,
 ) -> dict[str, Any]:
     """accuracy; length (all, right, wrong: mean tokens; median, p90); faithfulness (by masks, by votes);
@@ -102,9 +103,21 @@ def _entry(
             "p90": float(np.percentile(lengths, 90)),
         },
         "faithfulness": {
-            "masks": _faithful(items, texts, {one.id: one.findings for one in items}, seed),
+            "masks": _faithful(
+                items,
+                texts,
+                {one.id: (one.findings, one.searched) for one in items if one.findings is not None},
+                seed,
+            ),
             "votes": _faithful(
-                items, texts, {one.id: votes.get(one.id) for one in items if one.findings is None}, seed
+                items,
+                texts,
+                {
+                    one.id: (votes[one.id].present, votes[one.id].searched)
+                    for one in items
+                    if one.findings is None and one.id in votes
+                },
+                seed,
             ),
         },
         "repeats": evaluate_repeats(_repeats(items, extracted), seed=seed),
@@ -112,17 +125,20 @@ def _entry(
 
 
 def _faithful(
-    items: Sequence[Item], texts: Sequence[str], known: Mapping[str, Any], seed: int
+    items: Sequence[Item], texts: Sequence[str], known: Mapping[str, tuple[Any, Any]], seed: int
 ) -> dict[str, Any] | None:
+    """The faithfulness of the traces about items of which somebody knows what there is: id -> its findings,
+    and what was looked for."""
     traces = [
         Trace(
             text=dialog.without_boxes(dialog.parse(text).think or ""),
-            there=frozenset(known[item.id]),
+            there=frozenset(known[item.id][0]),
             diagnosis=bool(disease_of(item)),
             unit=item.unit,
+            unknown=findings.unknown(item.modality, known[item.id][1]),
         )
         for item, text in zip(items, texts, strict=True)
-        if item.think and item.task not in dialog.WITHOUT_FINDINGS and known.get(item.id) is not None
+        if item.think and item.task not in dialog.WITHOUT_FINDINGS and item.id in known
     ]
     return evaluate_faithfulness(traces, seed=seed)
 

@@ -17,6 +17,10 @@ from fundus_jax.findings.table import (
     modality_contradictions,
     ordered,
     phrase,
+    proofs,
+    required,
+    surveyed,
+    unknown,
     vocabulary,
 )
 
@@ -38,5 +42,9 @@ __all__ = [
     "ordered",
     "parse_mentions",
     "phrase",
+    "proofs",
+    "required",
+    "surveyed",
+    "unknown",
     "vocabulary",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from fundus_jax.findings.mentions import Mention, find_mentions, observations, parse_mentions
-from fundus_jax.findings.table import FINDINGS, contradictions, ordered
+from fundus_jax.findings.table import FINDINGS, contradictions, ordered, unknown
 
 DIAGNOSES = ("disease", "dr_grade")  # tasks whose answer obliges the trace to name every finding
 LONGEST = 1200  # characters of a response that are shown, where nobody says otherwise
@@ -30,21 +30,28 @@ class Piece:
 
 
 def mark(
-    trace: str, modality: str, there: Collection[str] | None, longest: int = LONGEST
+    trace: str,
+    modality: str,
+    there: Collection[str] | None,
+    longest: int = LONGEST,
+    *,
+    searched: Collection[str] | None = None,
 ) -> tuple[Piece, ...]:
     """The first characters of a trace in pieces, fit to be shown; together they are `clean(trace, longest)`.
 
-    modality: the image's, "" where it is unknown. there: its findings, None where they are.
+    modality: the image's, "" where it is unknown. there: its findings, None where they are. searched: what
+    was looked for, None for all.
     """
     shown, position, pieces = trace[:longest], 0, []
     found = find_mentions(observations(trace))
     denied = {one.name for one in found if one.denied}
     both = frozenset(contradictions({one.name for one in found if not one.denied}, denied))
+    unseen = unknown(modality, searched) if modality else frozenset()
     for one in found:
         if one.end > len(shown):
             break
         pieces += [Piece(clean(shown[position : one.start]))] if one.start > position else []
-        pieces.append(Piece(clean(shown[one.start : one.end]), *_judge(one, both, modality, there)))
+        pieces.append(Piece(clean(shown[one.start : one.end]), *_judge(one, both, modality, there, unseen)))
         position = one.end
     rest = clean(shown[position:] + trace[longest:], len(shown) - position)
     return (*pieces, Piece(rest)) if rest else tuple(pieces)
@@ -67,14 +74,18 @@ def clean(text: str, longest: int = LONGEST) -> str:
 
 
 def _judge(
-    one: Mention, both: frozenset[str], modality: str, there: Collection[str] | None
+    one: Mention,
+    both: frozenset[str],
+    modality: str,
+    there: Collection[str] | None,
+    unseen: frozenset[str],
 ) -> tuple[str, str]:
     """(kind, why) of a mention."""
     if one.name in both:
         return "contradicted", f"{one.name}: claimed and denied in the same trace"
     if modality and modality not in FINDINGS[one.name].modalities:
         return "contradicted", f"{one.name}: {modality} does not show it"
-    if there is None:
+    if there is None or one.name in unseen:
         return "unknown", f"{one.name}: nobody knows whether it is there"
     found = one.name in there
     if one.denied:

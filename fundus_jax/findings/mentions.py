@@ -8,7 +8,7 @@ the words of the findings.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,10 @@ class Mentions:
 
     present: frozenset[str]
     absent: frozenset[str]
+
+    def without(self, names: Collection[str]) -> "Mentions":
+        """The mentions of other findings than these."""
+        return Mentions(self.present - frozenset(names), self.absent - frozenset(names))
 
 
 def canonical(text: str) -> str | None:

@@ -5,10 +5,10 @@ It is the only place that knows the words; a new finding is a row. Names are low
 2003); AREDS. Neighbours: `mentions` reads texts with it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from fundus_jax.records import MODALITIES, ConfigError
+from fundus_jax.records import MODALITIES, ConfigError, Knowledge
 
 _FUNDUS = ("CFP", "UWF")
 
@@ -125,8 +125,23 @@ _TABLE = (
     _row("vitreomacular traction", "vitreomacular traction", ("OCT",), "", "VMT"),
 )
 
-# What also meets a required finding: ICDR takes a vitreous or preretinal haemorrhage as proof of new vessels.
-_PROVEN_BY = {"neovascularisation": ("vitreous haemorrhage", "preretinal haemorrhage")}
+# Label ("": any) -> required finding -> what meets it in its place, since most labels are known by one of
+# several signs. ICDR: haemorrhages in the vitreous or before the retina prove new vessels; moderate is more
+# than microaneurysms; severe is many haemorrhages, beading or IRMA. AREDS: late disease may be atrophy or
+# bleeding without drusen. CNV on OCT is a detachment, or material beneath the retina.
+_BEYOND = ("hard exudate", "cotton-wool spot", "venous beading", "irma")
+_PROVEN_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {"neovascularisation": ("vitreous haemorrhage", "preretinal haemorrhage")},
+    "Diabetic retinopathy": {"microaneurysm": ("haemorrhage", "neovascularisation", "vitreous haemorrhage")},
+    "Moderate NPDR": {"microaneurysm": ("haemorrhage", *_BEYOND), "haemorrhage": _BEYOND},
+    "Severe NPDR": {
+        "microaneurysm": ("haemorrhage", "venous beading", "irma"),
+        "haemorrhage": ("venous beading", "irma"),
+    },
+    "AMD": {"drusen": ("geographic atrophy", "subretinal haemorrhage")},
+    "Dry AMD": {"drusen": ("geographic atrophy",)},
+    "CNV": {"pigment epithelial detachment": ("subretinal hyperreflective material",)},
+}
 
 FINDINGS: dict[str, Finding] = {row.name: row for row in _TABLE}
 
@@ -170,9 +185,32 @@ def modality_contradictions(modality: str, present: Iterable[str]) -> tuple[str,
     return ordered(set(present) - set(vocabulary(modality, extended=True)))
 
 
-def missing(required: Iterable[str], present: Iterable[str]) -> tuple[str, ...]:
-    """The required findings that are neither present nor proven by one that is, in the fixed order."""
-    there = set(present)
-    return ordered(
-        name for name in required if name not in there and there.isdisjoint(_PROVEN_BY.get(name, ()))
-    )
+def unknown(modality: str, searched: Iterable[str] | None) -> frozenset[str]:
+    """The findings that a modality can show and nobody looked for; none where `searched` is None: then all
+    of them were."""
+    if searched is None:
+        return frozenset()
+    return frozenset(vocabulary(modality, extended=True)) - set(searched)
+
+
+def surveyed(modality: str, searched: Iterable[str] | None) -> bool:
+    """Whether enough was looked for to say that there is no lesion: all of the modality's core findings."""
+    return unknown(modality, searched).isdisjoint(vocabulary(modality))
+
+
+def proofs(label: str, required: str) -> tuple[str, ...]:
+    """What meets a required finding of a label in its place, in the fixed order."""
+    return ordered(name for of in ("", label) for name in _PROVEN_BY.get(of, {}).get(required, ()))
+
+
+def required(known: Knowledge) -> tuple[str, ...]:
+    """The required findings in words, each with what meets it: "drusen (or geographic atrophy)"."""
+    rest = ((name, proofs(known.label, name)) for name in known.required)
+    return tuple(f"{name} (or {' or '.join(others)})" if others else name for name, others in rest)
+
+
+def missing(known: Knowledge, present: Iterable[str], unknown: Collection[str] = ()) -> tuple[str, ...]:
+    """The required findings of a label that are neither present nor met by one that is, in the fixed order;
+    nor may they be so for all that is known, where `unknown` names what nobody looked for."""
+    there = {*present, *unknown}
+    return ordered(name for name in known.required if there.isdisjoint((name, *proofs(known.label, name))))

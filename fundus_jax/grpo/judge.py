@@ -12,7 +12,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fundus_jax.findings import FINDINGS, Mentions, contradictions, observations, parse_mentions
+from fundus_jax.findings import (
+    FINDINGS,
+    Mentions,
+    contradictions,
+    missing,
+    observations,
+    parse_mentions,
+    unknown,
+)
 from fundus_jax.records import ConfigError, DataError, Findings, Knowledge, Verdict
 
 # Denies every finding at once. "No other lesion" does not, nor does "no lesion in the macula".
@@ -75,12 +83,12 @@ class RulesJudge:
     Against Findings: no error is plausible, one is tenuous, more are flawed. Each finding counts at most
     once: claimed present but not there, claimed absent but there, claimed both, mentioned although this
     modality can not show it, or left out although asked about. Denying all findings where there are some, or
-    while claiming some, is one more error. A trace that names no finding at all is flawed, unless the
-    question asks about none.
+    while claiming some, is one more error. What nobody looked for is neither there nor absent: to claim or
+    to deny it is no error. A trace that names no other finding is flawed, unless none is asked about.
 
-    Against Knowledge: plausible when every required finding is claimed present, no excluded one is, nothing
-    is claimed both ways and nothing is named that this modality can not show; otherwise, or when no finding
-    is named, implausible.
+    Against Knowledge: plausible when every required finding (or one that meets it) is claimed present, no
+    excluded one is, nothing is claimed both ways and nothing is named that this modality can not show;
+    otherwise, or when no finding is named, implausible.
     """
 
     def __call__(self, requests: Sequence[Request]) -> list[Verdict]:
@@ -95,7 +103,9 @@ class RulesJudge:
         """The verdict on one request; raises as the call does."""
         trace, reference = observations(request.trace), request.reference
         modality, about = request.modality, request.about
-        claims, clean = parse_mentions(trace), _CLEAN.search(trace) is not None
+        said, clean = parse_mentions(trace), _CLEAN.search(trace) is not None
+        unseen = unknown(modality, reference.searched) if isinstance(reference, Findings) else frozenset()
+        claims = said.without(unseen - (said.present & said.absent))
         named = clean or bool(claims.present or claims.absent)
         if isinstance(reference, Knowledge):
             if reference.modality != modality:
@@ -104,13 +114,13 @@ class RulesJudge:
                     "pass that of the image's modality"
                 )
             errors = _against_knowledge(claims, reference) if named else ["names no finding"]
-            if clean and claims.present:
+            if clean and said.present:
                 errors.append("all findings are denied, yet some are claimed")
             return Verdict(
                 rating="implausible" if errors else "plausible", reference="knowledge", reasons=tuple(errors)
             )
         errors = _against_findings(claims, reference, modality, about)
-        if clean and (claims.present or reference.present):
+        if clean and (said.present or reference.present):
             errors.append("all findings are denied")
         silent = not named and (about is None or len(about) > 0)
         if silent:
@@ -148,9 +158,7 @@ def _conflict(name: str, claims: Mentions, there: frozenset[str], modality: str)
 
 
 def _against_knowledge(claims: Mentions, reference: Knowledge) -> list[str]:
-    errors = [
-        f"{name} is required but not claimed" for name in reference.required if name not in claims.present
-    ]
+    errors = [f"{name} is required but not claimed" for name in missing(reference, claims.present)]
     errors += [f"{name} is excluded but claimed" for name in reference.excluded if name in claims.present]
     errors += [
         f"{name} is claimed both present and absent" for name in contradictions(claims.present, claims.absent)

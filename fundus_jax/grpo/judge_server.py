@@ -26,6 +26,7 @@ import pydantic
 
 from fundus_jax.chat import Chat, ChatConfig, ChatError
 from fundus_jax.dialog import harmless
+from fundus_jax.findings import ordered, required, unknown
 from fundus_jax.grpo.judge import Judge, JudgeError, Request, RulesJudge
 from fundus_jax.records import ConfigError, Findings, Verdict
 
@@ -163,7 +164,9 @@ def _told(request: Request) -> str:
     """The reference in words."""
     reference = request.reference
     if isinstance(reference, Findings):
+        unseen = unknown(request.modality, reference.searched)
         lines = [f"Findings in the image: {_listed(reference.present)}."]
+        lines += [f"Nobody looked for: {_listed(ordered(unseen))}."] if unseen else []
         if request.about is None:
             lines += ["The trace has to speak of every finding in the image."]
         else:
@@ -171,7 +174,7 @@ def _told(request: Request) -> str:
     else:
         lines = [
             f"Diagnosis: {harmless(reference.label)}",
-            f"Required findings: {_listed(reference.required)}.",
+            f"Required findings: {_listed(required(reference))}.",
             f"Findings that support it: {_listed(reference.supportive)}.",
             f"Findings that exclude it: {_listed(reference.excluded)}.",
             f"What is known: {' '.join(harmless(reference.text).split())}",

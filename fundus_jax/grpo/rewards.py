@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from fundus_jax import dialog, localisation
-from fundus_jax.findings import parse_mentions
+from fundus_jax.findings import parse_mentions, unknown
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import Judge, Request, RulesJudge
 from fundus_jax.grpo.own_rewards import Part
@@ -128,7 +128,8 @@ def assess(
             due += (_against_findings(trace, example, findings),)
         else:
             due += (_against_knowledge(trace, answer, example.modality, knowledge),)
-    where = localisation.score(trace, example.boxes) if config.localisation_weight else None
+    unseen = unknown(example.modality, example.searched)
+    where = localisation.score(trace, example.boxes, unseen) if config.localisation_weight else None
     form = float(parsed.well_formed and finished)
     return Assessment(answer=float(right), format=form, localisation=where, due=due)
 

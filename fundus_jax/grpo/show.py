@@ -114,8 +114,8 @@ def show(
     advantages: np.ndarray,
     config: GrpoConfig,
 ) -> None:
-    """Write a few groups of a step to rollouts/<step>.jsonl (example, its findings, weights of the
-    reward's parts, texts, parts, verdicts, advantages) and rollouts/<step>.html."""
+    """Write a few groups of a step to rollouts/<step>.jsonl (example, its findings and what was looked for,
+    weights of the reward's parts, texts, parts, verdicts, advantages) and rollouts/<step>.html."""
     if not hosts.is_first():
         return
     examples = [prompts.rows[i][0] for i in index[:SHOWN]]
@@ -123,7 +123,7 @@ def show(
         {
             "step": step,
             "example": example.id,
-            "findings": _present(prompts, example.id),
+            **_found(prompts, example.id),
             "weights": _weights(scores[row], config),
             "rollouts": [
                 _facts(text, score, float(advantage))
@@ -139,10 +139,10 @@ def show(
     write_rollouts(work.path, step, {example.id: example for example in examples})
 
 
-def _present(prompts: Any, example: str) -> list[str] | None:
-    """The findings that the judge compares with, None where there are none to compare with."""
+def _found(prompts: Any, example: str) -> dict[str, Any]:
+    """The findings that the judge compares with, and what was looked for; None where there are none."""
     found = prompts.pool.findings.get(example)
-    return None if found is None else list(found.present)
+    return {"findings": found and found.present, "searched": found and found.searched}
 
 
 def _weights(scores: Sequence[Score], config: GrpoConfig) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fundus_jax import dialog, localisation
 from fundus_jax.data import load_image
+from fundus_jax.findings import unknown
 from fundus_jax.findings.claims import DIAGNOSES, Piece, clean, mark, missed
 from fundus_jax.records import MODALITIES, DataError, Example, Knowledge, Trace
 from fundus_jax.report.collect import Run, find, raw
@@ -110,15 +111,17 @@ def read_reply(
     example: Example | None,
     scored: Mapping[str, Any] | None = None,
     there: Collection[str] | None = None,
+    searched: Collection[str] | None = None,
     *,
     think: bool = True,
     style: str = "options",
     boxes: int = 0,
 ) -> Reply:
     """A response in parts. `scored`: its line of predictions.jsonl, which says what is right. `there`: the
-    findings of the image, where they are not the example's. think: whether a trace was asked for; where it
-    was not, none is missing. style: how the prompt asked for the answer. boxes: the trace was asked for so
-    many of a finding; they are compared, and left out of its text."""
+    findings of the image, where they are not the example's, and `searched` what was looked for. think:
+    whether a trace was asked for; where it was not, none is missing. style: how the prompt asked for the
+    answer. boxes: the trace was asked for so many of a finding; they are compared, and left out of its
+    text."""
     scored, parsed = scored or {}, dialog.parse(text, think=think)
     answer, right = parsed.answer, scored.get("correct")
     if answer is None and scored.get("extracted"):
@@ -128,13 +131,14 @@ def read_reply(
         right = (named is not None and dialog.same_answer(named, example.answer)) if right is None else right
         answer = named or answer
     modality, task = (example.modality, example.task) if example is not None else ("", "")
-    there = example.findings if there is None and example is not None else there
+    if there is None and example is not None:
+        there, searched = example.findings, example.searched
     whole = (parsed.think is None and think) or parsed.answer is None
     trace = parsed.think or ""
     places = _places(trace, example, boxes) if example and boxes else None
     said = dialog.without_boxes(trace) if places else trace
     return Reply(
-        think=(Piece(clean(text)),) if whole else mark(said, modality, there),
+        think=(Piece(clean(text)),) if whole else mark(said, modality, there, searched=searched),
         answer=None if answer is None else clean(answer),
         right=right,
         well_formed=parsed.well_formed,
@@ -149,7 +153,8 @@ def _places(think: str, example: Example, most: int) -> Places | None:
     """None where nobody knows the places, or the question is not about findings."""
     if example.findings is None or example.task in dialog.WITHOUT_FINDINGS:
         return None
-    there, said = dialog.positioned(example, most).boxes, dialog.parse_boxes(think)
+    unseen = unknown(example.modality, example.searched)
+    there, said = dialog.positioned(example, most).boxes, localisation.read(think, unseen)
     scores = localisation.agreements(said.boxes, there, [name for name, _ in said.malformed])
     order = [name for name in localisation.by_finding((*there, *said.boxes)) if name]
     order += [name for name in scores if name and name not in order]

@@ -85,6 +85,7 @@ def _group(run: Run, step: int, group: Mapping[str, Any], examples: Mapping[str,
     example = examples.get(name)
     there = group.get("findings", example.findings if example is not None else None)
     there = None if there is None else tuple(str(one) for one in there)
+    searched = group.get("searched")
     scores = [_dict(one) for one in group.get("rollouts", [])]
     gains = [
         sum(max(0.0, weights[name] * (value or 0)) for name, value in _values(one, weights)) for one in scores
@@ -94,7 +95,7 @@ def _group(run: Run, step: int, group: Mapping[str, Any], examples: Mapping[str,
     think, boxes = asks_for_trace(run), boxes_asked(run)
     texts = [str(one.get("text", "")) for one in scores]
     asked = {"think": think, "style": style_asked(run), "boxes": boxes}
-    replies = [read_reply(text, example, there=there, **asked) for text in texts]
+    replies = [read_reply(text, example, there=there, searched=searched, **asked) for text in texts]
     shot = shot_of(run, example) if example else Shot(uri="", problem="no such example in data/examples")
     return Group(
         step=step,

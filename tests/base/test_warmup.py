@@ -81,7 +81,11 @@ def test_targets_are_findings_and_labels_within_their_kind_of_image(
     assert names == [
         *("OCT: DME", "OCT: Normal", "drusen", "en face: Normal", "large cup", "right eye", "wide field")
     ]
-    assert table.tolist() == [[0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0]]
+    nobody_knows = float("nan")  # nobody looked for drusen in the scan; it can not show a cup
+    np.testing.assert_array_equal(table, [[0, 0, 1, 1, 1, 1, 1], [1, 1, nobody_knows, 0, 0, 0, 0]])
+    partly = replace(eye, findings=("drusen",), searched=("drusen",))
+    _, table = warmup.targets_of([eye, partly])
+    np.testing.assert_array_equal(table[1], [1, 1, nobody_knows, 1, 1])
 
 
 def test_a_stage_without_anything_to_name_is_an_error(

@@ -116,6 +116,19 @@ def test_nothing_right_is_zero_and_nothing_to_compare_is_nothing() -> None:
     assert made.average.s2.value is None
 
 
+def test_an_image_whose_masks_are_not_about_a_finding_is_no_negative() -> None:
+    examples = [
+        image(0, "haemorrhage"),
+        image(1, "microaneurysm", searched=("microaneurysm",)),
+        image(2, searched=("haemorrhage", "microaneurysm")),
+    ]
+    made = table(examples, votes("e0", "haemorrhage"), votes("e1", "haemorrhage"), votes("e2"))
+    counted = {row.finding: (row.positives, row.negatives, row.specificity.value) for row in made.rows}
+    assert counted == {"haemorrhage": (1, 1, 100.0), "microaneurysm": (1, 2, 100.0)}
+    made = table(examples[:2], votes("e0", "haemorrhage"), votes("e1", "haemorrhage"))
+    assert made.left_out["haemorrhage"] == "every image shows it"
+
+
 def test_what_is_compared() -> None:
     """Images with masks and votes, each once; findings that some mask shows and that were voted on."""
     examples = [

@@ -17,6 +17,15 @@ def test_pixels() -> None:
     ]
 
 
+def test_masks_say_what_they_are_about() -> None:
+    lesions = ("haemorrhage", "hard exudate", "microaneurysm")
+    partly = example(id="partly", searched=lesions)
+    nothing = example(id="nothing", findings=(), boxes=(), searched=())  # an image without one mask file
+    (found,) = findings.PixelSource().find([partly, nothing])
+    assert isinstance(found, Findings)
+    assert (found.example, found.present, found.searched) == ("partly", partly.findings, lesions)
+
+
 def test_masks_that_the_modality_can_not_show_are_quarantined() -> None:
     wrong = example(id="wrong", modality="OCT", findings=("drusen", "microaneurysm"))
     (result,) = findings.PixelSource().find([wrong])

@@ -58,6 +58,9 @@ def test_examples_and_images_of_a_miniature(tmp_path):
     assert graded.options == ("Normal", "Mild NPDR", "Moderate NPDR", "Severe NPDR", "PDR")
     assert picture(out, graded).tobytes() == Image.open(original(source, graded)).tobytes()
     assert "idrid/train/B/IDRiD_005/dr_grade" in by_id
+    lesions = ("cotton-wool spot", "haemorrhage", "hard exudate", "microaneurysm")
+    assert {one.searched for one in found if one.findings is not None} == {lesions}
+    assert {one.searched for one in found if one.findings is None} == {None}
     kept = b"".join(ArrayRecordReader(str(out / "train-00000.array_record")).read_all())
     assert b"010119991" not in kept, "the number of a patient's visit is cut out of the images"
     assert not any(b"010119991" in path.read_bytes() for path in out.glob("*.json*"))
@@ -147,6 +150,7 @@ def test_killed_ingest_resumes_to_the_same_bytes(tmp_path, repo_root):
 def test_phantoms_in_two_processes_are_those_of_one(tmp_path):
     one = ingest.run("phantom", None, tmp_path / "one", phantom=PHANTOMS, shard_size=8)
     two = ingest.run("phantom", None, tmp_path / "two", phantom=PHANTOMS, shard_size=8, workers=2)
+    assert {one.searched for one in jobs.read(tmp_path / "one", Example)} == {None}, "all was looked for"
     assert one == two
     assert one.shards_done == 5
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

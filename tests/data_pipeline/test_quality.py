@@ -1,10 +1,19 @@
 """The quality check finds every kind of fault when it is put into a good trace, and only then."""
 
+from dataclasses import replace
+
 import pytest
 
-from data_pipeline import quality
+from data_pipeline import quality, trace_server
+from data_pipeline.composing import Case, compose
+from data_pipeline.pixels import from_masks
 from data_pipeline.quality import check
-from fundus_jax.records import Findings
+from data_pipeline.votes import merged
+from data_pipeline.writer import RuleWriter
+from fundus_jax import findings
+from fundus_jax.findings import vocabulary
+from fundus_jax.grpo.judge import Request, RulesJudge
+from fundus_jax.records import Findings, Trace
 from tests.data_pipeline.made import GRADES, SPREAD, example
 from tests.data_pipeline.test_traces import NOTES
 
@@ -155,3 +164,161 @@ def test_every_kind_of_reason_is_listed() -> None:
         if name.isupper() and not name.startswith("_") and isinstance(value, str)
     }
     assert constants - {quality.EVERYWHERE, quality.SEVERE} == set(quality.KINDS)
+
+
+LESIONS = ("cotton-wool spot", "haemorrhage", "hard exudate", "microaneurysm")  # of IDRiD's and DDR's masks
+
+
+def masked(answer: str, *present: str, **changes: object) -> Case:
+    """A photograph with masks of the four lesions alone, as far as masks know it."""
+    one = example(answer=answer, findings=tuple(sorted(present)), searched=LESIONS, **changes)
+    found = from_masks(one)
+    assert isinstance(found, Findings)
+    return Case(one, found, NOTES[answer, "CFP"])
+
+
+def voted(case: Case, *present: str) -> Case:
+    """The same with votes on everything else that the notes name."""
+    asked = {name: 5 * (name in present) for name in vocabulary("CFP", extended=True) if name not in LESIONS}
+    votes = Findings(
+        example="made/0", present=tuple(sorted(present)), votes=asked, n=5, origin="votes",
+        searched=tuple(sorted(asked)),
+    )  # fmt: skip
+    assert case.found is not None
+    return replace(case, found=merged(case.found, votes))
+
+
+def written(case: Case) -> Trace:
+    return compose(case.example, case.found, case.knowledge, RuleWriter())
+
+
+def test_proliferative_disease_with_masks_of_other_lesions() -> None:
+    """Nobody looked for new vessels: they are not left out, nor absent. Votes say whether they are there."""
+    case = masked("PDR", "haemorrhage", "hard exudate", "microaneurysm")
+    trace = written(case)
+    assert trace.reasons == (
+        "no findings: nobody looked for neovascularisation, on which the answer depends",
+    )
+    assert not trace_server._possible(case)
+    proven = voted(case, "vitreous haemorrhage")
+    assert trace_server._possible(proven)
+    assert written(proven).think == (
+        "The image shows microaneurysms, haemorrhages, hard exudates and vitreous haemorrhage. "
+        "Vitreous haemorrhage fits proliferative disease. So the answer is PDR."
+    )
+    assert written(proven).kept
+    unproven = written(voted(case))
+    assert kinds(unproven.reasons) >= {quality.OMITTED}, "looked for, and not there"
+    assert not trace_server._possible(voted(case))
+
+
+def test_moderate_disease_with_masks_denies_nothing_that_nobody_looked_for() -> None:
+    case = masked("Moderate NPDR", "haemorrhage", "microaneurysm")
+    trace = written(case)
+    assert trace.think == (
+        "The image shows microaneurysms and haemorrhages. Haemorrhages beyond microaneurysms fit moderate "
+        "disease. So the answer is Moderate NPDR."
+    )
+    assert trace.kept
+    assert written(voted(case)).think == THINK
+    assert kinds(check(case.example, case.found, case.knowledge, THINK, "Moderate NPDR")) == {
+        quality.NO_FINDINGS
+    }
+    claims = THINK.replace("without neovascularisation", "and irma")
+    assert kinds(check(case.example, case.found, case.knowledge, claims, "Moderate NPDR")) == {
+        quality.NO_FINDINGS
+    }
+
+
+def test_mild_disease_with_masks_says_what_was_ruled_out() -> None:
+    case = masked("Mild NPDR", "microaneurysm")
+    assert written(case).kept
+    assert written(case).think == (
+        "The image shows microaneurysms. Microaneurysms without haemorrhages, hard exudates or cotton-wool "
+        "spots fit mild disease. So the answer is Mild NPDR."
+    )
+    assert "Microaneurysms alone fit" in written(voted(case)).think
+
+
+def test_an_image_with_empty_masks_is_not_one_without_lesions() -> None:
+    for answer in ("Normal", "No DR"):
+        case = masked(answer, options=(answer, "PDR"), task="dr_grade" if answer == "No DR" else "disease")
+        (reason,) = written(case).reasons
+        assert reason.startswith("no findings: nobody looked for neovascularisation, vitreous haemorrhage")
+        assert written(case).think.startswith(
+            "No microaneurysms, haemorrhages, hard exudates or cotton-wool spots are seen."
+        )
+        trace = written(voted(case))
+        assert trace.kept, trace.reasons
+        assert trace.think.startswith("No lesion is seen.")
+
+
+@pytest.mark.parametrize("claim", ["No lesion is seen.", "An eye without any lesions."])
+def test_no_lesion_may_be_said_only_where_all_were_looked_for(claim: str) -> None:
+    one = example(
+        task="lesion_presence", question="Does this image show haemorrhages?", options=("Yes", "No"),
+        answer="No", findings=(), searched=LESIONS,
+    )  # fmt: skip
+    think = f"{claim} Haemorrhages are absent. So the answer is No."
+    found = from_masks(one)
+    assert isinstance(found, Findings)
+    assert kinds(check(one, found, None, think, "No")) == {quality.NO_FINDINGS}
+    assert check(one, replace(found, searched=None), None, think, "No") == ()
+    other = replace(one, question="Does this image show drusen?")
+    (reason,) = check(other, found, None, think.replace("Haemorrhages", "Drusen"), "No")
+    assert reason == "no findings: nobody looked for drusen, on which the answer depends"
+
+
+@pytest.mark.parametrize(
+    ("label", "modality", "present", "right"),
+    [
+        ("CNV", "OCT", ("subretinal hyperreflective material", "subretinal fluid"), True),
+        ("CNV", "OCT", ("pigment epithelial detachment", "subretinal fluid"), True),
+        ("CNV", "OCT", ("subretinal fluid", "intraretinal fluid"), False),
+        ("Polypoidal choroidal vasculopathy", "OCT", ("subretinal hyperreflective material",), False),
+        ("Moderate NPDR", "CFP", ("haemorrhage",), True),
+        ("Moderate NPDR", "CFP", ("hard exudate", "microaneurysm"), True),
+        ("Moderate NPDR", "UWF", ("cotton-wool spot", "microaneurysm"), True),
+        ("Moderate NPDR", "CFP", ("microaneurysm",), False),
+        ("Moderate NPDR", "CFP", ("drusen",), False),
+        ("Moderate NPDR", "CFP", ("haemorrhage", "neovascularisation"), False),
+        ("Severe NPDR", "CFP", ("irma", "microaneurysm"), True),
+        ("Severe NPDR", "CFP", ("haemorrhage", "venous beading"), True),
+        ("Severe NPDR", "CFP", ("haemorrhage", "microaneurysm"), False),  # in one spot
+        ("PDR", "CFP", ("preretinal haemorrhage",), True),
+        ("PDR", "CFP", ("haemorrhage", "microaneurysm"), False),
+        ("AMD", "CFP", ("geographic atrophy",), True),
+        ("AMD", "UWF", ("subretinal haemorrhage",), True),
+        ("AMD", "CFP", ("hard exudate", "haemorrhage"), False),
+        ("AMD", "CFP", ("pigmentary change",), False),
+        ("Dry AMD", "OCT", ("geographic atrophy",), True),
+        ("Dry AMD", "CFP", ("subretinal haemorrhage",), False),
+        ("Diabetic retinopathy", "CFP", ("haemorrhage", "hard exudate"), True),
+        ("Diabetic retinopathy", "CFP", ("hard exudate",), False),
+    ],
+)
+def test_a_label_is_known_by_any_of_its_signs(
+    label: str, modality: str, present: tuple[str, ...], right: bool
+) -> None:
+    """The schemes of ICDR and AREDS, and what a B-scan shows of new vessels: in the trace, in the check, for
+    the model that writes, and for the judge of the process reward."""
+    one = example(
+        modality=modality, options=(label, "Normal"), answer=label, findings=tuple(sorted(present)), boxes=()
+    )
+    found, known = from_masks(one), NOTES[label, modality]
+    assert isinstance(found, Findings)
+    trace = written(Case(one, found, known))
+    assert trace.kept is right, (trace.think, trace.reasons)
+    if right:
+        assert trace_server._possible(Case(one, found, known))
+        seen = trace.think.split(". ")[1].lower()
+        assert any(findings.FINDINGS[name].plural in seen for name in present), "what proves it is named"
+        request = Request(trace=trace.think, reference=known, modality=modality)
+        assert RulesJudge().rate(request).rating == "plausible"
+
+
+def test_models_are_told_what_meets_a_required_finding() -> None:
+    assert findings.required(NOTES["AMD", "CFP"]) == (
+        "drusen (or subretinal haemorrhage or geographic atrophy)",
+    )
+    assert findings.required(NOTES["Glaucoma", "CFP"]) == ("large cup",)

@@ -99,20 +99,23 @@ def test_the_messages(tmp_path: Path) -> None:
         assert guide in write[0]["content"]
     lines = write[1]["content"].splitlines()
     nonce = lines[0].removeprefix("Number: ")
-    assert lines[1:10] == [
+    assert lines[1:11] == [
         "Modality: Colour fundus photograph (CFP)",
         "Question: What is the diagnosis for this image?",
         "Right answer: Moderate NPDR",
         "Findings in the image: microaneurysm, haemorrhage.",
+        "Nobody looked for: none.",
         "In words: The image shows microaneurysms and haemorrhages.",
         "Where they lie: haemorrhage: upper left.",
-        "Required for the answer: microaneurysm, haemorrhage.",
+        "Required for the answer: microaneurysm (or haemorrhage or hard exudate or cotton-wool spot or "
+        "venous beading or irma), haemorrhage (or hard exudate or cotton-wool spot or venous beading or "
+        "irma).",
         "Supporting it: hard exudate, cotton-wool spot.",
         "Excluding it: neovascularisation, vitreous haemorrhage, preretinal haemorrhage.",
     ]
-    assert lines[11] == f"KNOWLEDGE {nonce} BEGINS"
+    assert lines[12] == f"KNOWLEDGE {nonce} BEGINS"
     assert lines[-1] == f"KNOWLEDGE {nonce} ENDS"
-    assert "\n".join(lines[12:-1]) == MODERATE.text
+    assert "\n".join(lines[13:-1]) == MODERATE.text
     for kind in trace_server.Fault.model_fields["kind"].annotation.__args__:
         assert f"- {kind}: " in check[0]["content"]
     number = check[1]["content"].splitlines()[0].removeprefix("Number: ")
@@ -139,7 +142,7 @@ def test_what_needs_no_model_or_could_never_pass_is_not_asked_for(tmp_path: Path
         example(id="1", task="modality", options=(), answer="Photograph", findings=None, boxes=()),
         example(id="2", task="laterality", options=("Right eye", "Left eye"), answer="Right eye"),
         example(id="3", findings=None, boxes=()),  # nobody looked
-        example(id="4", findings=("haemorrhage",)),  # microaneurysms are required
+        example(id="4", findings=("microaneurysm",)),  # more than these is required
         example(id="5", options=(), answer="Best disease"),  # nothing is known of it
     ]
     with Server(voters.author) as server:
@@ -233,7 +236,10 @@ def test_the_model_finds_the_papers_error_kinds(tmp_path: Path) -> None:
     [
         ({"summary": "The image shows drusen."}, "absent finding claimed: drusen"),
         ({"summary": "This OCT shows microaneurysms and haemorrhages."}, "modality contradiction: "),
-        ({"summary": "Haemorrhages.", "connection": "They fit Moderate NPDR."}, "required finding omitted: "),
+        (
+            {"summary": "Microaneurysms.", "connection": "They fit Moderate NPDR."},
+            "required finding omitted: ",
+        ),
         ({"connection": "So it is."}, "knowledge missing: no sentence connects"),
         ({"conclusion": "So the answer is PDR."}, "label not reached: "),
         (

@@ -180,7 +180,7 @@ def test_no_findings_are_made_up_for_an_image_that_nobody_looked_at() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"findings": ("hard exudate", "microaneurysm")}, "required finding omitted: haemorrhage"),
+        ({"findings": ("microaneurysm",)}, "required finding omitted: haemorrhage"),
         ({"answer": "Mild NPDR"}, "excluded finding claimed: haemorrhage"),
         (
             {"answer": "Severe NPDR"},

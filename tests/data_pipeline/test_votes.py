@@ -18,6 +18,7 @@ from fundus_jax.findings import FINDINGS
 from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge
 from tests.chat_server import Body, Reply, Server
 from tests.data_pipeline import voters
+from tests.data_pipeline.made import example
 
 CORE = vocabulary()
 SEEN = {"microaneurysm": 5, "haemorrhage": 3, "hard exudate": 2, "drusen": 1}  # votes of five
@@ -103,15 +104,26 @@ def test_requests_are_the_same_again(examples: Path, tmp_path: Path) -> None:
     assert not set(told("c", seed=1)) & set(told("a2"))
 
 
-def test_both_asks_only_where_there_are_no_masks(examples: Path, tmp_path: Path) -> None:
-    found, server = run(examples, tmp_path / "out", voters.voting(SEEN), "both")
+def test_both_asks_for_what_the_masks_are_not_about(examples: Path, tmp_path: Path) -> None:
+    """IDRiD has masks of four lesions: they stand, whatever the votes, and new vessels are voted on."""
+    found, server = run(
+        examples, tmp_path / "out", voters.voting({"microaneurysm": 0, "neovascularisation": 3}), "both"
+    )
+    lesions = ("cotton-wool spot", "haemorrhage", "hard exudate", "microaneurysm")
+    left = [name for name in CORE["CFP"] if name not in lesions]
     for one in jobs.read(examples, Example):
         record = found[one.id]
         if one.findings is None:
-            assert record.origin == "votes"
-        else:
-            assert (record.origin, record.n, record.present) == ("pixels", 0, one.findings)
-    assert len(server.bodies) == 8
+            assert (record.origin, record.present) == ("votes", ("neovascularisation",))
+            assert record.searched == tuple(sorted(CORE["CFP"]))
+            continue
+        assert (record.origin, record.n, list(record.votes)) == ("both", 5, left)
+        assert record.present == tuple(sorted((*one.findings, "neovascularisation")))
+        assert (one.searched, record.searched) == (lesions, tuple(sorted(CORE["CFP"])))
+    asked = [tuple(voters.schema(body)[1]) for body in server.bodies]
+    assert sorted(map(len, asked)) == [len(left)] * 3 + [len(CORE["CFP"])] * 8
+    for body, names in zip(server.bodies, asked, strict=True):
+        assert f"the following findings: {', '.join(names)}." in body["messages"][0]["content"][1]["text"]
     job = json.loads((tmp_path / "out" / "job.json").read_text())
     assert [way["name"] for way in job["config"]["sources"]] == ["pixels", "votes"]
 
@@ -277,3 +289,15 @@ def test_an_image_that_is_gone_is_quarantined(tmp_path: Path) -> None:
     assert result == jobs.Quarantine(
         image.id, f"{image.picture.file.name} is missing; run the ingest job again"
     )
+
+
+def test_masks_of_everything_leave_nothing_to_ask(tmp_path: Path) -> None:
+    whole = example(id="whole")  # as phantoms have them
+    foreign = example(id="foreign", modality="OCT", findings=("microaneurysm",), searched=("microaneurysm",))
+    masks = findings.PixelSource()
+    source = VoteSource(VotesConfig(server=voters.chat("http://127.0.0.1:1/v1")), CORE, masks=masks)
+    for one in (whole, foreign):
+        image = votes.Image((one,), pictures.of(tmp_path, one))  # no picture is there to be read
+        outcome = asyncio.run(source.ask(None, image))  # type: ignore[arg-type] - it does not come to asking
+        assert isinstance(outcome, votes.Outcome)
+        assert outcome.records == tuple(masks.find([one]))

@@ -10,6 +10,7 @@ from fundus_jax.evaluation.faithfulness import Trace, evaluate_faithfulness
 from fundus_jax.evaluation.report import evaluate
 from fundus_jax.evaluation.slices import dataset_of, evaluate_more
 from fundus_jax.evaluation.table import table
+from fundus_jax.records import Findings
 from tests.evaluation.samples import answered, item, reply
 
 
@@ -38,6 +39,28 @@ def test_by_hand() -> None:
     assert evaluate_faithfulness([]) is None
 
 
+def test_what_nobody_looked_for_counts_neither_way() -> None:
+    text = "There are drusen and new vessels. No irma, no hard exudates. Venous beading. No venous beading."
+    unseen = frozenset({"neovascularisation", "irma", "venous beading"})
+    both = [Trace(text, frozenset({"drusen"}), True, "p", known) for known in (unseen, frozenset())]
+    some, everything = (evaluate_faithfulness([one]) for one in both)
+    assert some is not None
+    assert everything is not None
+    assert (some["precision"]["value"], some["precision"]["n"]) == (1.0, 1)
+    assert (everything["precision"]["value"], everything["precision"]["n"]) == (pytest.approx(1 / 3), 3)
+    assert (some["false_denials"]["n"], everything["false_denials"]["n"]) == (1, 3)
+    assert some["contradictions"]["value"] == 1.0, "it contradicts itself, whatever there is"
+
+
+def test_the_votes_of_an_item_say_what_they_are_about() -> None:
+    one, text = item("b", "AMD", findings=None), reply("AMD", "Drusen and hard exudates.")
+    voted = Findings(
+        example="b", present=("drusen",), votes={"drusen": 5}, n=5, origin="votes", searched=("drusen",)
+    )
+    found = evaluate_more([one], [text], [("AMD",)], [1], votes={"b": voted})["faithfulness"]["votes"]
+    assert (found["precision"]["value"], found["precision"]["n"]) == (1.0, 1)
+
+
 ITEMS = [
     item("a", "PDR", unit="idrid/1", findings=("drusen",)),
     item("b", "AMD", unit="idrid/2", findings=None),
@@ -49,7 +72,8 @@ CHOSEN = [("PDR",), ("PDR",), None, ("CFP",)]
 
 
 def test_slices() -> None:
-    found = evaluate_more(ITEMS, TEXTS, CHOSEN, [10, 20, 30, 40], votes={"b": frozenset({"haemorrhage"})})
+    voted = Findings(example="b", present=("haemorrhage",), votes={"haemorrhage": 3}, n=5, origin="votes")
+    found = evaluate_more(ITEMS, TEXTS, CHOSEN, [10, 20, 30, 40], votes={"b": voted})
     assert found["accuracy"]["value"] == 0.5
     length = found["length"]
     assert (length["all"]["value"], length["right"]["value"], length["wrong"]["value"]) == (25, 25, 25)

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from data_pipeline.datasets import registry
 from data_pipeline.datasets.phantom.rules import LABELS
 from data_pipeline.knowledge.note import shipped_notes
 from data_pipeline.writer import RuleWriter
-from fundus_jax.findings import FINDINGS, Mentions, observations, parse_mentions, vocabulary
+from fundus_jax.findings import FINDINGS, Mentions, observations, parse_mentions, proofs, vocabulary
 from fundus_jax.grpo.judge import Request, RulesJudge
 from fundus_jax.records import Box, DataError, Example, Findings, Knowledge
 
@@ -37,6 +38,23 @@ def knowledge(required=(), supportive=(), excluded=(), modality="CFP"):
 
 
 BLEEDING = findings("microaneurysm", "haemorrhage")
+
+
+@pytest.mark.parametrize(
+    ("trace", "rating"),
+    [
+        ("Haemorrhages and neovascularisation are seen.", "plausible"),
+        ("Haemorrhages without neovascularisation or irma are seen.", "plausible"),
+        ("Haemorrhages and hard exudates are seen.", "tenuous"),
+        ("Haemorrhages are seen without subretinal fluid.", "tenuous"),  # no photograph can show it
+        ("Haemorrhages and irma are seen. No irma is seen.", "tenuous"),
+        ("No lesion is seen. There is neovascularisation.", "flawed"),
+        ("Neovascularisation is seen.", "flawed"),  # of what is known, it names nothing
+    ],
+)
+def test_what_nobody_looked_for_speaks_neither_for_a_trace_nor_against_it(trace, rating):
+    some = replace(findings("haemorrhage"), searched=("haemorrhage", "hard exudate"))
+    assert JUDGE(trace, some, "CFP").rating == rating
 
 
 @pytest.mark.parametrize(
@@ -250,6 +268,13 @@ MODERATE = knowledge(["microaneurysm", "haemorrhage"], ["hard exudate"], ["neova
         ("Microaneurysms, haemorrhages and hard exudates, no new vessels.", "plausible", ()),
         ("Microaneurysms, haemorrhages and drusen are seen.", "plausible", ()),
         ("Microaneurysms are seen.", "implausible", ("haemorrhage is required but not claimed",)),
+        ("Haemorrhages are seen.", "plausible", ()),  # more than microaneurysms, which may hide
+        ("Microaneurysms and hard exudates are seen.", "plausible", ()),
+        (
+            "Drusen are seen.",
+            "implausible",
+            ("microaneurysm is required but not claimed", "haemorrhage is required but not claimed"),
+        ),
         (
             "Microaneurysms are seen, no haemorrhages.",
             "implausible",
@@ -318,7 +343,8 @@ def test_the_rating_is_the_number_of_errors(there, claimed, denied):
 def test_knowledge_asks_for_what_is_required_and_nothing_excluded(required, excluded, claimed):
     excluded = excluded - required
     verdict = JUDGE(spoken(claimed), knowledge(sorted(required), (), sorted(excluded)), "CFP")
-    good = bool(claimed) and required <= claimed and not excluded & claimed
+    met = all(claimed & {name, *proofs("Moderate NPDR", name)} for name in required)
+    good = bool(claimed) and met and not excluded & claimed
     assert verdict.rating == ("plausible" if good else "implausible")
 
 

@@ -56,6 +56,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- what is asked ----------------------------------------------------------------------------------------
 
 
+def test_the_judge_is_told_what_nobody_looked_for() -> None:
+    one = judge("http://127.0.0.1:1/v1")
+    some = dataclasses.replace(FINDINGS, searched=tuple(sorted(FINDINGS.present)))
+    texts = [one.messages(request(GOOD, found))[1]["content"] for found in (FINDINGS, some)]
+    assert "Nobody looked for" not in texts[0]
+    assert "Nobody looked for: hard exudate, cotton-wool spot, neovascularisation, " in texts[1]
+
+
 def test_a_request_has_the_rules_the_reference_and_the_trace_between_two_numbers() -> None:
     one = judge("http://127.0.0.1:1/v1")
     system, user = one.messages(request(GOOD, about=("drusen",)))

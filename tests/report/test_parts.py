@@ -87,6 +87,10 @@ def test_the_findings_of_a_vote_take_the_place_of_masks() -> None:
     assert {kind for _, kind in marked(cases.read_reply(text, unknown))} == {"unknown"}
     voted = cases.read_reply(text, unknown, there=("drusen",))
     assert marked(voted) == [("Drusen", "supported"), ("haemorrhage", "unsupported")]
+    partly = cases.read_reply(text, unknown, there=("drusen",), searched=("drusen",))
+    assert marked(partly) == [("Drusen", "supported"), ("haemorrhage", "unknown")]
+    masked = replace(EXAMPLE, findings=("drusen",), searched=("drusen",), boxes=())
+    assert marked(cases.read_reply(text, masked)) == marked(partly)
 
 
 @given(

@@ -212,7 +212,9 @@ function findingsCard(shown) {
     card.append(make("h3", null, "Findings"), make("p", { class: "small" }, "Nobody looked for findings in this image."));
     return card;
   }
-  card.append(make("h3", null, found.origin === "pixels" ? "Findings, from the publisher’s masks" : `Findings, by ${found.n} votes of a model`));
+  const voted = `by ${found.n} votes of a model`;
+  const origin = { pixels: "from the publisher’s masks", votes: voted, both: `from the publisher’s masks and ${voted}` };
+  card.append(make("h3", null, `Findings, ${origin[found.origin]}`));
   const placed = new Set(shown.boxes.map((box) => box[0]));
   const list = make("ul", { class: "findings" }, found.rows.map(([name, present, votes]) => {
     const there = placed.has(name);
@@ -226,6 +228,7 @@ function findingsCard(shown) {
   }));
   card.append(found.rows.length ? list : make("p", { class: "small" }, "None is present."));
   if (found.unseen) card.append(make("p", { class: "small note" }, `${found.unseen} more ${found.unseen === 1 ? "was" : "were"} asked for and got no vote.`));
+  if (found.unknown.length) card.append(make("p", { class: "small note" }, `Nobody looked for ${found.unknown.join(", ")}.`));
   return card;
 }
 
