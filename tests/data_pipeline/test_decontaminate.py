@@ -84,6 +84,21 @@ def test_two_parts_find_what_one_run_finds(folders: tuple[Path, Path], looked: P
         assert (tmp_path / name).read_bytes() == (looked / name).read_bytes()
 
 
+def test_what_another_part_made_of_an_older_picture_is_not_taken(tmp_path: Path) -> None:
+    """The prints, and then the pairs, of the other part are of the picture that stood here before."""
+    ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "out"
+    for number, folder in enumerate((ours, theirs)):
+        folder.mkdir()
+        retina(number, "CFP").save(folder / "x.png")
+    calls = [decontaminate.look([ours, theirs], out, shard=f"{part}/2") for part in (0, 1, 0)]
+    assert calls == [None, None, []]
+    retina(0, "CFP").save(theirs / "x.png")
+    assert decontaminate.look([ours, theirs], out, shard="0/2") is None, "the print of the other part is old"
+    assert decontaminate.look([ours, theirs], out, shard="1/2") is None, "the pairs of the other part are old"
+    (pair,) = decontaminate.look([ours, theirs], out, shard="0/2") or ()
+    assert (pair.a, pair.b, pair.relation) == (str(ours / "x.png"), str(theirs / "x.png"), "exact")
+
+
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image"):
         decontaminate.look([tmp_path], tmp_path / "out")
