@@ -197,13 +197,15 @@ def _clean(
 
 
 def _said(directory: Path, *, foreign: bool = False) -> dict[str, Said]:
-    """What the Examples of a directory say of each picture, by its name."""
+    """What the Examples of a directory say of each picture, by its name: of diseases all that it has."""
     examples: list[Example] = list(jobs.read(directory, Example))
     answers: dict[str, dict[str, str]] = {}
     for one in examples:
-        known = answers.setdefault(one.image, {"disease": one.labels[0]} if one.labels else {})
+        known = answers.setdefault(
+            one.image, {"disease": "; ".join(sorted(one.labels))} if one.labels else {}
+        )
         if one.task in stages.LABEL_TASKS:
-            known[one.task] = one.answer
+            known.setdefault(one.task, one.answer)
     return {
         name: Said(split=one.split, patient=one.patient, answers=answers[one.image])
         for name, one in pictures.named(directory, examples, foreign=foreign).items()
