@@ -58,7 +58,8 @@ def run(
         workers, shard: as in `jobs.run`.
 
     Returns:
-        Counts of Examples; None where other parts of the job have yet to make their prints or pairs.
+        Counts of Examples; None where other parts of the job have yet to make their prints or pairs, or to
+        make them anew.
     """
     sources = (examples, *against)
     found = _look(sources, out, alike=alike, workers=workers, shard=shard)
@@ -83,7 +84,7 @@ def run(
     )
     process = functools.partial(_clean, directory=examples, reasons=reasons, corrected=corrected)
     summary = jobs.run(job, inputs, process, out, limit=1.0, workers=workers, shard=shard)
-    if _finished(out, inputs):
+    if not summary.shards_left:
         own = set(_said(examples))
         kinds = collections.Counter(kind for name, (kind, _) in removed.items() if name in own)
         _report(out, prints, pairs, leaks.conflicts(said, pairs), dict(kinds))
@@ -115,8 +116,8 @@ def _look(
     shards = [one for number, source in enumerate(sources) for one in pictures.shards(source, str(number))]
     config = {"near": near.VERSION, "alike": alike}
     share = {"workers": workers, "shard": shard, "limit": 1.0}
-    jobs.run(jobs.Job("prints", config), shards, functools.partial(_fingerprint, alike=alike), made, **share)
-    if not _finished(made, shards):
+    process = functools.partial(_fingerprint, alike=alike)
+    if jobs.run(jobs.Job("prints", config), shards, process, made, **share).shards_left:
         return None
     prints: list[Print] = list(jobs.read(made, Print))
     pairs, unreadable = leaks.exact(prints), _quarantined(made)
@@ -128,8 +129,7 @@ def _look(
     table = out / f"table-{whole[:16]}"
     process = functools.partial(_compare, made=made, table=table)
     config |= {"same": [*map(list, near.SAME_EYE.items()), near.SAME_PICTURE]}
-    jobs.run(jobs.Job("pairs", config), inputs, process, paired, **share)
-    if not _finished(paired, inputs):
+    if jobs.run(jobs.Job("pairs", config), inputs, process, paired, **share).shards_left:
         return None
     shutil.rmtree(table, ignore_errors=True)
     return prints, leaks.union(pairs, jobs.read(paired, Pair)), unreadable
@@ -197,13 +197,15 @@ def _clean(
 
 
 def _said(directory: Path, *, foreign: bool = False) -> dict[str, Said]:
-    """What the Examples of a directory say of each picture, by its name."""
+    """What the Examples of a directory say of each picture, by its name: of diseases all that it has."""
     examples: list[Example] = list(jobs.read(directory, Example))
     answers: dict[str, dict[str, str]] = {}
     for one in examples:
-        known = answers.setdefault(one.image, {"disease": one.labels[0]} if one.labels else {})
+        known = answers.setdefault(
+            one.image, {"disease": "; ".join(sorted(one.labels))} if one.labels else {}
+        )
         if one.task in stages.LABEL_TASKS:
-            known[one.task] = one.answer
+            known.setdefault(one.task, one.answer)
     return {
         name: Said(split=one.split, patient=one.patient, answers=answers[one.image])
         for name, one in pictures.named(directory, examples, foreign=foreign).items()
@@ -212,10 +214,6 @@ def _said(directory: Path, *, foreign: bool = False) -> dict[str, Said]:
 
 def _side(shard: str) -> str:
     return f"{shard}.prints.npy"
-
-
-def _finished(out: Path, shards: Sequence[jobs.ShardInput]) -> bool:
-    return manifest.load(out).keys() >= {one.name for one in shards}
 
 
 def _quarantined(out: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_pipeline import agreement, jobs, manifest, parts, stages
+from data_pipeline import agreement, jobs, manifest, parts
 from data_pipeline.pixels import PixelSource
 from data_pipeline.votes import VotesConfig, VoteSource, vocabulary
 from fundus_jax.records import ConfigError, DataError, Findings, Knowledge
@@ -147,11 +147,11 @@ def main(argv: Sequence[str]) -> None:
             only_masked=values.quality,
         )
         part = parts.chosen(values.shard)
-        run(examples, out, source=source, limit=values.limit, workers=values.workers, shard=part)
+        done = run(examples, out, source=source, limit=values.limit, workers=values.workers, shard=part)
         if not values.quality:
             return
-        if missing := stages.hashes(examples).keys() - manifest.load(out).keys():
-            logging.info("%d shards are left to other parts; Table 6 comes with the last", len(missing))
+        if done.shards_left:
+            logging.info("%d shards are left to other parts; Table 6 comes with the last", done.shards_left)
         else:
             print(agreement.measure(examples, out, source.ways[-1]))
     except (ConfigError, DataError) as error:

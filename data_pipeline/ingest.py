@@ -50,7 +50,7 @@ def run(
     quality: int = 95,
     limit: int = 0,
     partial_copy: bool = False,
-    benchmarks: Sequence[Path] = (),
+    benchmarks: Sequence[Path] | None = None,
     phantom: PhantomConfig | None = None,
     shard_size: int = SHARD_SIZE,
     quarantine: float = 0.02,
@@ -68,13 +68,15 @@ def run(
       limit: take only this many images of each split; 0 takes all.
       partial_copy: accept another number of images than the publisher's.
       benchmarks: folders of FunBench and OmniMedVQA; their images, and all of their patients, go to "test".
+        [] trains on them; None is refused for a data set that they draw on.
       phantom: what to draw, if `dataset` is "phantom".
       shard_size: images a shard.
       quarantine: share of bad images beyond which the job stops.
       workers, shard: as `jobs.run`.
 
     Raises:
-      ConfigError: unknown data set or task, another config than `out` was made with.
+      ConfigError: unknown data set or task, nothing said of benchmarks, another config than `out` was made
+        with.
       DataError: the source is not the publisher's layout, or too many images are bad.
     """
     row = registry.row(dataset)
@@ -91,6 +93,7 @@ def run(
     elif source is None:
         raise ConfigError(f"data set {dataset!r} needs a source: the folder of {row.title}, from {row.where}")
     else:
+        heldout.require_said(dataset, benchmarks)
         found = registry.lister(dataset)(source, partial=partial_copy)
         if benchmarks:
             found = heldout.moved(dataset, found, heldout.names(benchmarks))
@@ -209,7 +212,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("limit", 0, "Images of each split; 0 takes all.", 0)
     flags.DEFINE_bool("partial", False, "Accept another number of images than published.")
     flags.DEFINE_list(
-        "benchmarks", [], "Folders of FunBench and OmniMedVQA, whose images go to the test split."
+        "benchmarks", [], "Folders of FunBench and OmniMedVQA, whose images go to the test split; or none."
     )
     flags.DEFINE_list("phantoms", ["15000", "500", "500"], "Phantoms to draw: train, val, test.")
     flags.DEFINE_integer("phantom_seed", 0, "Series of the phantoms.", 0)
@@ -259,7 +262,7 @@ def main(argv: Sequence[str]) -> None:
             quality=values.quality,
             limit=values.limit,
             partial_copy=values.partial,
-            benchmarks=[Path(folder) for folder in values.benchmarks],
+            benchmarks=heldout.folders(values.benchmarks),
             phantom=_phantom(values) if values.dataset == "phantom" else None,
             shard_size=values.shard_size,
             quarantine=values.quarantine,

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -62,12 +62,16 @@ class ShardInput:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts over all shards of this run's part, those that were there already included."""
+    """Counts over all shards of this run's part, those that were there already included.
+
+    shards_left: those of other parts that are not there, or were made of another input; 0: all is finished.
+    """
 
     answers: int
     quarantined: int
     shards_done: int
     shards_skipped: int
+    shards_left: int = 0
 
 
 Process = Callable[[ShardInput, Path], Iterable[Any]]
@@ -114,20 +118,19 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with manifest.running(out, shard), files.room(out):
         manifest.claim(out, job.name, config, [one.name for one in shards])
-        keys = {one.name: files.digest({"job": job.name, "config": config, "input": one.key}) for one in mine}
-        done = manifest.load(out)
-        ready = {
-            n for n, k in keys.items() if n in done and done[n].key == k and manifest.intact(out, done[n])
-        }
+        made_by = {"job": job.name, "config": config}
+        keys = {one.name: files.digest(made_by | {"input": one.key}) for one in shards}
+        ready = _ready(out, {name: keys[name] for name in taken})
         todo = [one for one in mine if one.name not in ready]
-        _sweep(out, keys, ready)
-        tally = _Tally(limit, [done[one.name] for one in mine if one.name in ready])
+        _sweep(out, taken, ready)
+        tally = _Tally(limit, [ready[one.name] for one in mine if one.name in ready])
         builds = _builds(todo, keys, process, out, workers, through)
         for entry in _published(builds, len(todo), out, tally, workers):
             tally.add(entry)
         tally.judge(at_end=True)
         manifest.finish(out, [one.name for one in shards])
-    return Summary(tally.answers, tally.quarantined, len(todo), len(ready))
+        left = len(keys) - len(_ready(out, keys))
+    return Summary(tally.answers, tally.quarantined, len(todo), len(ready), left)
 
 
 def read(out: Path, cls: type, *, side_files: bool = False) -> Iterator[Any]:
@@ -140,6 +143,14 @@ def read(out: Path, cls: type, *, side_files: bool = False) -> Iterator[Any]:
             if side_files or name == f"{entry.name}.jsonl" or not manifest.intact(Path(out), entry):
                 manifest.check(Path(out), entry, name)
         yield from records.read_jsonl(Path(out) / f"{entry.name}.jsonl", cls)
+
+
+def _ready(out: Path, keys: Mapping[str, str]) -> dict[str, manifest.Entry]:
+    """Those of some shards, by name, that are there as they would be made now; `keys` says of each what its
+    key has to be."""
+    done = manifest.load(out)
+    same = {name: done[name] for name, key in keys.items() if name in done and done[name].key == key}
+    return {name: entry for name, entry in same.items() if manifest.intact(out, entry)}
 
 
 def _sweep(out: Path, mine: Collection[str], ready: Collection[str]) -> None:

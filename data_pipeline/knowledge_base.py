@@ -297,13 +297,16 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     values = flags.FLAGS
-    run(
-        Path(values.out),
-        examples=Path(values.examples) if values.examples else None,
-        pairs=parse_pairs(values.pairs),
-        config=config_of(values),
-        shard=parts.chosen(values.shard),
-    )
+    try:
+        run(
+            Path(values.out),
+            examples=Path(values.examples) if values.examples else None,
+            pairs=parse_pairs(values.pairs),
+            config=config_of(values),
+            shard=parts.chosen(values.shard),
+        )
+    except (ConfigError, DataError) as error:
+        raise SystemExit(f"knowledge_base: {error}") from error
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Said:
-    """What the Examples say of one picture: split, patient, and its answers by task."""
+    """What the Examples say of one picture: split, patient, and its answers by task; several diseases in one
+    order, with semicolons between."""
 
     split: str
     patient: str

@@ -111,7 +111,7 @@ def run(
     summary = jobs.run(
         job, keyed, process, out, limit=limit, workers=workers, shard=shard, through=author.through
     )
-    if manifest.load(out).keys() >= {one.name for one in keyed}:  # else other parts of the job still run
+    if not summary.shards_left:  # else other parts of the job still run
         counts = _write_summary(out, author.name)
         logging.info(
             "traces (%s): %d of %d kept; %s", author.name, counts["kept"], counts["traces"], counts["reasons"]

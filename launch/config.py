@@ -39,15 +39,18 @@ class DataConfig:
 
     dataset, source: a row of data_pipeline's table and the publisher's folder ("" for phantoms). tasks:
     questions an image, e.g. "disease:1,modality:0.2" ("" takes ingest's own). max_side: larger images are
-    reduced at ingest. against: benchmarks whose pictures are kept out of training, folders of images or
-    directories of Examples, comma-separated. near: pictures are known again by what they show (some
-    CPU-minutes a thousand), and not by their bytes and pixels alone. train, test, seed, size: phantoms to
-    draw. sft_part: share of the patients that SFT learns from; GRPO draws its prompts from the rest, or from
-    all where it is 1. grpo_tasks, probe_tasks: tasks of GRPO's prompts and of the evaluation ("" takes all),
-    comma-separated. knowledge: what is known of the labels, and from where (docs/knowledge.md). findings:
-    where they come from, "masks", "votes" of a model at votes.server, or "both", votes where there are no
-    masks. traces: who writes them, "rules", or a model at writer.server ("server"). limit: share of what
-    these two may quarantine before they stop (docs/data.md).
+    reduced at ingest. partial: accept another number of images than published. benchmarks: folders of
+    FunBench and OmniMedVQA, comma-separated: the images that their files name, and all others of these
+    patients, go to the test split; a data set that they draw on is refused without, or "none". against:
+    benchmarks whose pictures are kept out of training, folders of images or directories of Examples,
+    comma-separated. near: pictures are known again by what they show (some CPU-minutes a thousand), and not
+    by their bytes and pixels alone. train, test, seed, size: phantoms to draw. sft_part: share of the
+    patients that SFT learns from; GRPO draws its prompts from the rest, or from all where it is 1.
+    grpo_tasks, probe_tasks: tasks of GRPO's prompts and of the evaluation ("" takes all), comma-separated.
+    knowledge: what is known of the labels, and from where (docs/knowledge.md). findings: where they come
+    from, "masks", "votes" of a model at votes.server, or "both", votes where there are no masks. traces: who
+    writes them, "rules", or a model at writer.server ("server"). limit: share of what these two may
+    quarantine before they stop (docs/data.md).
     decisions: what reviewers decided about traces, files and folders of them (docs/review.md); "" for none.
     """
 
@@ -55,6 +58,8 @@ class DataConfig:
     source: str = ""
     tasks: str = ""
     max_side: int = 0
+    partial: bool = False
+    benchmarks: str = ""
     against: str = ""
     near: bool = True
     train: int = 15000

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from data_pipeline import decisions, decontaminate, ingest, knowledge_base, reviewed, traces
 from data_pipeline import findings as findings_job
-from data_pipeline.datasets import registry
+from data_pipeline.datasets import heldout, registry
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax import hosts, sft, training
 from fundus_jax.base import policy, warmup
@@ -56,6 +56,8 @@ def prepare_data(config: RunConfig, work: Workdir) -> None:
         examples,
         tasks=rates(data.tasks),
         max_side=data.max_side,
+        partial_copy=data.partial,
+        benchmarks=heldout.folders(names(data.benchmarks)),
         phantom=phantom if data.dataset == "phantom" else None,
         workers=data.workers,
     )

@@ -4,7 +4,8 @@ FunBench and OmniMedVQA say of every question which image it is about, by the pu
 own copy of them `names` takes these, and `moved` puts the images, and all others of the same patients, into
 "test". Where a benchmark draws on a published test part this changes nothing: no builder lists one as
 "train". It matters for sets without a published split: JSIEC, Retinal-Lesions, OCTID, OCTDL, RETOUCH, NEH and
-TOP.
+TOP. Without the benchmarks' files nobody can tell which images these are, so `ingest` stops until they are
+given, or the user says "none".
 
 What names can not tell: GMAI-MMBench gives pictures without names, and a benchmark may show an image under
 another set's name. Both are for `decontaminate`, which compares pixels.
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from absl import logging
 
 from data_pipeline.datasets.base import Sample
-from fundus_jax.records import DataError
+from fundus_jax.records import ConfigError, DataError
 
 MOST_BYTES = 1 << 30
 SOURCES = {  # first folder of an image's path in a benchmark -> our data set
@@ -37,9 +38,25 @@ SOURCES = {  # first folder of an image's path in a benchmark -> our data set
     "DeepDRiD": "deepdrid",
     "MMC-AMD": "mmc_amd",
 }
+NONE = "none"
 # How many parts of its path name an image; one does in the others. Numbers restart in IDRiD and RFMiD, which
 # are not in SOURCES: their test parts are published.
 PARTS = {"neh": 3, "octid": 2}
+
+
+def folders(words: Sequence[str]) -> list[Path] | None:
+    """The folders that a user gives; [] for "none", and None where nothing is said."""
+    return [] if [*words] == [NONE] else [Path(word) for word in words] or None
+
+
+def require_said(dataset: str, benchmarks: Sequence[Path] | None) -> None:
+    """Raise ConfigError where a benchmark draws on the data set and nothing is said of benchmarks (None)."""
+    if benchmarks is None and dataset in SOURCES.values():
+        raise ConfigError(
+            f"{dataset}: benchmarks ask about images of this data set, which would be trained on; give "
+            "--benchmarks (in a run data.benchmarks) the folders of your FunBench and OmniMedVQA, or "
+            f"{NONE!r} where neither will be measured"
+        )
 
 
 def names(folders: Iterable[Path]) -> dict[str, frozenset[str]]:

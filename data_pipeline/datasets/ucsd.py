@@ -3,7 +3,8 @@
 Layout and counts: Kermany et al. 2018; version 3 on Mendeley ("CellData/OCT", train and test) and Kaggle's
 version 2 ("OCT2017", with 32 images as "val"). The article counts 108,312 training images, the archive has
 108,309. Names are CLASS-PATIENT-NUMBER. Training and test share patients: the log says how many, and the
-split stays the publisher's. FunBench and OmniMedVQA draw on the test half: it is never in "train".
+split stays the publisher's. FunBench and OmniMedVQA draw on the test half, which is never in "train", and
+OmniMedVQA on Kaggle's "val" too; which part of version 3 has these images is not known: see `heldout`.
 """
 
 import re

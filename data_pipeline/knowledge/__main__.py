@@ -15,7 +15,7 @@ from data_pipeline import jobs
 from data_pipeline.knowledge import corrections, extract, show
 from data_pipeline.knowledge.note import shipped_notes
 from data_pipeline.knowledge.passages import split_notes
-from fundus_jax.records import Knowledge
+from fundus_jax.records import ConfigError, DataError, Knowledge
 
 _USAGE = 'python -m data_pipeline.knowledge show "LABEL" CFP|OCT|UWF [--knowledge=DIR] [--overrides=FILE]'
 
@@ -27,20 +27,28 @@ def shipped() -> Iterator[Knowledge]:
         yield extract.from_notes(note.label, note.modality, split_notes([note]), notes)
 
 
+def entries(knowledge: Path | None, overrides: Path | None) -> list[Knowledge]:
+    """The entries of a finished directory, or of the shipped notes, as a file of corrections leaves them."""
+    records = list(jobs.read(knowledge, Knowledge) if knowledge else shipped())
+    if overrides is None:
+        return records
+    fixed = corrections.read(overrides)
+    have = {(one.label, one.modality) for one in records}
+    fresh = [
+        corrections.corrected(None, one, overrides.name) for key, one in fixed.items() if key not in have
+    ]
+    return corrections.apply(records, fixed, overrides.name) + fresh
+
+
 def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if len(argv) != 4 or argv[1] != "show":
         raise app.UsageError(f"usage: {_USAGE}")
-    records = list(jobs.read(Path(values.knowledge), Knowledge) if values.knowledge else shipped())
-    if values.overrides:
-        path = Path(values.overrides)
-        fixed = corrections.read(path)
-        have = {(one.label, one.modality) for one in records}
-        records = corrections.apply(records, fixed, path.name)
-        records += [
-            corrections.corrected(None, one, path.name) for key, one in fixed.items() if key not in have
-        ]
-    print(show.page(show.find(records, argv[2], argv[3])), end="")
+    folder, file = (Path(given) if given else None for given in (values.knowledge, values.overrides))
+    try:
+        print(show.page(show.find(entries(folder, file), argv[2], argv[3])), end="")
+    except (ConfigError, DataError) as error:
+        raise SystemExit(f"knowledge: {error}") from error
 
 
 if __name__ == "__main__":

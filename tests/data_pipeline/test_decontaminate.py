@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from data_pipeline import decontaminate, files, ingest, jobs, manifest
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax.records import DataError, Example
-from tests.data_pipeline import mini_idrid
+from tests.data_pipeline import mini_idrid, mini_sets
 from tests.data_pipeline.copies import COPIES, retina
 
 
@@ -84,6 +85,21 @@ def test_two_parts_find_what_one_run_finds(folders: tuple[Path, Path], looked: P
         assert (tmp_path / name).read_bytes() == (looked / name).read_bytes()
 
 
+def test_what_another_part_made_of_an_older_picture_is_not_taken(tmp_path: Path) -> None:
+    """The prints, and then the pairs, of the other part are of the picture that stood here before."""
+    ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "out"
+    for number, folder in enumerate((ours, theirs)):
+        folder.mkdir()
+        retina(number, "CFP").save(folder / "x.png")
+    calls = [decontaminate.look([ours, theirs], out, shard=f"{part}/2") for part in (0, 1, 0)]
+    assert calls == [None, None, []]
+    retina(0, "CFP").save(theirs / "x.png")
+    assert decontaminate.look([ours, theirs], out, shard="0/2") is None, "the print of the other part is old"
+    assert decontaminate.look([ours, theirs], out, shard="1/2") is None, "the pairs of the other part are old"
+    (pair,) = decontaminate.look([ours, theirs], out, shard="0/2") or ()
+    assert (pair.a, pair.b, pair.relation) == (str(ours / "x.png"), str(theirs / "x.png"), "exact")
+
+
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image"):
         decontaminate.look([tmp_path], tmp_path / "out")
@@ -97,6 +113,38 @@ def test_nothing_is_taken_from_phantoms(tmp_path: Path) -> None:
     for path in examples.glob("*-00000.jsonl"):
         assert files.sha256(path) == files.sha256(clean / path.name)
     assert json.loads((clean / "summary.json").read_text())["removed"] == {}
+
+
+def test_copies_that_contradict_each_other_are_told_with_all_their_labels(tmp_path: Path) -> None:
+    """TOP's flags: three pairs of copies, of which one agrees in both of its two diseases."""
+    source, examples, clean = (
+        mini_sets.write("top", tmp_path / "top"),
+        tmp_path / "examples",
+        tmp_path / "clean",
+    )
+    head = "filename,ID,age,sex,LR,AMD,RVO,Gla,MH,DR,RD,RP,AO,DM"
+    flags = {
+        **{"000000_00": "1,0,1", "000000_01": "1,0,0"},
+        **{"000001_02": "1,0,1", "000006_01": "0,0,1"},
+        **{"000089_00": "1,0,1", "000011_01": "1,0,1"},
+    }
+    lines = [f"{name}.jpg,{name},60,M,L,{three},0,0,0,0,0,0" for name, three in flags.items()]
+    (source / "data.csv").write_text("\n".join([head, *lines]))
+    names = list(flags)
+    for one, other in zip(names[::2], names[1::2], strict=True):
+        shutil.copyfile(source / "img" / f"{one}.jpg", source / "img" / f"{other}.jpg")
+    asked = {"disease": 1.0, "modality": 1.0}
+    ingest.run("top", source, examples, tasks=asked, partial_copy=True, benchmarks=[])
+    decontaminate.run(examples, clean, alike=False)
+    assert len(rows(clean / "pairs.tsv")) == 3
+    found = [
+        {one[side].split("/")[2]: one[f"answer_{side}"] for side in "ab"}
+        for one in rows(clean / "conflicts.tsv")
+    ]
+    assert sorted(found, key=str) == [
+        {"000000_00": "AMD; Glaucoma", "000000_01": "AMD"},
+        {"000001_02": "AMD; Glaucoma", "000006_01": "Glaucoma"},
+    ]
 
 
 def test_patients_and_pictures_of_the_test_split_leave_training(tmp_path: Path) -> None:

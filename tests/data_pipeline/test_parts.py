@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,20 @@ def test_an_unfinished_directory_is_refused_and_its_missing_parts_are_named(tmp_
         list(jobs.read(tmp_path, Findings))
     toy(tmp_path, "1/4")
     assert len(list(jobs.read(tmp_path, Findings))) == 119
+
+
+def test_what_other_parts_made_of_another_input_is_left_to_them(tmp_path: Path) -> None:
+    """By the key of each shard, and not by its name alone; a shard without its files counts as missing."""
+    assert [toy(tmp_path, f"{part}/2").shards_left for part in (0, 1)] == [2, 0]
+    job, old = jobs.Job("toy", {"size": 3, "model": {"name": "none"}}), toy_job.shards()
+    new = [replace(old[0], key="changed"), *old[1:]]
+
+    def left(part: str, shards: list[jobs.ShardInput]) -> int:
+        return jobs.run(job, shards, toy_job.process, tmp_path, shard=part, limit=0.1).shards_left
+
+    assert (left("1/2", new), left("0/2", new), left("1/2", new)) == (1, 0, 0)
+    (tmp_path / f"{old[0].name}.jsonl").unlink()
+    assert (left("1/2", new), left("0/2", new)) == (1, 0)
 
 
 def test_another_division_is_refused_while_a_part_runs(tmp_path: Path) -> None:

@@ -39,6 +39,19 @@ def reasons(root: Path) -> dict[str, str]:
     return {one["key"]: one["reason"] for one in map(json.loads, lines)}
 
 
+def test_the_counts_wait_for_all_parts(tmp_path: Path, made: list[Made]) -> None:
+    """Also where all parts were there before the last decision."""
+    folder, summary = tmp_path / "decisions", tmp_path / "data" / "reviewed" / "summary.json"
+    decide(folder, "anna", made[0], "accept")
+    run(tmp_path)
+    before = summary.read_bytes()
+    decide(folder, "anna", made[1], "accept")
+    run(tmp_path, shard="1/2")
+    assert summary.read_bytes() == before, "the one shard is the other part's"
+    run(tmp_path, shard="0/2")
+    assert json.loads(summary.read_text())["accepted"] == 2
+
+
 def test_decisions_are_honoured_and_counted(tmp_path: Path, made: list[Made]) -> None:
     folder = tmp_path / "decisions"
     decide(folder, "anna", made[0], "accept")

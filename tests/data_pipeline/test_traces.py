@@ -2,6 +2,7 @@
 
 import collections
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -260,17 +261,20 @@ def test_one_run_and_two_half_runs_write_the_same(tmp_path) -> None:
         assert (halves / name).read_bytes() == (out / name).read_bytes()
 
 
-def test_other_findings_make_the_shard_again(tmp_path) -> None:
-    *parts, out = stages(tmp_path, {"a": [example(id="1")]})
+def test_other_findings_make_the_shards_again(tmp_path) -> None:
+    """And the counts wait for all of them: they are never of old and new ones."""
+    *parts, out = stages(tmp_path, {"a": [example(id="a")], "b": [example(id="b")]})
     traces.run(*parts, out)
+    before = (out / "summary.json").read_bytes()
+    changed = Findings(example="a", present=("microaneurysm",), votes={}, n=0, origin="pixels")
+    inputs = [jobs.ShardInput(name, "other", (replace(changed, example=name),)) for name in "ab"]
     again = tmp_path / "again"
-    again.mkdir()
-    changed = Findings(example="1", present=("microaneurysm",), votes={}, n=0, origin="pixels")
-    inputs = [jobs.ShardInput("a", "other", (changed,))]
-    jobs.run(jobs.Job("findings", {}), inputs, lambda shard, _: shard.items, again / "findings")
-    assert traces.run(parts[0], again / "findings", parts[2], out).shards_done == 1
-    (trace,) = jobs.read(out, Trace)
-    assert not trace.kept
+    jobs.run(jobs.Job("findings", {}), inputs, lambda shard, _: shard.items, again)
+    assert traces.run(parts[0], again, parts[2], out, shard="0/2").shards_done == 1
+    assert (out / "summary.json").read_bytes() == before
+    assert traces.run(parts[0], again, parts[2], out, shard="1/2").shards_done == 1
+    assert json.loads((out / "summary.json").read_text())["kept"] == 0
+    assert not any(trace.kept for trace in jobs.read(out, Trace))
 
 
 def test_a_missing_shard_of_findings_stops_the_stage(tmp_path) -> None:

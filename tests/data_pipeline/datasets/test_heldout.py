@@ -1,12 +1,17 @@
 """Images that benchmarks use leave the training split, with all others of their patients."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from data_pipeline import ingest, jobs
 from data_pipeline.datasets import heldout, registry
-from fundus_jax.records import DataError, Example
+from fundus_jax.records import ConfigError, DataError, Example
+from fundus_jax.workdir import Workdir
+from launch import stages
+from launch.config import DataConfig, as_json
+from tests import small
 from tests.data_pipeline import mini_sets
 
 
@@ -89,6 +94,45 @@ def test_ingest_takes_folders_of_benchmarks(tmp_path):
     splits = {one.id.split("/")[2]: one.split for one in jobs.read(tmp_path / "out", Example)}
     assert splits["amd_101_1"] == splits["amd_101_2"] == "test"
     assert splits["amd_102_1"] == "train"
+
+
+@pytest.mark.parametrize("name", sorted(set(heldout.SOURCES.values())))
+def test_what_benchmarks_draw_on_is_refused_where_nothing_is_said(name, tmp_path):
+    with pytest.raises(
+        ConfigError, match=f"{name}: benchmarks ask about .*--benchmarks.*data.benchmarks.*'none'"
+    ):
+        ingest.run(name, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_has_to_be_said_where_benchmarks_show_published_test_parts(tmp_path):
+    ingest.run("rfmid", mini_sets.write("rfmid", tmp_path / "rfmid"), tmp_path / "out", partial_copy=True)
+
+
+def test_what_a_user_says():
+    assert heldout.folders([]) is None
+    assert heldout.folders(["none"]) == []
+    assert heldout.folders(["fun", "omni"]) == [Path("fun"), Path("omni")]
+
+
+@pytest.mark.parametrize("said", ["none", "benchmark"])
+def test_a_run_keeps_them_out_of_training(said, tmp_path):
+    """From the run's config to the Examples that are trained on; by default the run stops."""
+    source = mini_sets.write("octdl", tmp_path / "octdl")
+    folder = funbench(tmp_path / "benchmark", "OCTDL/OCTDL/AMD/amd_101_2.jpg")
+    fields = {"dataset": "octdl", "source": str(source), "partial": True, "near": False, "workers": 1}
+    config = small.config(data=DataConfig(**fields))
+    work = Workdir(tmp_path / "refused", as_json(config))
+    with pytest.raises(ConfigError, match="data.benchmarks"):
+        stages.prepare_data(config, work)
+    config = small.config(data=DataConfig(**fields, benchmarks="none" if said == "none" else str(folder)))
+    work = Workdir(tmp_path / "run", as_json(config))
+    stages.prepare_data(config, work)
+    clean = [one for one in jobs.read(work.path / "data" / "clean", Example) if one.split == "train"]
+    shown = {one.id.split("/")[2] for one in clean}
+    assert "amd_102_1" in shown
+    named = {"amd_101_1", "amd_101_2"}
+    assert shown & named == (named if said == "none" else set())
 
 
 def test_real_files_of_the_benchmarks(shared_data):
