@@ -190,10 +190,10 @@ def report(text: str) -> Report:
             found.dcn_sent += times * size(op.shape.split(", u32[]")[0])
         kind = op.code.removesuffix("-start")
         if kind in COLLECTIVES:
-            channel = op.attribute(r"channel_id=(\d+)")
-            if channel and channel in seen:  # an asynchronous one is split over fusions of one channel
+            chain = op.attribute(r'chain_id="(\d+)"')
+            if chain and chain in seen:  # an asynchronous one of a TPU is split over fusions of one chain
                 continue
-            seen.add(channel)
+            seen.add(chain)
             found.collectives.append(_collective(kind, op, table, times))
     return found
 

@@ -97,13 +97,13 @@ TPU = """HloModule jit_step
 
 %start (a: bf16[4,8]) -> (bf16[4,8], bf16[16,8]) {
   %a = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
-  %g1 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%a), channel_id=7, replica_groups=GROUPS, dimensions={0}
+  %g1 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%a), channel_id=7, replica_groups=GROUPS, dimensions={0}, frontend_attributes={chain_id="3"}
   ROOT %s = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) custom-call(%g1), custom_call_target="AsyncCollectiveStart"
 }
 
 %done (b: bf16[4,8]) -> bf16[16,8] {
   %b = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
-  %g2 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%b), channel_id=7, replica_groups=GROUPS, dimensions={0}
+  %g2 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%b), channel_id=7, replica_groups=GROUPS, dimensions={0}, frontend_attributes={chain_id="3"}
   ROOT %d = bf16[16,8]{1,0} custom-call(%g2), custom_call_target="AsyncCollectiveDone"
 }
 
@@ -113,6 +113,7 @@ ENTRY %main (x: f32[8,16], a: bf16[4,8]) -> f32[8,16] {
   %zero = s32[]{:T(128)} constant(0)
   %f1 = (bf16[4,8], bf16[16,8]) fusion(%a), kind=kLoop, calls=%start
   %f2 = bf16[16,8]{1,0} fusion(%a), kind=kLoop, calls=%done
+  %g3 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%a), channel_id=7, replica_groups=GROUPS, dimensions={0}
   %k = f32[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"1000"}}
   %send = (bf16[32]{0}, u32[], token[]) send(%a, %zero), channel_id=9, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %t = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) tuple(%zero, %x)
@@ -137,9 +138,9 @@ def test_what_a_tpu_writes(groups: str, first: tuple[int, ...]) -> None:
     assert report.kernel_flops == 1000
     assert report.kernels == {"pallas": 1}
     assert report.dcn_sent == 64
-    assert [(one.kind, one.group, one.sent) for one in report.collectives] == [
+    assert [(one.kind, one.group, one.sent) for one in report.collectives] == 2 * [
         ("all-gather", first, 3 * 4 * 8 * 2)
-    ], "one collective, though two fusions hold it"
+    ], "one that two fusions hold, and one of the same channel, as in a loop that was laid out"
 
 
 def test_the_step_of_a_counter_is_read() -> None:
