@@ -192,6 +192,11 @@ def loss(model: Any, batch: Any, total: Any) -> tuple[jax.Array, dict[str, jax.A
     }
 
 
+def check_mesh(config: SftConfig, mesh: Mesh) -> None:
+    """Raises ConfigError where the mesh does not divide the rows of a micro-batch."""
+    training.check_rows("sft.batch", config.batch, mesh, config.micro_batches)
+
+
 def count(batch: Any) -> jax.Array:
     """Learned tokens of the whole batch."""
     return jax.numpy.maximum(batch[1][:, 1:].sum(), 1)
@@ -224,6 +229,7 @@ def train(
     compute: dtype of the forward and backward pass; trained weights stay float32 masters. remat: a name of
     `models.layers.REMAT`. exam: measures the policy now and then; the bundle that does best in it is kept.
     """
+    check_mesh(config, mesh)
     steps = work.stages["sft"]
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)

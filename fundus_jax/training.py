@@ -115,18 +115,29 @@ def cast(params: Params, dtype: str) -> Params:
     )
 
 
+def check_rows(name: str, count: int, mesh: Mesh, pieces: int = 1) -> None:
+    """Raise ConfigError unless each of the `pieces` of a batch of `count` rows divides by data x fsdp.
+
+    Where one does not, nothing fails: every device computes all of its rows (`sharding.fit`).
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if count % (pieces * parts):
+        cut = f" in {pieces} pieces" if pieces > 1 else ""
+        text = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
+        raise ConfigError(
+            f"{name} {count}{cut}: {count // pieces} rows do not divide by data x fsdp = {parts} of the mesh "
+            f"{text}, and every device would compute all of them; change the batch, its pieces or the mesh, "
+            "or leave pieces and mesh to --mesh=auto"
+        )
+
+
 def rows_here(count: int, mesh: Mesh) -> np.ndarray:
     """Which rows of a batch of `count` the devices of this process hold, in order: with one process all.
 
     Rows that several processes hold (of one tensor-parallel group) are among those of each. Raises
     ConfigError if the rows do not divide.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if count % parts:
-        raise ConfigError(
-            f"{count} rows do not divide by data x fsdp = {parts} of the mesh; "
-            "change the batch size or the mesh"
-        )
+    check_rows("a batch of", count, mesh)
     held: Any = sharding.batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
     return np.unique([np.arange(count)[index] for index in held])
 
@@ -283,6 +294,7 @@ __all__ = [
     "begin",
     "cast",
     "check_finite",
+    "check_rows",
     "cut_rows",
     "hold",
     "join",

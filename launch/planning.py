@@ -17,6 +17,7 @@ import jax
 from absl import logging
 
 from fundus_jax import sharding
+from fundus_jax.grpo import update
 from launch import auto, hlo, programs
 from launch.chips import GIB, Topology
 from launch.config import RunConfig
@@ -73,7 +74,7 @@ def plan(
         "mesh": ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items()),
         "stage": stage,
         "remat": config.remat,
-        "micro_batches": config.sft.micro_batches if stage == "sft" else _pieces(config),
+        "micro_batches": config.sft.micro_batches if stage == "sft" else update.pieces_of(config.grpo),
         "jax": jax.__version__,
         "memory_gib": topology.chip.memory / topology.chip.devices,
         "resident_gib": {name: size / GIB for name, size in resident.items()},
@@ -82,10 +83,6 @@ def plan(
         "fits": not problems,
         "problems": problems,
     }
-
-
-def _pieces(config: RunConfig) -> int:
-    return config.grpo.prompts_per_step * config.grpo.group_size // config.grpo.micro_batch
 
 
 def _compile(

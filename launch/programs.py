@@ -123,6 +123,7 @@ def _put(leaf: Any, place: Any) -> Any:
 def sft_stage(policy: Abstract) -> Stage:
     """The one program of SFT."""
     config = policy.config.sft
+    sft.check_mesh(config, policy.mesh)
     optimizer = training.make_optimizer(config.optim, SCHEDULE)
     state = policy.state(optimizer)
     run = sft.make_update(policy.merge, optimizer, config, policy.config.compute)
@@ -141,6 +142,7 @@ def grpo_stage(policy: Abstract) -> Stage:
     """A step of GRPO in order: the sampler's weights and slots, prompts read into them, decoding, the
     reference's scores, the update."""
     config, run = policy.config.grpo, policy.config
+    update.check_mesh(config, policy.mesh)
     optimizer = training.make_optimizer(config.optim, SCHEDULE)
     state = policy.state(optimizer)
     batch = policy.batch(config.prompts_per_step, run.max_prompt)

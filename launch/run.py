@@ -1,8 +1,7 @@
 """The one entry: from data to a trained, evaluated, exported model and a report.
 
     python launch/run.py --config=configs/demo.py --workdir=runs/demo
-    python launch/run.py --config=configs/fundus_r1_3b.py --config.model=DIR --mesh=data:1,fsdp:-1,tensor:1
-    --stage=grpo
+    python launch/run.py --config=configs/fundus_r1_3b.py --config.model=DIR --stage=grpo
 
 Stages: data, base (only where no model is given), sft and grpo (unless --config.stages leaves them out),
 evaluate, export. Running the same command again goes on where it stopped; another configuration in the same

@@ -131,6 +131,10 @@ def test_rows_are_split_over_data_and_fsdp_or_refused() -> None:
     assert placed["x"].addressable_shards[0].data.shape == (2, WIDTH)
     with pytest.raises(ConfigError, match=r"6 rows do not divide by data x fsdp = 4 of the mesh"):
         training.place({"x": np.zeros((6, 2))}, mesh)
+    training.check_rows("sft.batch", 16, mesh, pieces=4)
+    refused = r"sft\.batch 16 in 8 pieces: 2 rows do not .* 4 of the mesh data:2,fsdp:2,tensor:2, .*=auto"
+    with pytest.raises(ConfigError, match=refused):
+        training.check_rows("sft.batch", 16, mesh, pieces=8)
 
 
 def test_a_model_taken_apart_is_the_same_model_again() -> None:

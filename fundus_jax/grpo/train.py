@@ -33,7 +33,7 @@ from fundus_jax.grpo.rewards import Score, assess, from_dict, reward_arrays, rew
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.sampler import Counts, sample
 from fundus_jax.grpo.show import Diary
-from fundus_jax.grpo.update import Samples, make_score, make_update
+from fundus_jax.grpo.update import Samples, check_mesh, make_score, make_update
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Example
 from fundus_jax.sft import LENGTH_STEP, PromptConfig
@@ -208,6 +208,7 @@ def train(
     Raises JudgeError when the judge abstains too often or is lost, after saving what is there; ConfigError at
     an alarm that is to stop the run; DataError when gradients stay non-finite.
     """
+    check_mesh(config, mesh)
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
 
@@ -219,8 +220,7 @@ def train(
 
     optimizer = training.make_optimizer(config.optim, config.steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
-    mine = training.rows_here(config.prompts_per_step, mesh)
-    own = own_rewards.load(config.rewards)
+    mine, own = training.rows_here(config.prompts_per_step, mesh), own_rewards.load(config.rewards)
     with jax.set_mesh(mesh), work.stoppable("grpo", on=JudgeError) as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)

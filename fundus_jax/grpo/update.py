@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from fundus_jax import training
 from fundus_jax.grpo.config import GrpoConfig
@@ -56,6 +57,18 @@ class Samples:
             old=old,
             ref=ref,
         )
+
+
+def pieces_of(config: GrpoConfig) -> int:
+    """Into how many micro-batches of whole groups a step's prompts are cut."""
+    return config.prompts_per_step * config.group_size // config.micro_batch
+
+
+def check_mesh(config: GrpoConfig, mesh: Mesh) -> None:
+    """Raises ConfigError where the mesh does not divide the prompts of a micro-batch, or the slots."""
+    training.check_rows("grpo.prompts_per_step", config.prompts_per_step, mesh, pieces_of(config))
+    if config.slots < config.prompts_per_step:
+        training.check_rows("grpo.slots", config.slots, mesh)
 
 
 def flat_last(samples: Samples, micro_batches: int) -> Samples:
@@ -102,7 +115,7 @@ def make_score(merge: Callable[[Any], Any], config: GrpoConfig, compute: str) ->
             return one((prompts, tokens))
         return training.join_rows(jax.lax.map(one, training.cut_rows((prompts, tokens), pieces)))
 
-    pieces = config.prompts_per_step * config.group_size // config.micro_batch
+    pieces = pieces_of(config)
     return jax.jit(score)
 
 
@@ -144,7 +157,7 @@ def make_update(
         losses = stacked.pop("loss")
         return combine_metrics(stacked) | {"loss": losses.sum()}
 
-    pieces = config.prompts_per_step * config.group_size // config.micro_batch
+    pieces = pieces_of(config)
     dropping: dict[str, Any] = {
         "prepare": lambda samples: flat_last(samples, pieces),
         "teaches": lambda samples: samples.mask.any(),

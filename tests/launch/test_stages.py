@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
 
 from data_pipeline import decisions
-from fundus_jax import training
+from fundus_jax import sft, sharding, training
 from fundus_jax.data import open_pool
+from fundus_jax.grpo import train as grpo
 from fundus_jax.models import load_pretrained, save_pretrained
 from fundus_jax.records import ConfigError
 from fundus_jax.workdir import Workdir
-from launch import evaluate, inherit, run, stages
+from launch import evaluate, inherit, programs, run, stages
 from launch.config import EvaluateConfig, RunConfig, as_json
 from tests import small
 
@@ -84,6 +85,30 @@ def test_what_is_measured_has_the_dtype_it_was_trained_in(source: Path, tmp_path
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, wanted)))
 
 
+def test_a_mesh_that_does_not_divide_a_micro_batch_is_refused(source: Path, tmp_path: Path) -> None:
+    """By the loops and by what plans them: each device would compute all of its rows."""
+    mesh = sharding.parse_mesh("fsdp:8")
+    config = small.config(
+        model=str(source / "policy"),
+        sft=dataclasses.replace(small.config().sft, batch=8, micro_batches=2),
+        grpo=dataclasses.replace(small.config().grpo, prompts_per_step=16, micro_batch=8),
+    )
+    trainer = small.open_run(tmp_path, source, config, mesh)
+    work, none = trainer.work, cast(Any, None)  # what is not come to
+    pieces = r"sft\.batch 8 in 2 pieces: 4 rows", r"grpo\.prompts_per_step 16 in 4 pieces: 4 rows"
+    for stage, words in zip(("sft", "grpo"), pieces, strict=True):
+        with pytest.raises(ConfigError, match=words):
+            programs.STAGES[stage](programs.Abstract(config, mesh))
+    with pytest.raises(ConfigError, match=pieces[0]):
+        sft.train(work, none, trainer.rows, trainer.processor, config.sft, mesh)
+    with pytest.raises(ConfigError, match=pieces[1]):
+        grpo.train(work, none, none, trainer.judge, config.grpo, mesh)
+    slots = dataclasses.replace(config.grpo, micro_batch=32, slots=4)
+    with pytest.raises(ConfigError, match=r"grpo\.slots 4: 4 rows"):
+        grpo.train(work, none, none, trainer.judge, slots, mesh)
+    work.close()
+
+
 def test_a_stage_that_the_run_leaves_out_is_refused_by_name(tmp_path: Path) -> None:
     config: RunConfig = small.config(stages="grpo")
     with pytest.raises(ConfigError, match=r"--stage=sft, but --config.stages is 'grpo', which leaves it out"):
@@ -93,7 +118,6 @@ def test_a_stage_that_the_run_leaves_out_is_refused_by_name(tmp_path: Path) -> N
 
 def test_prompts_without_a_trace_are_scored_without_one(source: Path, tmp_path: Path) -> None:
     """Through the loop's own function: the format reward follows `prompt.think`."""
-    from fundus_jax.grpo import train as grpo
     from fundus_jax.grpo.judge import RulesJudge
     from fundus_jax.grpo.rollout import Rollout
 
