@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 DAY = 24 * 3600  # seconds that the others wait while the first process prepares data
-LARGE = 1 << 30  # bytes that `fetch` brings onto a device at once
+LARGE = 1 << 30  # bytes that `fetch` brings onto a device at once, or a row where one is larger
 _waits = itertools.count()  # a barrier's name is used once; all processes count alike
 
 
@@ -56,7 +56,12 @@ def fetch(array: Any) -> np.ndarray:
     if getattr(array, "is_fully_addressable", True):
         return np.asarray(array)
     if array.nbytes > LARGE and array.ndim > 1:  # a stack of layers: it would not fit one device
-        return np.stack([fetch(array[row]) for row in range(array.shape[0])])
+        rows = max(1, LARGE * len(array) // array.nbytes)
+        whole = np.empty(array.shape, array.dtype)
+        for first in range(0, len(array), rows):
+            part = slice(first, first + rows) if rows > 1 else first
+            whole[part] = fetch(array[part])
+        return whole
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 

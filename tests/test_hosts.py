@@ -37,6 +37,12 @@ for error, other in ((ConfigError("lost"), (RuntimeError, "process [0] failed"))
     else:
         raise AssertionError("process %d did not hear of it" % rank)
 
+gathered, gather = [], hosts.multihost_utils.process_allgather
+def counted(array, **how):
+    gathered.append(array.shape)
+    return gather(array, **how)
+hosts.multihost_utils.process_allgather = counted
+
 # Rows by a mesh whose devices are not in the order of the processes, as on a torus; and shared by a tensor axis.
 a, b, c, d = jax.devices()
 rows = np.arange(24).reshape(8, 3)
@@ -48,8 +54,13 @@ for shape, order, mine in (((2, 2, 1), (a, c, b, d), None), ((2, 1, 2), (a, c, b
     assert placed.shape == (8, 3)
     assert np.array_equal(hosts.fetch(placed), rows)
     spread = training.spread({"w": rows}, {"w": NamedSharding(mesh, P(("data", "fsdp"), "tensor") if shape[2] == 1 else P("data"))})["w"]
-    hosts.LARGE = 0 if shape[0] == 4 else 1 << 30
+    gathered.clear()
+    hosts.LARGE, parts = {2: (1 << 30, [(8, 3)]), 4: (3 * spread.nbytes // 8, [(3, 3), (3, 3), (2, 3)])}[shape[0]]
     assert np.array_equal(hosts.fetch(spread), rows)
+    assert gathered == parts, gathered
+hosts.LARGE = 0
+gathered.clear()
+assert np.array_equal(hosts.fetch(spread), rows) and gathered == [(3,)] * 8, "row by row where a row is too large"
 jax.distributed.shutdown()
 print("fine", rank)
 """  # noqa: E501 - a program of its own
