@@ -2,7 +2,8 @@
 
 A run is one process, or several that `launch/distributed.py` has joined: one a host, or one an accelerator.
 With several, all of them call each function here, at the same point of the program; one that does not leaves
-the others waiting. With one process nothing is exchanged. Neighbours: `checkpoints`, `stop` and the loops.
+the others waiting. Only `tell` and `told` wait for nobody. With one process nothing is exchanged. Neighbours:
+`checkpoints`, `stop` and the loops.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax._src import distributed  # its store of keys, which Orbax reads there too, has no public name
 from jax.experimental import multihost_utils
 
 DAY = 24 * 3600  # seconds that the others wait while the first process prepares data
@@ -37,6 +40,27 @@ def highest(value: int) -> int:
 def of_first(value: int) -> int:
     """The first process's number: what it sees of the files decides for all."""
     return highest(value if is_first() else np.iinfo(np.int32).min)
+
+
+def tell(name: str, value: int) -> None:
+    """Leave a number for the other processes, which may be anywhere. A process tells a name once; where the
+    others can not be reached any more, nothing happens."""
+    client = distributed.global_state.client
+    if client is not None:
+        with suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(f"{name}/{jax.process_index()}", str(value))
+
+
+def told(name: str) -> int:
+    """The largest number that any process has left under `name` so far; 0 where none has."""
+    client = distributed.global_state.client
+    if client is None:
+        return 0
+    try:
+        found = client.key_value_dir_get(f"{name}/")
+    except jax.errors.JaxRuntimeError:  # the first process, which keeps them, is gone
+        return 0
+    return max((int(value) for _, value in found), default=0)
 
 
 def gather(value: Any) -> list[Any]:

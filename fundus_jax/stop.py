@@ -11,6 +11,10 @@ depends on where the program is:
 * While XLA compiles or a program runs, Python runs no handler at all. So a thread waits too, and ends the
   process once the grace is over: then the newest bundle stands, and what came after it is computed again.
 
+With several processes the thread of one that gets a signal tells the others. Where these are in
+`interruptible`, their threads send it to their own process: it leaves its server too, instead of letting the
+first wait for it.
+
 The exit code is 128 + the signal's number (143, 130): it tells a scheduler to start the same command again.
 Neighbours: `hosts` (agreement), the loops (`check`), `launch/run.py` (`install`, and the last step out).
 """
@@ -18,6 +22,7 @@ Neighbours: `hosts` (agreement), the loops (`check`), `launch/run.py` (`install`
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -34,8 +39,11 @@ from fundus_jax import hosts
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = 20.0  # seconds from the signal to the end of the process, at the latest
+LISTEN = 0.5  # seconds between two looks at what other processes got
+TOLD = "stop"  # under which they tell it (`hosts.tell`)
 _wanted = 0  # the signal that came; the process has one, so the module has
 _deferred = 0  # how many `deferred` blocks the main thread is in
+_interruptible = False  # whether it is in `interruptible`
 
 
 class Stopped(SystemExit):
@@ -81,25 +89,27 @@ def deferred() -> Iterator[None]:
 
 def interruptible(action: Callable[[], T]) -> T:
     """What `action` gives, which changes nothing and may wait for long: within `deferred()` too, a signal
-    ends it at once. Then all processes agree whether to go on, as in `check`."""
-    global _deferred
+    ends it at once, also one that another process got. Then all processes agree whether to go on, as in
+    `check`."""
+    global _deferred, _interruptible
     result: Any = None
     kept = _deferred
     try:
-        _deferred = 0
+        _deferred, _interruptible = 0, True
         if not _wanted:
             result = action()
     except Stopped:
         logging.info("left what could be left at once")
     finally:
-        _deferred = kept
+        _deferred, _interruptible = kept, False
     check()
     return result
 
 
 def settle(tree: T) -> T:
     """`tree` once its arrays are computed; then as `check`. On one process a stop ends the wait itself;
-    several have to run the same programs, and one that left would strand the others."""
+    several have to run the same programs, and one that left would strand the others: no program should take
+    longer than the grace."""
     if jax.process_count() > 1:
         jax.block_until_ready(tree)
     arrays: list[Any] = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
@@ -120,10 +130,15 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _watch(reader: int, grace: float) -> None:
-    """The thread: notice the signal, wait, and end the process if it is still there."""
-    number = 0
+    """The thread: notice the signal, or hear of another process's; wait, and end the process if it is still
+    there."""
+    number, pause = 0, LISTEN if jax.process_count() > 1 else None
     while number not in SIGNALS:
-        number = os.read(reader, 1)[0]
+        if select.select([reader], [], [], pause)[0]:
+            number = os.read(reader, 1)[0]
+        elif _interruptible and (heard := hosts.told(TOLD)):
+            os.kill(os.getpid(), heard)  # it comes back through `reader`
+    hosts.tell(TOLD, number)
     name = signal.Signals(number).name
     logging.warning("%s: stopping within %g s; the same command goes on from here", name, grace)
     time.sleep(grace)

@@ -206,7 +206,7 @@ def _sampling(policy: Abstract, batch: Batch, others: tuple[str, ...]) -> list[P
 
     def decode(made: dict[str, Any]) -> tuple[Any, ...]:
         slots = made["fill"] if rows == refill else made["fill"][0]
-        return (stepper(made), slots, key, settings, count)
+        return (stepper(made), slots, key, settings, count, count)
 
     gather = [
         Program("gather layer", sampler.gather_layer, lambda _: (model, count), (*read, "sampler"), layers),

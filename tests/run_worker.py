@@ -22,7 +22,7 @@ import numpy as np
 from absl import app
 
 from fundus_jax import training
-from fundus_jax.grpo import stream
+from fundus_jax.grpo import sampler, stream
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.rewards import Score
 from fundus_jax.metrics import Metrics
@@ -110,11 +110,18 @@ def in_slots(work: Callable[[], Any]) -> Any:
     return decoding, in_hours(ended)
 
 
+def in_steps(work: Callable[[], Any]) -> Any:
+    """As in rollouts that take hours, in many calls."""
+    sampler.STEPS = 0  # of each
+    return work()
+
+
 # POINT -> module, what is called in it, which call gets stuck, and how
 STUCK: dict[str, tuple[Any, str, int, Callable[[Any], Any]]] = {
     "data": (stages.knowledge_base, "run", 1, in_python),
     "compile": (training, "make_step", 2, in_c),  # SFT's; the first is the base stage's
     "rollout": (grpo, "sample", 2, on_device),
+    "decode": (sampler, "fill_all", 3, in_steps),
     "judge": (grpo, "score_all", 3, in_python),
     "evaluate": (stream, "decode_slots", 2, in_slots),
 }

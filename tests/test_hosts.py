@@ -23,6 +23,11 @@ jax.distributed.initialize("127.0.0.1:" + port, 2, rank)
 
 assert hosts.highest(10 * rank - 5) == 5 and hosts.of_first(10 * rank - 5) == -5
 assert hosts.gather({"rank": rank, "text": "x" * 9 * rank}) == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x" * 9}]
+assert hosts.told("word") == 0
+hosts.highest(0)
+hosts.tell("word", 7 + rank)
+hosts.highest(0)
+assert hosts.told("word") == 8 and hosts.told("wor") == 0
 done = []
 hosts.on_first(lambda: done.append(1))
 assert done == [1] * (rank == 0)
@@ -91,6 +96,8 @@ def test_one_process_exchanges_nothing() -> None:
     assert hosts.is_first()
     assert hosts.highest(-3) == hosts.of_first(-3) == -3
     assert hosts.gather((1, 2)) == [(1, 2)]
+    hosts.tell("word", 7)
+    assert hosts.told("word") == 0
     assert np.array_equal(hosts.fetch([1, 2]), [1, 2])
     with pytest.raises(KeyError, match="missing"):
         hosts.on_first(lambda: {}["missing"])

@@ -131,7 +131,7 @@ def _generate(graph: nnx.GraphDef, state: nnx.State, batch: Batch, key: Array, s
     stepper = model.stepper()
     rows = jnp.arange(batch.tokens.shape[0])
     decoding = start(stepper, begin(model, stepper, batch, rows, key, settings), settings)
-    return decode(stepper, decoding, key, settings, len(rows)).groups.out
+    return decode(stepper, decoding, key, settings, len(rows), settings.max_new_tokens).groups.out
 
 
 def begin(
@@ -163,13 +163,18 @@ def start(stepper: Stepper, groups: Groups, settings: Settings) -> Decoding:
 
 
 def decode(
-    stepper: Stepper, decoding: Decoding, key: Array, settings: Settings, enough: Array | int
+    stepper: Stepper,
+    decoding: Decoding,
+    key: Array,
+    settings: Settings,
+    enough: Array | int,
+    most: Array | int,
 ) -> Decoding:
-    """Go on until `enough` groups have ended."""
-    ends = _ends(stepper.config)
+    """Go on until `enough` groups have ended, but for at most `most` steps."""
+    ends, last = _ends(stepper.config), decoding.steps + most
 
     def proceed(decoding: Decoding) -> Array:
-        return (~decoding.groups.alive.any(axis=1)).sum() < enough
+        return ((~decoding.groups.alive.any(axis=1)).sum() < enough) & (decoding.steps < last)
 
     def advance(decoding: Decoding) -> Decoding:
         groups, cache, steps, busy = decoding

@@ -2,9 +2,10 @@
 others.
 
 A slot is one prompt and its group. Decoding returns to the host when enough slots have ended; the host has
-the next prompts read and put into them, and goes on. A rollout's random numbers follow from the seed and its
-prompt's number alone, so the tokens are those of `rollout.generate`, whatever S is. Four programs are
-compiled, each once. Neighbours: `rollout` (the loop), `train`.
+the next prompts read and put into them, and goes on. It also returns after `STEPS` steps: between two calls
+the run can be stopped, on several hosts too. A rollout's random numbers follow from the seed and its prompt's
+number alone, so the tokens are those of `rollout.generate`, whatever S is. Four programs are compiled, each
+once. Neighbours: `rollout` (the loop), `train`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fundus_jax.records import ConfigError
 from fundus_jax.sharding import constrain, parts
 
 Array = jax.Array
+STEPS = 64  # of one call: a second or two with the largest models, hundreds of times what a call costs
 Split = tuple[nnx.GraphDef, Any]  # a module as nnx.split gives it
 
 
@@ -81,7 +83,7 @@ def sample(
     slots: S, 0 for all B. refill: as soon as so many slots are free, the next prompts are prefilled, so many
     at once; 0 is a quarter of the slots. Many mean fewer and larger prefills, few mean fuller slots. On a
     mesh data x fsdp should divide both. Raises ConfigError for a negative temperature, sizes below 1, or more
-    to refill than there are slots.
+    to refill than there are slots; Stopped where the run is to stop.
     """
     settings = Settings(max_new_tokens, float(temperature), group_size)
     settings.check()
@@ -90,9 +92,10 @@ def sample(
     key, split = as_key(seed), nnx.split(model)
     stepper = make_stepper(split)
     if slots == rows:
-        decoding, _ = decode_slots(
-            stepper, fill_all(split, stepper, batch, key, settings), key, settings, rows
-        )
+        decoding, free = fill_all(split, stepper, batch, key, settings), np.zeros(rows, bool)
+        while not free.all():
+            decoding, ended = decode_slots(stepper, decoding, key, settings, rows, STEPS)
+            free = np.array(stop.settle(ended))
         return decoding.groups.out, Counts(int(decoding.steps), int(decoding.busy), slots, 1)
     queue = Queue(rows, slots, refill)
     decoding, done = open_slots(split, stepper, batch, key, settings, slots)
@@ -100,9 +103,8 @@ def sample(
         while queue.waits:
             place = queue.take()
             decoding, done = fill_slots(split, stepper, decoding, done, batch, *place, key, settings)
-        decoding, ended = decode_slots(stepper, decoding, key, settings, queue.enough)
-        queue.free = np.array(ended).reshape(queue.free.shape)
-        stop.check()
+        decoding, ended = decode_slots(stepper, decoding, key, settings, queue.enough, STEPS)
+        queue.free = np.array(stop.settle(ended)).reshape(queue.free.shape)
     counts = Counts(int(decoding.steps), int(decoding.busy), slots, queue.fills)
     return close_slots(done, decoding.groups, len(queue.free)), counts
 
@@ -235,10 +237,10 @@ def fill_slots(
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
 def decode_slots(
-    stepper: Stepper, decoding: Decoding, key: Array, settings: Settings, enough: Array
+    stepper: Stepper, decoding: Decoding, key: Array, settings: Settings, enough: Array, most: Array
 ) -> tuple[Decoding, Array]:
-    """Go on until `enough` slots are free; also says which are."""
-    decoding = decode(stepper, decoding, key, settings, enough)
+    """Go on until `enough` slots are free, but for at most `most` steps; also says which are free."""
+    decoding = decode(stepper, decoding, key, settings, enough, most)
     return decoding, constrain(~decoding.groups.alive.any(axis=1), None)  # whole: the host reads it
 
 

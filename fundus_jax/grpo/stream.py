@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from fundus_jax import hosts, stop, training
 from fundus_jax.data import round_up
 from fundus_jax.grpo.rollout import Decoding, Settings, as_key, begin, start
-from fundus_jax.grpo.sampler import Queue, Split, decode_slots, make_stepper, put, sizes
+from fundus_jax.grpo.sampler import STEPS, Queue, Split, decode_slots, make_stepper, put, sizes
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.qwen2_5_vl.decode import Stepper, pinned
 
@@ -209,7 +209,7 @@ def stream(
                 numbers = _seat(feed, holder, first, where)
                 decoding = _fill(split, stepper, decoding, batch, numbers, where, key, settings)
             began = time.perf_counter()
-            decoding, ended = decode_slots(stepper, decoding, key, settings, queue.enough)
+            decoding, ended = decode_slots(stepper, decoding, key, settings, queue.enough, STEPS)
             moment = watch.submit(_moment, ended)
             yield from heard  # and what is done with it, and the next rows, while the devices decode
             if (queue.given < queue.rows).any():
@@ -244,8 +244,11 @@ def _seat(feed: Feed, holder: np.ndarray, first: np.ndarray, where: np.ndarray) 
 
 def _heard(decoding: Decoding, ended: np.ndarray, holder: np.ndarray) -> Iterator[Said]:
     """What was said in the slots that have ended and hold somebody; they hold nobody afterwards."""
+    places = np.argwhere(ended & (holder >= 0))
+    if not len(places):  # decoding returned so that the run can be stopped
+        return
     tokens, logprobs, mask = map(hosts.fetch, decoding.groups.out)
-    for shard, slot in np.argwhere(ended & (holder >= 0)):
+    for shard, slot in places:
         row = shard * holder.shape[1] + slot
         prompt, holder[shard, slot] = int(holder[shard, slot]), -1
         said = [tokens[row, g][mask[row, g]] for g in range(tokens.shape[1])]

@@ -176,6 +176,23 @@ def test_answers_that_are_cut_off_and_such_that_end_at_once() -> None:
     assert (nothing.steps, nothing.occupancy) == (0, 1.0)
 
 
+@pytest.mark.parametrize("slots", [0, 2])
+def test_the_length_of_a_call_changes_neither_tokens_nor_work(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    """Decoding comes back to the host, so that the run can be stopped there, and goes on as if it had not."""
+    model: Any = ending_often(Bigram(small.config(), rngs=nnx.Rngs(0)))
+    settings: dict[str, Any] = {"max_new_tokens": 9, "group_size": 3, "seed": 3, "slots": slots}
+    whole, counts = sample(model, batch, **settings)
+    calls, settle = [], sampler.stop.settle
+    monkeypatch.setattr(sampler, "STEPS", 2)
+    monkeypatch.setattr(sampler.stop, "settle", lambda ended: settle(calls.append(ended) or ended))
+    short, same = sample(model, batch, **settings)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, short, whole)))
+    assert same == counts
+    assert len(calls) >= counts.steps / 2 > 3, "the run could be stopped after each"
+
+
 def test_programs_are_few_and_caches_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = Countdown()
     names = ("gather_layer", "gather_ends", "open_slots", "fill_slots", "decode_slots", "close_slots")
