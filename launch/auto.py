@@ -108,10 +108,11 @@ class Sizes:
         is `cut`, the gradients are there twice (the sum, and those of one piece), and once for all pieces the
         weights are rounded."""
         model, vision = self.model, self.model.vision
-        text = _activations(
-            model.hidden_size, model.intermediate_size / tensor, remat, model.num_hidden_layers
-        )
-        image = _activations(vision.hidden_size, vision.intermediate_size / tensor, remat, vision.depth)
+        adapted = self.frozen > 0
+        mlp = model.intermediate_size / tensor
+        text = _activations(model.hidden_size, mlp, remat, model.num_hidden_layers, adapted)
+        mlp = vision.intermediate_size / tensor
+        image = _activations(vision.hidden_size, mlp, remat, vision.depth, adapted)
         logits = 3 * 4 * max(CHUNK, rows) * model.vocab_size / tensor
         gathered = 2 * (3 * self.layer + 2 * model.vocab_size * model.hidden_size) / tensor
         gradients = (4 + 6 * cut) * self.trained / self.spread(fsdp, tensor)
@@ -168,12 +169,13 @@ class Sizes:
         return weights + rows * cache + 4 * rows * grpo.group_size * model.vocab_size
 
 
-def _activations(width: float, mlp: float, remat: str, layers: int) -> float:
+def _activations(width: float, mlp: float, remat: str, layers: int, adapted: bool) -> float:
     """Bytes of one token: what every layer keeps, and twice what one layer computes with. The numbers of
-    arrays of each width are fitted to the compiler's figures for 3B on eight H100, and for keeping all to
-    those on 256 v6e (docs/log.md)."""
+    arrays of each width are fitted to the compiler's figures for 3B on eight H100, for keeping all to those
+    on 256 v6e, and for the products of adapters, which "dots" keeps too, to those on one (docs/log.md)."""
     whole = 2 * (15 * width + 7.5 * mlp)
-    kept = {"none": 1.15 * whole, "dots": 2 * (5 * width + 3 * mlp), "block": 2 * width}[remat]
+    dots = 2 * (5 * width + 3 * mlp) * (1.3 if adapted else 1)
+    kept = {"none": 1.15 * whole, "dots": dots, "block": 2 * width}[remat]
     return layers * kept + 2 * whole
 
 
