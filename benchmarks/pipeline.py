@@ -3,16 +3,19 @@
     python -m benchmarks.pipeline --out=pipeline.json
     python -m benchmarks.pipeline --address=http://HOST:8000/v1 --model=NAME --out=pipeline_vllm.json
 
-First a client without weight (`serving`) sends the same requests with 1, 2, 4, ... of them under way; the
-best of these is the server's own best. Then a job, with shards, files and kept answers, asks about as many
-items, beside another run of that client. Without --address the server is one of 50 ms with `slots` requests
-at a time; and then jobs of so many records in shards of 500, which lack their last shard, are given again:
-seconds until that shard is begun, and memory. What is measured is a process of its own, without jax.
+First a client without weight (`serving`) asks about so many items, with 1, 2, 4, ... requests under way; the
+best of these is the server's own best. Then a job, with shards, files and kept answers, does the same, in
+turns with further runs of that client; `share` is the quotient of their medians, and `runs` has them all. No
+two runs show an image twice, so no cache of the server knows one; a run before the first is not counted.
+Without --address the server is one of 50 ms with `slots` requests at a time; and then jobs of so many records
+in shards of 500, which lack their last shard, are given again: seconds until that shard is begun, and memory.
+What is measured is a process of its own, without jax.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import random
 import re
@@ -20,7 +23,7 @@ import statistics
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,27 +77,27 @@ def body(model: str, item: int) -> dict[str, Any]:
     return {"model": model, **said, "response_format": {"type": "json_schema", "json_schema": described}}
 
 
-def shards(items: int, size: int) -> list[jobs.ShardInput]:
-    """Items 0, 1, 2, ... in shards."""
-    starts = range(0, items, size)
-    return [jobs.ShardInput(f"s{at:07d}", f"{at}", range(at, min(at + size, items))) for at in starts]
+def shards(items: range, size: int) -> list[jobs.ShardInput]:
+    """Some items in shards."""
+    starts = range(0, len(items), size)
+    return [jobs.ShardInput(f"s{at:07d}", f"{items[at]}", items[at : at + size]) for at in starts]
 
 
-def job(out: Path, address: str, model: str, items: int, size: int, concurrency: int) -> float:
-    """Items a second of a job."""
+def job(out: Path, address: str, model: str, items: range, size: int, concurrency: int) -> float:
+    """Items a second of a job about `items`."""
     config, inputs = ChatConfig(address=address, model=model, concurrency=concurrency), shards(items, size)
     through = asking.through(ask, config, "server", name=str)
     begun = time.perf_counter()
     summary = jobs.run(jobs.Job("ask", {}), inputs, asking.as_answered, out, limit=1.0, through=through)
     spent = time.perf_counter() - begun
-    if summary.answers + summary.quarantined != items:
-        raise RuntimeError(f"{items} items became {summary}")
-    return items / spent
+    if summary.answers + summary.quarantined != len(items):
+        raise RuntimeError(f"{len(items)} items became {summary}")
+    return len(items) / spent
 
 
 def fill(folder: Path, records: int, size: int) -> None:
     """Two stages of so many records, the second made from the first and without its last shard."""
-    jobs.run(jobs.Job("first", {}), shards(records, size), _records, folder / "first")
+    jobs.run(jobs.Job("first", {}), shards(range(records), size), _records, folder / "first")
     jobs.run(jobs.Job("second", {}), stages.shards(folder / "first", Findings), _again, folder / "second")
     path = folder / "second" / manifest.MANIFEST
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
@@ -143,27 +146,42 @@ def apart(call: Callable[[], float]) -> tuple[float, float]:
 
 
 def throughput(args: Any, address: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """The sweep, and the job at the concurrency that it found best."""
-    bodies = [body(args.model, item) for item in range(args.items)]
+    """The sweep, and the job at the concurrency that it found best and at twice that."""
+    starts = itertools.count(time.time_ns(), args.items)  # nor does another command show these images
+
+    def items() -> range:
+        first = next(starts)
+        return range(first, first + args.items)
+
+    def server(level: int) -> float:
+        return serving.plain(address, [body(args.model, item) for item in items()], level)
+
+    def ours(out: Path, level: int) -> tuple[float, float]:
+        return apart(functools.partial(job, out, address, args.model, items(), args.shard_size, level))
+
+    levels = [int(one) for one in args.sweep]
+    server(max(levels))  # its first answers count nowhere
     rates: dict[int, float] = {}
-    for concurrency in map(int, args.sweep):
-        some = bodies[: max(4 * concurrency, args.items // 4)]
-        rates[concurrency] = rate = serving.plain(address, some, concurrency)
-        yield {"what": "server", "under_way": concurrency, "items": len(some), "per_second": rate}
+    for level in levels:
+        rates[level] = server(level)
+        yield {"what": "server", "under_way": level, "items": args.items, "per_second": rates[level]}
     best = max(rates, key=lambda one: rates[one])
-    for concurrency in sorted({best, 2 * best}):
-        runs = []
+    for level in sorted({best, 2 * best}):
+        runs: list[dict[str, float]] = []
         for repeat in range(args.repeats):
-            rate = serving.plain(address, bodies, best)
-            out = folder / f"job-{concurrency}-{repeat}"
-            call = functools.partial(job, out, address, args.model, args.items, args.shard_size, concurrency)
-            runs.append((*apart(call), rate))
-        got, memory, rate = (statistics.median(values) for values in zip(*runs, strict=True))
-        yield {
-            **{"what": "job", "under_way": concurrency, "items": args.items, "per_second": got},
-            **{"memory_mb": memory, "server_per_second": rate},
-            "share": statistics.median(run[0] / run[2] for run in runs),
-        }
+            out = folder / f"job-{level}-{repeat}"
+            if repeat % 2 == 0:
+                beside, (rate, memory) = server(best), ours(out, level)
+            else:
+                (rate, memory), beside = ours(out, level), server(best)
+            runs.append({"per_second": rate, "memory_mb": memory, "server_per_second": beside})
+        yield {"what": "job", "under_way": level, "items": args.items, **summary(runs), "runs": runs}
+
+
+def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The medians of a job's runs, and what share of the server's rate the job's is."""
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    return medians | {"share": medians["per_second"] / medians["server_per_second"]}
 
 
 def scans(args: Any, folder: Path) -> Iterator[dict[str, Any]]:
@@ -188,7 +206,8 @@ def run(args: Any) -> dict[str, Any]:
             rows = [_faked(args, folder), scans(args, folder)]
         for row in (row for some in rows for row in some):
             report["rows"].append(row)
-            print(" ".join(f"{key} {common.short(value)}" for key, value in row.items()), flush=True)
+            told = {key: value for key, value in row.items() if key != "runs"}
+            print(" ".join(f"{key} {common.short(value)}" for key, value in told.items()), flush=True)
     return report
 
 
@@ -206,7 +225,7 @@ def define_flags() -> None:
     flags.DEFINE_list("sweep", ["1", "2", "4", "8", "16", "32"], "Requests under way.")
     flags.DEFINE_integer("items", 2000, "Items of the job.", lower_bound=1)
     flags.DEFINE_integer("shard_size", 100, "Items of a shard.", lower_bound=1)
-    flags.DEFINE_integer("repeats", 3, "Runs of the job, each beside one of the plain client.", lower_bound=1)
+    flags.DEFINE_integer("repeats", 3, "Runs of the job, in turns with the plain client.", lower_bound=1)
     flags.DEFINE_list("records", ["10000", "100000", "1000000"], "Records of the jobs that are resumed.")
     flags.DEFINE_string("out", "", "JSON file to write.")
 

@@ -30,9 +30,11 @@ class Sample:
       labels: task -> answer, e.g. {"disease": "Moderate NPDR", "dr_grade": "Moderate NPDR"}.
       diseases: all that the publisher states of this image, where several can be; `labels` has `disease` only
         if it is one.
-      searched: the findings that the publisher looked for in this image, present or not.
+      searched: the findings that the publisher looked for in this image, present or not; after `annotated`
+        without those of which nothing is said.
       masks: finding -> its mask files, or parts of files (none: the publisher says it is absent); None where
         there are no masks.
+      excluded: the value of pixels in mask files about which the publisher says nothing; 0: there are none.
       findings: names of the pixel findings, sorted; None without masks, or before `annotated` read them.
       boxes: where they are, the largest of each finding first.
     """
@@ -47,6 +49,7 @@ class Sample:
     diseases: tuple[str, ...] = ()
     searched: tuple[str, ...] = ()
     masks: Mapping[str, tuple[Path | Cut, ...]] | None = None
+    excluded: int = 0
     findings: tuple[str, ...] | None = None
     boxes: tuple[Box, ...] = ()
 
@@ -70,7 +73,14 @@ def annotated(sample: Sample) -> Sample:
         if paths:
             boxes += masks.boxes(name, masks.union(paths, image))
     found = {box.finding for box in boxes}
-    return replace(sample, findings=tuple(sorted(found)), boxes=tuple(boxes))
+    searched = tuple(name for name in sample.searched if name in found or not _open(sample, name))
+    return replace(sample, searched=searched, findings=tuple(sorted(found)), boxes=tuple(boxes))
+
+
+def _open(sample: Sample, finding: str) -> bool:
+    """Whether a mask of a finding has pixels about which the publisher says nothing."""
+    paths = (sample.masks or {})[finding] if sample.excluded else ()
+    return any(isinstance(path, Path) and masks.holds(path, sample.excluded) for path in paths)
 
 
 def fingerprint(samples: Iterable[Sample]) -> str:
@@ -88,6 +98,7 @@ def fingerprint(samples: Iterable[Sample]) -> str:
         [
             [s.key, s.split, s.patient, s.modality, s.eye, s.labels, *s.diseases, of(s.image)]
             + [[name, [of(path) for path in paths]] for name, paths in sorted((s.masks or {}).items())]
+            + ([s.excluded] if s.excluded else [])
             for s in samples
         ]
     )

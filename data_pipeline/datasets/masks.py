@@ -40,6 +40,11 @@ def read(path: Path) -> NDArray[np.bool_]:
     return values > 0 if values.max() <= 1 else values >= 128
 
 
+def holds(path: Path, value: int) -> bool:
+    """Whether a mask file has pixels of exactly this value."""
+    return bool((np.asarray(images.load(path)) == value).any())
+
+
 def union(paths: Sequence[Path | Cut], image: Path | bytes) -> NDArray[np.bool_]:
     """All masks of one finding laid over each other, [H, W]; DataError if not of the image's size, or if
     the image is turned by EXIF: nobody knows whether its masks were drawn before or after the turn."""

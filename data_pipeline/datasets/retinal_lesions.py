@@ -2,10 +2,10 @@
 
 Layout after Wei et al. 2020 (github.com/WeiQijie/retinal-lesions) and loaders of others; the archive comes on
 request and was not checked. Grades are the publisher's, not Kaggle's. No file is no lesion; in a mask 255 is
-the lesion, and 127 an annotation that the publisher excluded from use, which counts as none. Names are those
-of EyePACS (Kaggle): the two eyes of a person share a number, and other sets drawn from there share images. No
-split is published: patients are split by a hash. FunBench draws on this set, and OmniMedVQA on EyePACS: see
-`heldout`.
+the lesion, and 127 an annotation that the publisher excluded from use: where a mask holds nothing else, the
+lesion is neither there nor absent. Names are those of EyePACS (Kaggle): the two eyes of a person share a
+number, and other sets drawn from there share images. No split is published: patients are split by a hash.
+FunBench draws on this set, and OmniMedVQA on EyePACS: see `heldout`.
 """
 
 import re
@@ -31,6 +31,7 @@ LESIONS = {
     "fibrous_proliferation": "fibrous proliferation",
 }
 GRADES: dict[str, int] = dict(zip(labels.GRADES, (166, 337, 929, 99, 62), strict=True))
+EXCLUDED = 127
 IMAGES, MASKS, TABLE = "images_896x896", "lesion_segs_896x896", "dr_grades.csv"
 _NAME = re.compile(r"([0-9]+)_(left|right)", re.IGNORECASE)
 EYES = {"left": "OS", "right": "OD"}
@@ -66,6 +67,7 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
             labels=labels.dr(grade),
             searched=tuple(LESIONS.values()),
             masks={finding: masks.get((name.lower(), lesion), ()) for lesion, finding in LESIONS.items()},
+            excluded=EXCLUDED,
         )
         for name, (patient, eye, grade), path in found
     ]

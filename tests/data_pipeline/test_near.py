@@ -64,10 +64,12 @@ def study(pictures: list[Image.Image], folder: Path) -> tuple[float, float]:
     return len(found & true) / len(true), len(found & true) / max(len(found), 1)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_recall_and_precision_on_phantoms(tmp_path: Path) -> None:
-    recall, precision = study([retina(100 + number) for number in range(100)], tmp_path)
+@pytest.mark.parametrize(
+    "number", [16, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
+def test_recall_and_precision_on_phantoms(number: int, tmp_path: Path) -> None:
+    """Of 16, one copy that is missed or one pair too many is below the goal."""
+    recall, precision = study([retina(100 + place) for place in range(number)], tmp_path)
     assert recall >= 0.99
     assert precision >= 0.95
 

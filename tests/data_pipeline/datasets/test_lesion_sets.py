@@ -1,7 +1,10 @@
 """DDR, DeepDRiD, Retinal-Lesions, FGADR-143-9, MMC-AMD: grades, masks, splits, and broken copies."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from data_pipeline import questions
 from data_pipeline.datasets import base, ddr, deepdrid, fgadr_143_9, mmc_amd, retinal_lesions
 from fundus_jax.records import DataError
 from tests.data_pipeline import mini_sets
@@ -84,11 +87,40 @@ def test_retinal_lesions(tmp_path):
     assert found["10_left"].findings == ("microaneurysm",)
     assert found["10_left"].boxes[0].x1 == 36 * 999 // SIZE[0]
     assert found["10_right"].findings == ("neovascularisation",), "127 is an excluded annotation"
+    assert "preretinal haemorrhage" not in found["10_right"].searched, "so it is not known to be absent"
+    assert (len(found["10_right"].searched), len(found["10_left"].searched)) == (7, 8)
     assert found["430_left"].findings == (), "no file: no lesion"
     assert len(found["430_left"].searched) == 8
     assert found["10_right"].labels == {"disease": "PDR", "dr_grade": "PDR"}, "the publisher's, not Kaggle's"
     assert found["10_left"].patient == found["10_right"].patient == "10"
     assert (found["10_left"].eye, found["10_right"].eye) == ("OS", "OD")
+
+
+def test_retinal_lesions_asks_nothing_about_what_was_excluded(tmp_path):
+    """One image is left whose answer would be no, and its mask holds 127 alone."""
+    segments = (
+        mini_sets.write("retinal_lesions", tmp_path) / "retinal-lesions-v20191227" / "lesion_segs_896x896"
+    )
+    for name in ("10_left", "430_left"):
+        spot(segments / name / "preretinal_hemorrhage.png")
+    found = [base.annotated(one) for one in keyed(retinal_lesions, tmp_path).values()]
+    asked = questions.ask(found, {"lesion_presence": 9.0})
+    assert not [one for about in asked for one in about if "preretinal" in one.question]
+
+
+def test_retinal_lesions_beside_what_was_excluded(tmp_path):
+    """A lesion with 255 and 127 in one mask is there, and its box is of 255."""
+    segments = (
+        mini_sets.write("retinal_lesions", tmp_path) / "retinal-lesions-v20191227" / "lesion_segs_896x896"
+    )
+    mask = segments / "10_right" / "neovascularization.png"
+    pixels = np.asarray(Image.open(mask)).copy()
+    pixels[-4:, -4:] = 127
+    Image.fromarray(pixels).save(mask)
+    one = base.annotated(keyed(retinal_lesions, tmp_path)["10_right"])
+    assert "neovascularisation" in one.searched
+    (box,) = one.boxes
+    assert (box.finding, box.x2, box.y2) == ("neovascularisation", *(-(-12 * 999 // side) for side in SIZE))
 
 
 def test_retinal_lesions_broken(tmp_path):
