@@ -34,7 +34,7 @@ from fundus_jax.grpo.train import draw, snapshot
 from fundus_jax.grpo.update import Samples, make_score, make_update
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.records import Example, Findings
-from fundus_jax.workdir import Stopwatch
+from fundus_jax.stopwatch import Stopwatch
 
 SETTINGS = (*common.SIZES, "prompts", "group", "text_tokens", "image_side", "new_tokens", "remat", "repeats")
 PHASES = ("rollout", "score", "judge", "update")
@@ -116,7 +116,7 @@ class Ours:
 
     def step(self) -> dict[str, float]:
         """One step; seconds by phase."""
-        watch = Stopwatch()
+        watch = Stopwatch("grpo")
         with jax.set_mesh(self.mesh):
             with watch("rollout"):
                 rollout = self.sampled()
@@ -177,7 +177,7 @@ class Theirs:
 
     def step(self) -> dict[str, float]:
         """One step; seconds by phase."""
-        watch = Stopwatch()
+        watch = Stopwatch("grpo")
         with watch("rollout"):
             tokens = self.sampled()
         with watch("score"):
@@ -191,7 +191,8 @@ class Theirs:
 
 def phases(watch: Stopwatch) -> dict[str, float]:
     """Seconds by phase."""
-    return {name.removeprefix("time/"): value for name, value in watch.lap().items()}
+    laps = watch.lap(0).items()
+    return {name.removeprefix("time/"): value for name, value in laps if name.startswith("time/")}
 
 
 def check(ours: Ours, theirs: Theirs, bound: float) -> dict[str, float]:

@@ -25,7 +25,8 @@ from fundus_jax.models.logprobs import token_logprobs
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.optim import OptimConfig
 from fundus_jax.records import ConfigError, Example
-from fundus_jax.workdir import Stopwatch, Workdir
+from fundus_jax.stopwatch import Stopwatch
+from fundus_jax.workdir import Workdir
 
 LENGTH_STEP = 8  # rows are padded to a multiple of this
 # A packed row has room for so many times the patches that rows have on average: with less, rows are full of
@@ -254,7 +255,7 @@ def train(
         frozen = training.hold(skeleton, frozen, mesh, compute)
         iterator = batches(len(rows.packs), config.batch, build, seed=config.seed)
         state, done = work.resume("sft", state, iterator)
-        progress, watch = work.progress("sft", done), Stopwatch()
+        progress, watch = work.progress("sft", done), Stopwatch("sft")
         for step in range(done + 1, steps + 1):
             keep(step - 1, state, iterator)
             with watch("data"):
@@ -268,7 +269,7 @@ def train(
                     params = training.join(training.cast(state.params, compute), frozen)
                     values |= exam(skeleton.merge(params, model.options))
                     del params
-            work.metrics.log("sft", step, values | watch.lap())
+            work.metrics.log("sft", step, values | watch.lap(step))
             progress.update(note=f"loss {values['loss']:.3f}")
             best = work.leads("sft", step, values)
             if best or step == steps or (config.save_every and step % config.save_every == 0):

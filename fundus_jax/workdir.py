@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,26 +197,3 @@ def differences(old: Any, new: Any, field: str = "") -> list[str]:
             )
         ]
     return [] if old == new else [f"{field}: {old!r} there, {new!r} here"]
-
-
-class Stopwatch:
-    """Seconds spent in named phases since the last `lap`: `with watch("rollout"): ...`."""
-
-    def __init__(self) -> None:
-        self._spent: dict[str, float] = {}
-        self._name, self._start = "", 0.0
-
-    def __call__(self, name: str) -> Stopwatch:
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._spent[self._name] = self._spent.get(self._name, 0.0) + time.perf_counter() - self._start
-
-    def lap(self) -> dict[str, float]:
-        """{"time/<phase>": seconds} since the last call."""
-        spent, self._spent = self._spent, {}
-        return {f"time/{name}": seconds for name, seconds in spent.items()}

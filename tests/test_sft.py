@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -230,13 +231,35 @@ def test_training_falls_from_uniform_and_ends_with_a_bundle(source: Path, tmp_pa
     vocab = before["output"].shape[0]
     assert lines[0]["loss"] == pytest.approx(math.log(vocab), rel=1e-5), "the head is uniform"
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
-    wanted = {"loss", "entropy", "tokens", "grad_norm", "notfinite", "time/data", "time/update"}
+    wanted = {"loss", "entropy", "tokens", "grad_norm", "notfinite", "compiles", "time/data", "time/update"}
     assert wanted <= lines[0].keys()
     assert trainer.work.checkpoints.steps() == [5, 10]
     assert trainer.work.finished("sft")
     saved = trainer.work.params("sft", params)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, saved, params)))
     assert not np.array_equal(params["output"], before["output"])
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_shapes_that_follow_the_data_are_reported(
+    growing: bool,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encode, calls = sft.encode, itertools.count()
+
+    def longer(rows: sft.Rows, *args: Any) -> Any:
+        return encode(replace(rows, length=rows.length + 8 * next(calls) * growing), *args)
+
+    monkeypatch.setattr(sft, "encode", longer)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        lines = run(tmp_path, source, replace(small.config().sft, steps=4, save_every=2))[2]
+    assert [line["compiles"] > 0 for line in lines] == [True, growing, growing, growing]
+    told = [one for one in caplog.messages if "its shapes were known" in one]
+    assert len(told) == growing
+    assert all(one.startswith("sft: step 3 compiled") for one in told)
 
 
 def test_micro_batches_train_alike(source: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from fundus_jax.data import batches
 from fundus_jax.records import ConfigError, DataError
-from fundus_jax.workdir import Stopwatch, Workdir, differences
+from fundus_jax.workdir import Workdir, differences
 
 CONFIG = {"name": "run", "sft": {"steps": 5, "optim": {"lr": 1e-3}}, "tags": ["a", "b"]}
 STAGES = {"sft": 5, "grpo": 4}
@@ -158,14 +158,3 @@ def test_differences_are_named_by_their_path() -> None:
         "a.c: 'nothing' there, 1 here",
     ]
     assert differences({"a": {"b": 1}}, {"a": 2}) == ["a: {'b': 1} there, 2 here"]
-
-
-def test_the_stopwatch_adds_up_phases_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 1.0, 10.0, 12.0, 20.0, 23.0])
-    monkeypatch.setattr("fundus_jax.workdir.time.perf_counter", lambda: next(now))
-    watch = Stopwatch()
-    for name in ("data", "update", "data"):
-        with watch(name):
-            pass
-    assert watch.lap() == {"time/data": 4.0, "time/update": 2.0}
-    assert watch.lap() == {}

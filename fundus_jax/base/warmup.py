@@ -22,7 +22,8 @@ from fundus_jax.models.freeze import freeze
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.optim import OptimConfig
 from fundus_jax.records import ConfigError, DataError, Example
-from fundus_jax.workdir import Stopwatch, Workdir
+from fundus_jax.stopwatch import Stopwatch
+from fundus_jax.workdir import Workdir
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 FROZEN = ("text", "embedding", "head")
@@ -110,7 +111,7 @@ def warm_up(
         frozen = training.hold(skeleton, frozen, mesh, "float32")
         iterator = batches(len(examples), config.batch, build, seed=config.seed)
         state, done = work.resume("base", state, iterator)
-        progress, watch = work.progress("base", done), Stopwatch()
+        progress, watch = work.progress("base", done), Stopwatch("base")
         for step in range(done + 1, config.steps + 1):
             keep(step - 1, state, iterator)
             with watch("data"):
@@ -119,7 +120,7 @@ def warm_up(
                 state, metrics = step_of(state, batch, frozen)
                 values = {name: float(value) for name, value in metrics.items()}
             training.check_finite(values, config.optim, "base", step)
-            work.metrics.log("base", step, values | watch.lap())
+            work.metrics.log("base", step, values | watch.lap(step))
             progress.update(note=f"loss {values['loss']:.3f}")
             if step == config.steps or (config.save_every and step % config.save_every == 0):
                 work.save("base", step, state, iterator)

@@ -37,7 +37,8 @@ from fundus_jax.grpo.update import Samples, check_mesh, make_score, make_update
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Example
 from fundus_jax.sft import LENGTH_STEP, PromptConfig
-from fundus_jax.workdir import Stopwatch, Workdir
+from fundus_jax.stopwatch import Stopwatch
+from fundus_jax.workdir import Workdir
 
 
 class Prompts:
@@ -81,10 +82,15 @@ class Prompts:
         count = len(set(self.shapes.values()))
         logging.info("grpo prompts: %d kept, %d too long; shapes to compile: %d", len(kept), dropped, count)
 
+    def sizes(self, index: np.ndarray) -> tuple[int, int]:
+        """(tokens, patch slots) of a row in a batch of these prompts."""
+        length, patches = zip(*(self.shapes[i] for i in index.tolist()), strict=True)
+        return max(length), max(patches)
+
     def build(self, index: np.ndarray, mine: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, Any]:
         """(rows chosen, the Batch of those at `mine`, which this process holds, padded to the sizes of the
         largest group among them all)."""
-        length, patches = (max(self.shapes[i][axis] for i in index.tolist()) for axis in range(2))
+        length, patches = self.sizes(index)
         chosen = [self.rows[i] for i in index[mine]]
         images = [[self.pool.image(example)] for example, _ in chosen]
         return index, self.processor([text for _, text in chosen], images, length=length, patches=patches)
@@ -167,13 +173,13 @@ class Examiner:
         config, watch = self.config, self.watch
         with watch("data"):
             index, batch = next(self.iterator)
-            batch = training.place(batch, self.mesh)
-        with watch("rollout"):
+            batch, sizes = training.place(batch, self.mesh), self.prompts.sizes(index)
+        with watch("rollout", sizes):
             policy = self.policy(params)
             key = jax.random.fold_in(jax.random.key(config.seed), number)
             rollout, said, counts = draw(policy, batch, config, key)
             del policy  # the update needs its room
-        with watch("score"):  # dispatched before the host judges, so that accelerators compute meanwhile
+        with watch("score", sizes):  # dispatched before the host judges: accelerators compute meanwhile
             base = self.reference
             ref = None if base is None else self.score(base, batch, rollout.tokens, self.frozen)
             old = self.score(params, batch, rollout.tokens, self.frozen) if config.mu > 1 else None
@@ -235,7 +241,7 @@ def train(
         build, count = functools.partial(prompts.build, mine=mine), len(prompts.rows)
         iterator = batches(count, config.prompts_per_step, build, seed=config.seed, groups=prompts.groups)
         state, done = work.resume("grpo", state, iterator)
-        diary, watch = Diary(work, config, prompts, own, done), Stopwatch()
+        diary, watch = Diary(work, config, prompts, own, done), Stopwatch("grpo")
         abstentions = Abstentions(config, steps, work.metrics.path, done)
         examiner = Examiner(
             prompts=prompts, iterator=iterator, judge=judge, own=own, config=config, mesh=mesh, policy=policy,
@@ -246,7 +252,7 @@ def train(
             drawn, told = examiner.draw(state.params, step, steps)
             judged = abstentions.add(drawn.every) | judge.metrics()
             advantages, credited = credit_of(drawn, config)
-            with watch("update"):
+            with watch("update", prompts.sizes(drawn.index)):
                 advantages_here = training.place(advantages[mine], mesh)
                 samples = Samples.of(drawn.batch, drawn.rollout, advantages_here, drawn.old, drawn.ref)
                 for _ in range(config.mu):
@@ -256,7 +262,7 @@ def train(
             if exam is not None and exam.due(step, steps):
                 with watch("exam"):
                     values |= exam(policy(state.params))
-            values |= describe(drawn, think=prompts.form["think"]) | credited | told | judged | watch.lap()
+            values |= describe(drawn, think=prompts.form["think"]) | credited | told | judged | watch.lap(step)
             due = diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages)
             if work.leads("grpo", step, values) or due:
                 work.save("grpo", step, state, iterator)

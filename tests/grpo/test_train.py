@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from dataclasses import replace
@@ -58,6 +59,7 @@ METRICS = {
     "signs/outside",
     "alarm/kl",
     "alarm/length_growth",
+    "compiles",
     "time/data",
     "time/rollout",
     "time/score",
@@ -72,13 +74,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    path: Path, source: Path, config: GrpoConfig, judge: Any = None
+    path: Path, source: Path, config: GrpoConfig, judge: Any = None, **changes: Any
 ) -> tuple[Trainer, training.Params, list[dict]]:
     """The stage from a stirred policy; (trainer, parameters, metrics)."""
-    trainer = small.open_run(path, source, small.config(grpo=config))
-    prompts = grpo.Prompts(trainer.grpo_pool(), trainer.processor, trainer.config.prompt, 512)
+    trainer = small.open_run(path, source, small.config(grpo=config, **changes))
+    prompts, model = trainer.prompts, small.bigram(trainer)
     trainer.plan = trainer.work.stages = {"grpo": config.total_steps(len(prompts.rows))}
-    model = small.bigram(trainer)
     try:
         params = grpo.train(trainer.work, model, prompts, judge or RulesJudge(), config, trainer.mesh)
     finally:
@@ -135,6 +136,40 @@ def test_epochs_end_the_stage_where_no_steps_are_given(source: Path, tmp_path: P
     )
     assert trainer.work.checkpoints.steps() == [count]
     assert [path.stem for path in sorted((tmp_path / "rollouts").glob("*.html"))] == [f"{count:06d}"]
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_each_bucket_compiles_once(
+    growing: bool,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    build, calls = grpo.Prompts.build, itertools.count()
+
+    def longer(prompts: grpo.Prompts, *args: Any, **more: Any) -> Any:
+        index, batch = build(prompts, *args, **more)
+        return index, padded(batch, 8 * next(calls)) if growing else batch
+
+    monkeypatch.setattr(grpo.Prompts, "build", longer)
+    config, asked = replace(SMALL, steps=8, buckets=2, save_every=2), PromptConfig(style="options")
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        trainer, _, lines = run(tmp_path, source, config, prompt=asked)
+    shapes = len(set(trainer.prompts.shapes.values()))
+    assert shapes == 2
+    compiled = sum(line["compiles"] > 0 for line in lines)
+    assert compiled > shapes + 2 if growing else compiled == shapes
+    assert sum("its shapes were known" in one for one in caplog.messages) == growing
+
+
+def padded(batch: Any, more: int) -> Any:
+    """A batch of prompts with so many more places to their right."""
+    wide = {
+        name: np.pad(getattr(batch, name), [(0, 0)] * (getattr(batch, name).ndim - 1) + [(0, more)])
+        for name in ("tokens", "mask", "segments", "positions", "image_index")
+    }
+    return replace(batch, **wide)
 
 
 def test_two_passes_over_the_same_rollouts(

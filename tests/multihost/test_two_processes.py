@@ -64,9 +64,12 @@ def saved(workdir: Path) -> list[int]:
 
 
 def lines(workdir: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what a clock wrote."""
+    """metrics.jsonl without what a clock wrote, and a compiler."""
     told = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "time" and not k.startswith("time/")} for line in told]
+    return [
+        {k: v for k, v in line.items() if k != "time" and not k.startswith(("time/", "compiles"))}
+        for line in told
+    ]
 
 
 def said(path: Path) -> list[dict[str, object]]:
