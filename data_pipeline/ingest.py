@@ -28,6 +28,10 @@ from fundus_jax.records import ConfigError, DataError, Example
 TASKS = {
     "disease": 1.0,
     "dr_grade": 0.5,
+    "amd_grade": 0.5,
+    "dme_risk": 0.5,
+    "progression": 0.5,
+    "disease_presence": 2.0,
     "modality": 0.25,
     "laterality": 0.5,
     "lesion_presence": 1.0,

@@ -48,6 +48,11 @@ MOST_WORDS = 45
 PLACE_WORDS = 10  # more for each finding whose place a trace says
 ROUNDING = 1  # of the grid, by which a corner may differ from that of the masks
 LESION_TASKS = ("lesion_presence", "lesion_location")
+EXPLAINED = (
+    *LABEL_TASKS,
+    *LESION_TASKS,
+    *dialog.WITHOUT_FINDINGS,
+)  # tasks whose answers a trace can argue for
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _CLEAN = re.compile(
     r"\bno (?:visible |other )?(?:lesions?|abnormalit(?:y|ies)) (?:is|are) (?:seen|visible|present)"
@@ -84,6 +89,8 @@ def check(
         most_words: how long `think` may be, without boxes; the default suits the rule writer.
         boxes: the trace has to say the example's boxes, so many of a finding (`dialog.positioned`); 0: none.
     """
+    if example.task not in EXPLAINED:
+        return (f"{KNOWLEDGE}: there is no record on how to come to the answers of {example.task}",)
     if found is None and (example.task in LABEL_TASKS or example.task in LESION_TASKS):
         return (f"{NO_FINDINGS}: nobody looked for any in this image",)
     if found is not None and (blind := unseen(example, found, knowledge)):

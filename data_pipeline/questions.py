@@ -9,12 +9,14 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from data_pipeline.datasets import labels
 from data_pipeline.datasets.base import Sample
 from fundus_jax.findings import FINDINGS
 from fundus_jax.records import GRID, ConfigError
 
-VERSION = 1
+VERSION = 2
 
 DR = ("Mild NPDR", "Moderate NPDR", "Severe NPDR", "PDR")
 FUNDUS = ("Normal", *DR, "Glaucoma", "AMD")
@@ -27,6 +29,12 @@ MODALITIES = {
 }
 EYES = {"OD": "Right eye", "OS": "Left eye"}
 PRESENCE = ("Yes", "No")
+GRADED = {
+    "dr_grade": GRADES,
+    "amd_grade": labels.AMD_GRADES,
+    "dme_risk": labels.DME_RISKS,
+}  # label -> options
+CRITERIA = ("PLR2", "PLR3", "MD")  # by which a field of vision gets worse; labels are "progression_plr2" ...
 MOST_OPTIONS, DRAWN = 8, 5  # among more diseases than the first, a question offers the second
 QUADRANTS = ("Upper left", "Upper right", "Lower left", "Lower right")  # of the image, not of the retina
 DOMINANT = 0.75  # share of the boxes' area that has to lie in one quadrant
@@ -34,6 +42,13 @@ DOMINANT = 0.75  # share of the boxes' area that has to lie in one quadrant
 WORDINGS = {
     "disease": ("What is the diagnosis for this image?", "Which disease does this image show, if any?"),
     "dr_grade": ("What is the grade of diabetic retinopathy?", "How severe is diabetic retinopathy here?"),
+    "amd_grade": ("What is the stage of macular degeneration?", "How far is macular degeneration here?"),
+    "dme_risk": (
+        "What is the risk of macular oedema?",
+        "How do hard exudates threaten the macula, if at all?",
+    ),
+    "progression": ("Does glaucoma progress in this eye, by {}?", "Will the visual field get worse, by {}?"),
+    "disease_presence": ("Does this image show signs of {}?", "Is {} among the diagnoses here?"),
     "modality": ("Which imaging modality is this?", "How was this image taken?"),
     "laterality": ("Which eye is shown?", "Is this a right or a left eye?"),
     "lesion_presence": ("Does this image show {}?", "Can {} be seen in this image?"),
@@ -67,7 +82,7 @@ def ask(
     """Questions about each of some samples (a shard of them, with their findings read).
 
     Args:
-      samples: the samples; `lesion_presence` is balanced over all of them.
+      samples: the samples; `lesion_presence` and `disease_presence` are balanced over all of them.
       tasks: task -> how many of its questions to ask about an image, where that many can be answered; a
         fraction is a probability (1.5: one, and every other time two).
       diseases: options of the task `disease`; by default those of the modality.
@@ -82,8 +97,8 @@ def ask(
     asked: list[list[Question]] = [[] for _ in samples]
     for task, rate in tasks.items():
         rooms = [_number(sample, task, rate) for sample in samples]
-        if task == "lesion_presence":
-            found = _presence(samples, rooms)
+        if task in _SIDES:
+            found = _balanced(samples, rooms, task)
         else:
             found = [_CANDIDATES[task](sample, tuple(diseases)) for sample in samples]
         for sample, one, more, room in zip(samples, asked, found, rooms, strict=True):
@@ -110,7 +125,7 @@ def _question(sample: Sample, task: str, options: Sequence[str], answer: str, fi
     wordings = WORDINGS[task]
     text = wordings[int(_chance(sample, task, finding, "wording") * len(wordings))]
     if finding:
-        text = text.format(FINDINGS[finding].plural)
+        text = text.format(FINDINGS[finding].plural if finding in FINDINGS else finding)
     return Question(task=task, question=text, options=tuple(options), answer=answer)
 
 
@@ -130,9 +145,18 @@ def _drawn(sample: Sample, options: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(o for o in options if o == answer or o in others[: DRAWN - 1])
 
 
-def _grade(sample: Sample, _: tuple[str, ...]) -> list[Question]:
-    grade = sample.labels.get("dr_grade")
-    return [_question(sample, "dr_grade", GRADES, grade)] if grade else []
+def _graded(task: str, sample: Sample, _: tuple[str, ...]) -> list[Question]:
+    grade = sample.labels.get(task)
+    return [_question(sample, task, GRADED[task], grade)] if grade else []
+
+
+def _progression(sample: Sample, _: tuple[str, ...]) -> list[Question]:
+    stated = {name: sample.labels.get(f"progression_{name.lower()}") for name in CRITERIA}
+    return [
+        _question(sample, "progression", labels.PROGRESSION, answer, name)
+        for name, answer in stated.items()
+        if answer
+    ]
 
 
 def _modality(sample: Sample, _: tuple[str, ...]) -> list[Question]:
@@ -167,8 +191,8 @@ def _shares(sample: Sample, finding: str) -> list[float]:
     return [area / sum(areas) for area in areas]
 
 
-def _presence(samples: Sequence[Sample], rooms: Sequence[int]) -> list[list[Question]]:
-    """Ask for each finding of each modality about as many images that show it as images that do not.
+def _balanced(samples: Sequence[Sample], rooms: Sequence[int], task: str) -> list[list[Question]]:
+    """Ask for each finding (or disease) of each modality about as many images that show it as that do not.
 
     Equal numbers, because a finding that is nearly always there (microaneurysms in IDRiD) or nearly never is
     answered best without a look at the image. A finding that all images show, or none, is not asked for.
@@ -176,7 +200,7 @@ def _presence(samples: Sequence[Sample], rooms: Sequence[int]) -> list[list[Ques
     left = list(rooms)
     found: list[list[Question]] = [[] for _ in samples]
     for modality in MODALITIES:
-        sides = _sides(samples, modality)
+        sides = _SIDES[task](samples, modality)
         members = {i for pair in sides.values() for side in pair for i in side}
         order = sorted(sides, key=lambda name: min(map(len, sides[name])))  # the rarest get their share first
         for place, name in enumerate(order):
@@ -187,11 +211,11 @@ def _presence(samples: Sequence[Sample], rooms: Sequence[int]) -> list[list[Ques
             for answer, side in zip(PRESENCE, free, strict=True):
                 for i in sorted(side, key=lambda i: (-left[i], hashed[i]))[:many]:  # noqa: B023
                     left[i] -= 1
-                    found[i].append(_question(samples[i], "lesion_presence", PRESENCE, answer, name))
+                    found[i].append(_question(samples[i], task, PRESENCE, answer, name))
     return found
 
 
-def _sides(samples: Sequence[Sample], modality: str) -> dict[str, tuple[list[int], list[int]]]:
+def _of_findings(samples: Sequence[Sample], modality: str) -> dict[str, tuple[list[int], list[int]]]:
     """Finding -> indices of the samples that show it, and of those in which it was looked for in vain."""
     sides: dict[str, tuple[list[int], list[int]]] = {}
     for i, sample in enumerate(samples):
@@ -201,9 +225,23 @@ def _sides(samples: Sequence[Sample], modality: str) -> dict[str, tuple[list[int
     return dict(sorted(sides.items()))
 
 
+def _of_diseases(samples: Sequence[Sample], modality: str) -> dict[str, tuple[list[int], list[int]]]:
+    """Disease -> indices of the samples that have it, and of those without, among the samples with several:
+    these have no one diagnosis to ask for."""
+    several = [i for i, one in enumerate(samples) if one.modality == modality and len(one.diseases) > 1]
+    sides: dict[str, tuple[list[int], list[int]]] = {}
+    for name in sorted({name for i in several for name in samples[i].diseases}):
+        sides[name] = ([], [])
+        for i in several:
+            sides[name][name not in samples[i].diseases].append(i)
+    return sides
+
+
+_SIDES = {"lesion_presence": _of_findings, "disease_presence": _of_diseases}
 _CANDIDATES: dict[str, Callable[[Sample, tuple[str, ...]], list[Question]]] = {
     "disease": _disease,
-    "dr_grade": _grade,
+    **{task: partial(_graded, task) for task in GRADED},
+    "progression": _progression,
     "modality": _modality,
     "laterality": _laterality,
     "lesion_location": _location,

@@ -245,7 +245,7 @@ def _possible(case: Case) -> bool:
     if quality.unseen(case.example, case.found, case.knowledge):
         return False
     if case.example.task not in LABEL_TASKS:
-        return True
+        return case.example.task in quality.LESION_TASKS
     known, seen = case.knowledge, case.found.present
     if known is None or findings.missing(known, seen):
         return False

@@ -212,8 +212,8 @@ class VoteSource:
     def messages(self, image: bytes, modality: str, words: Sequence[str]) -> list[dict[str, Any]]:
         """The conversation that asks for some findings in an image: PNG or JPEG bytes."""
         kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-        words = {"modality": MODALITIES[modality].lower(), "findings": ", ".join(words)}
-        text = {"type": "text", "text": instructions.fill(self.prompts["votes"], **words)}
+        told = {"modality": MODALITIES[modality].lower(), "findings": ", ".join(words)}
+        text = {"type": "text", "text": instructions.fill(self.prompts["votes"], **told)}
         return [{"role": "user", "content": [picture(image, kind), text]}]
 
 

@@ -18,7 +18,7 @@ from fundus_jax.records import DataError
 
 DISEASES = ()  # every eye has glaucoma: no question
 PROGRESSION = {"PLR2": "progression_plr2", "PLR3": "progression_plr3", "MD": "progression_md"}
-ANSWERS = {"0": "No progression", "1": "Progression"}
+ANSWERS = {str(code): answer for code, answer in enumerate(labels.PROGRESSION)}
 EYES = {"OD": "OD", "OS": "OS"}
 COUNT = 631
 TABLE = "VF and clinical information.xlsx"
@@ -34,7 +34,7 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
 
     Returns:
       Samples with `progression_plr2`, `progression_plr3` and `progression_md`, which are labels of the eye's
-      course and no question about one image.
+      course: the paper's task is to predict them.
 
     Raises DataError naming all bad rows, all missing files, or the count that is wrong.
     """

@@ -24,11 +24,7 @@ from data_pipeline.datasets.builder import SampleBuilder
 from fundus_jax.records import DataError
 
 DISEASES = labels.DR_DISEASES
-DME_RISKS = {
-    "0": "none",
-    "1": "exudates away from the fovea",
-    "2": "exudates within one disc diameter",
-}
+DME_RISKS = {str(code): risk for code, risk in enumerate(labels.DME_RISKS)}
 LESIONS = {  # code at the end of a mask's name -> start of its folder, canonical finding
     "MA": ("1.", "microaneurysm"),
     "HE": ("2.", "haemorrhage"),

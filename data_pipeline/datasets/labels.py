@@ -9,6 +9,11 @@ GRADES = ("No DR", "Mild NPDR", "Moderate NPDR", "Severe NPDR", "PDR")  # ICDR 0
 DR_DISEASES = (NORMAL, *GRADES[1:])
 ICDR = {str(code): code for code in range(5)}  # as publishers write it; 5 is "ungradable" in some
 
+AMD_GRADES = ("No AMD", "Early AMD", "Intermediate AMD", "Late AMD")  # AREDS 1 to 4
+# IDRiD's 0 to 2, which say where hard exudates lie: "near" is within one disc diameter.
+DME_RISKS = ("No hard exudates", "Hard exudates away from the fovea", "Hard exudates near the fovea")
+PROGRESSION = ("No progression", "Progression")
+
 AMD, AMD_DRY, AMD_WET, PCV = "AMD", "Dry AMD", "Wet AMD", "Polypoidal choroidal vasculopathy"
 BRVO, CRVO, RVO = "Branch retinal vein occlusion", "Central retinal vein occlusion", "Retinal vein occlusion"
 BRAO, CRAO, RAO = (

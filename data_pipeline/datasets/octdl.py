@@ -1,8 +1,8 @@
 """OCTDL: 2064 OCT B-scans of 820 patients in seven folders, with a table.
 
 Layout and codes: Kulyabin et al. 2024 (Mendeley, CC BY 4.0); read off the real table. An eye, a sex or a year
-of 0 is not known. No split is published: patients are split by a hash of their number. `amd_stage` is the
-grading task of the AMD images.
+of 0 is not known. No split is published: patients are split by a hash of their number. `amd_grade` is the
+grading task: of the AMD images as the table says, and of normal ones, which have none.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ CLASSES = {
     "VID": "Vitreomacular interface disease",
 }
 DISEASES = tuple(CLASSES.values())
-STAGES = {"early": "Early AMD", "intermediate": "Intermediate AMD", "late": "Late AMD"}
+STAGES: dict[str, str] = dict(zip(("early", "intermediate", "late"), labels.AMD_GRADES[1:], strict=True))
 EYES = {"0": "", "OD": "OD", "OS": "OS"}
 COUNT = 2064
 TABLE = "OCTDL_labels.csv"
@@ -70,7 +70,9 @@ def _row(row: tables.Row) -> tuple[str, str, dict[str, str]]:
         raise DataError("no patient_id")
     stated = {"disease": tables.code(row, "disease", CLASSES)}
     if row["disease"] == "AMD":
-        stated["amd_stage"] = tables.code(row, "subcategory", STAGES)
+        stated["amd_grade"] = tables.code(row, "subcategory", STAGES)
+    if row["disease"] == "NO":
+        stated["amd_grade"] = labels.AMD_GRADES[0]
     return row["patient_id"], tables.code(row, "eye", EYES), stated
 
 

@@ -28,7 +28,11 @@ LEVELS = {  # our tasks on FunBench's levels: modality, anatomy, lesion analysis
     "lesion_presence": "L3",
     "lesion_location": "L3",
     "disease": "L4",
+    "disease_presence": "L4",
     "dr_grade": "L4",
+    "amd_grade": "L4",
+    "dme_risk": "L4",
+    "progression": "L4",
 }
 
 

@@ -20,6 +20,7 @@ from fundus_jax.evaluation.repeats import Repeats, evaluate_repeats
 from fundus_jax.records import Findings
 
 DIAGNOSIS = ("L4", "DD", "disease")  # levels and tasks whose answer is a disease
+UNNAMED = ("disease_presence", "dme_risk", "progression")  # tasks of these levels whose answer is none
 _FOLDERS = ("Images", "images")  # above the folders of data sets, in benchmarks of several
 
 
@@ -31,7 +32,8 @@ def dataset_of(item: Item) -> str:
 
 def disease_of(item: Item) -> str:
     """The right answer to a question on the diagnosis; "" for other questions."""
-    return item.answer if {item.level, item.task} & set(DIAGNOSIS) else ""
+    named = item.task not in UNNAMED and {item.level, item.task} & set(DIAGNOSIS)
+    return item.answer if named else ""
 
 
 BY: dict[str, Callable[[Item], str]] = {

@@ -85,9 +85,9 @@ def write_retinal_lesions(root: Path) -> None:
 
 
 def write_rfmid(root: Path) -> None:
-    """Five, two and two images in IEEE's layout, with none, one or two flags; IDs restart in each part."""
-    rows = {1: (), 2: ("DR",), 3: ("MH", "TSLN"), 4: ("MHL",), 5: ()}
-    parts = (("a. Training Set", "a. RFMiD_Training", 5), ("b. Validation Set", "b. RFMiD_Validation", 2))
+    """Six, two and two images in IEEE's layout, with none, one or two flags; IDs restart in each part."""
+    rows = {1: (), 2: ("DR",), 3: ("MH", "TSLN"), 4: ("MHL",), 5: (), 6: ("DR", "DN")}
+    parts = (("a. Training Set", "a. RFMiD_Training", 6), ("b. Validation Set", "b. RFMiD_Validation", 2))
     for folder, name, many in (*parts, ("c. Testing Set", "c. RFMiD_Testing", 2)):
         lines = [",".join(("ID", "Disease_Risk", *rfmid.CODES))]
         for number in range(1, many + 1):
@@ -245,7 +245,7 @@ def write_ucsd(root: Path) -> None:
 
 
 def write_top(root: Path) -> None:
-    """Rows of the true table: nothing, glaucoma, diabetes alone, two diseases, retinopathy."""
+    """Rows of the true table: nothing, glaucoma, diabetes alone, two diseases, retinopathy; and two more."""
     text(
         root / "data.csv",
         "filename,ID,age,sex,LR,AMD,RVO,Gla,MH,DR,RD,RP,AO,DM",
@@ -255,8 +255,9 @@ def write_top(root: Path) -> None:
         "000006_01.jpg,04125,48,M,L,0,0,0,0,0,0,0,0,1",
         "000089_00.jpg,04951,42,M,L,0,1,1,0,0,0,0,0,0",
         "000011_01.jpg,03719,70,F,L,0,0,0,0,1,0,0,0,1",
+        "000012_01.jpg,03720,70,F,L,1,0,0,1,0,0,0,0,0",
     )
-    for name in ("000000_00", "000000_01", "000001_02", "000006_01", "000089_00", "000011_01"):
+    for name in ("000000_00", "000000_01", "000001_02", "000006_01", "000089_00", "000011_01", "000012_01"):
         photo(root / "img" / f"{name}.jpg")
 
 

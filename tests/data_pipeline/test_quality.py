@@ -317,6 +317,13 @@ def test_a_label_is_known_by_any_of_its_signs(
         assert RulesJudge().rate(request).rating == "plausible"
 
 
+@pytest.mark.parametrize("task", ["amd_grade", "dme_risk", "progression", "disease_presence"])
+def test_where_no_note_leads_to_the_answer_there_is_no_trace(task: str) -> None:
+    case = masked("Moderate NPDR", "haemorrhage", "microaneurysm", task=task)
+    assert kinds(written(case).reasons) == {quality.KNOWLEDGE}
+    assert not trace_server._possible(case)
+
+
 def test_models_are_told_what_meets_a_required_finding() -> None:
     assert findings.required(NOTES["AMD", "CFP"]) == (
         "drusen (or subretinal haemorrhage or geographic atrophy)",

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import questions
+from data_pipeline import ingest, questions
+from data_pipeline.datasets import registry
 from data_pipeline.datasets.base import Sample
+from fundus_jax.evaluation.benchmarks import LEVELS
 from fundus_jax.findings import FINDINGS, vocabulary
 from fundus_jax.records import Box, ConfigError
 
@@ -49,6 +51,39 @@ def test_answers_and_options(modality):
         assert found["laterality"].answer == "Right eye"
     few = asked(sample(modality=modality, labels={"disease": "Normal"}), diseases=("Normal", "PDR"))
     assert few["disease"].options == ("Normal", "PDR")
+
+
+def test_every_task_has_a_level_a_rate_and_a_title_in_the_table():
+    assert set(questions.TASKS) == set(ingest.TASKS) == set(LEVELS)
+    assert set(questions.TASKS) == {task for row in registry.DATASETS.values() for task in row.tasks}
+
+
+def test_grades_and_courses():
+    stated = {"amd_grade": "Late AMD", "dme_risk": "Hard exudates near the fovea"}
+    course = {"progression_plr2": "Progression", "progression_md": "No progression"}
+    [about] = questions.ask([sample(labels=stated | course)], ALL)
+    found = {one.question: one for one in about if one.task == "progression"}
+    assert sorted((text.split()[-1], one.answer) for text, one in found.items()) == [
+        ("MD?", "No progression"),
+        ("PLR2?", "Progression"),
+    ]
+    grades = {one.task: (one.answer, len(one.options)) for one in about if one.task in stated}
+    assert grades == {"amd_grade": ("Late AMD", 4), "dme_risk": ("Hard exudates near the fovea", 3)}
+
+
+def test_diseases_of_images_with_several_are_asked_for_in_equal_numbers():
+    pairs = [("AMD", "Glaucoma"), ("AMD", "Macular hole"), ("Glaucoma", "Macular hole"), ("AMD",), ()]
+    many = [sample(f"k{i}", diseases=pairs[i % 5]) for i in range(50)]
+    found = questions.ask(many, {"disease_presence": 2.0})
+    said = Counter()
+    for one, about in zip(many, found, strict=True):
+        assert len(about) in ((1, 2) if len(one.diseases) > 1 else (0,))
+        for question in about:
+            [name] = [name for name in ("AMD", "Glaucoma", "Macular hole") if name in question.question]
+            said[name, question.answer] += 1
+            assert (question.answer == "Yes") == (name in one.diseases)
+    assert all(said[name, "Yes"] == said[name, "No"] > 0 for name, _ in said)
+    assert questions.ask(many[:1], {"disease_presence": 2.0}) == [[]], "one image can not be balanced"
 
 
 def test_labels_outside_the_options_stop():

@@ -14,12 +14,14 @@ from PIL import Image
 from data_pipeline import findings, ingest, jobs, questions
 from data_pipeline.datasets import base, registry
 from data_pipeline.datasets.builder import SampleBuilder
+from fundus_jax.evaluation.benchmarks import LEVELS
 from fundus_jax.findings import vocabulary
 from fundus_jax.records import EYES, SPLITS, DataError, Example, Findings
 from tests.data_pipeline import mini_files, mini_sets
 
 NAMES = [name for name, row in registry.DATASETS.items() if row.module]
 SHARED_PATIENTS = {"idrid", "ucsd"}  # the published split cuts through patients
+NOT_ASKED = {"diabetes": "of the person, in TOP; the image need not show it"}
 ALL_TASKS = dict.fromkeys(ingest.TASKS, 9.0)
 
 
@@ -68,6 +70,25 @@ def test_the_table_names_the_tasks_that_can_be_asked(name, minis):
     found = [base.annotated(one) for one in listed(name, minis[name])]
     asked = questions.ask(found, ALL_TASKS, diseases=registry.diseases(name))
     assert {one.task for about in asked for one in about} == set(registry.row(name).tasks)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_builder_reads_is_asked_for(name, minis):
+    """Each label alone gives a question at the rates of `ingest`, and so do several diseases."""
+    found, diseases = listed(name, minis[name]), registry.diseases(name)
+    many = {task: max(1.0, rate) for task, rate in ingest.TASKS.items()}
+    for task in {task for one in found for task in one.labels} - NOT_ASKED.keys():
+        stated = next(one for one in found if task in one.labels)
+        alone = base.Sample(
+            key="a", image=b"", split="train", patient="a", modality=stated.modality,
+            labels={task: stated.labels[task]},
+        )  # fmt: skip
+        asked = [one for one in questions.ask([alone], many, diseases=diseases)[0] if one.task != "modality"]
+        assert [one.answer for one in asked] == [stated.labels[task]], task
+    several = [one for one in found if len(one.diseases) > 1]
+    asked = questions.ask(several, many, diseases=diseases)
+    assert sum("disease_presence" in {one.task for one in about} for about in asked) == len(several)
+    assert all(one.task in LEVELS for about in asked for one in about)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -30,7 +30,7 @@ def test_listing_of_the_miniature(mini):
     assert one.labels == {
         "disease": "Severe NPDR",
         "dr_grade": "Severe NPDR",
-        "dme_risk": "none",
+        "dme_risk": "No hard exudates",
     }
     assert found["B/IDRiD_005", "train"].labels["disease"] == "Normal"
     assert found["B/IDRiD_005", "train"].labels["dr_grade"] == "No DR"

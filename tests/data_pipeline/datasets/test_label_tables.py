@@ -2,10 +2,12 @@
 
 import csv
 import io
+import re
 from collections import Counter
 
 import pytest
 
+from data_pipeline import questions
 from data_pipeline.datasets import grape, neh, octdl, odir, rfmid, top
 from fundus_jax.records import DataError
 from tests.data_pipeline import mini_sets
@@ -28,7 +30,7 @@ def edit(path, old, new):
 
 def test_octdl(tmp_path):
     found = keyed(octdl, mini_sets.write("octdl", tmp_path))
-    assert found["amd_101_2"].labels == {"disease": "AMD", "amd_stage": "Intermediate AMD"}
+    assert found["amd_101_2"].labels == {"disease": "AMD", "amd_grade": "Intermediate AMD"}
     assert found["amd_101_1"].patient == found["amd_101_2"].patient == "101"
     assert found["amd_101_1"].eye == "", "0 is not known"
     assert found["amd_102_1"].eye == "OD"
@@ -69,8 +71,12 @@ def test_octdl_with_the_real_table(tmp_path, shared_data):
         "AMD": 1231, "Normal": 332, "Epiretinal membrane": 155, "DME": 147, "Retinal vein occlusion": 101,
         "Vitreomacular interface disease": 76, "Retinal artery occlusion": 22,
     }  # fmt: skip
-    stages = Counter(one.labels.get("amd_stage") for one in found)
-    assert stages == {"Late AMD": 717, "Early AMD": 266, "Intermediate AMD": 248, None: 833}
+    stages = Counter(one.labels.get("amd_grade") for one in found)
+    assert stages == {
+        "Late AMD": 717, "Early AMD": 266, "Intermediate AMD": 248, "No AMD": 332, None: 501,
+    }  # fmt: skip
+    asked = questions.ask(found, {"amd_grade": 1.0})
+    assert sum(map(len, asked)) == 1231 + 332
     share = sum(one.split == "train" for one in found) / len(found)
     assert 0.75 < share < 0.85
     next(tmp_path.rglob("amd_1047099_1.jpg")).unlink()
@@ -80,7 +86,7 @@ def test_octdl_with_the_real_table(tmp_path, shared_data):
 
 def test_rfmid(tmp_path):
     found = listed(rfmid, mini_sets.write("rfmid", tmp_path))
-    assert len(found) == 9
+    assert len(found) == 10
     assert found["train", "1"].labels == {"disease": "Normal"}
     assert found["train", "2"].labels == {"disease": "Diabetic retinopathy"}
     assert found["train", "4"].labels == {"disease": "Macular hole"}, "MHL; MH is media haze"
@@ -136,6 +142,19 @@ def test_rfmid_with_the_real_training_table(tmp_path, shared_data):
     assert (counts["Macular hole"], counts["AMD"], counts["Drusen"]) == (11, 100, 138)
     assert Counter(len(one.diseases) for one in found) == {1: 401 + 1061, 2: 373, 3: 79, 4: 5, 5: 1}
     assert sum("disease" in one.labels for one in found) == 401 + 1061
+    asked = questions.ask(found, {"disease_presence": 2.0})
+    assert {len(one.diseases) > 1 for one, about in zip(found, asked, strict=True) if about} == {True}
+    assert sum(map(bool, asked)) > 0.95 * 458, "nearly every image with several diseases"
+    said: dict[str, list[str]] = {}
+    for one, about in zip(found, asked, strict=True):
+        for question in about:
+            match = re.search(r"(?:signs of|Is) (.+?)(?: among the diagnoses here)?\?", question.question)
+            assert match is not None
+            said.setdefault(match[1], []).append(question.answer)
+            assert (question.answer == "Yes") == (match[1] in one.diseases)
+    assert all(answers.count("Yes") == answers.count("No") > 0 for answers in said.values())
+    assert sum(map(len, said.values())) > 800
+    assert asked == questions.ask(found, {"disease_presence": 2.0})
 
 
 def test_top(tmp_path):
