@@ -24,7 +24,7 @@ CLASSES = {
     "VID": "Vitreomacular interface disease",
 }
 DISEASES = tuple(CLASSES.values())
-STAGES = dict(zip(("early", "intermediate", "late"), labels.AMD_GRADES[1:], strict=True))
+STAGES: dict[str, str] = dict(zip(("early", "intermediate", "late"), labels.AMD_GRADES[1:], strict=True))
 EYES = {"0": "", "OD": "OD", "OS": "OS"}
 COUNT = 2064
 TABLE = "OCTDL_labels.csv"

@@ -262,7 +262,9 @@ def train(
             if exam is not None and exam.due(step, steps):
                 with watch("exam"):
                     values |= exam(policy(state.params))
-            values |= describe(drawn, think=prompts.form["think"]) | credited | told | judged | watch.lap(step)
+            values |= (
+                describe(drawn, think=prompts.form["think"]) | credited | told | judged | watch.lap(step)
+            )
             due = diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages)
             if work.leads("grpo", step, values) or due:
                 work.save("grpo", step, state, iterator)

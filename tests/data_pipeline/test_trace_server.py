@@ -107,9 +107,7 @@ def test_the_messages(tmp_path: Path) -> None:
         "Nobody looked for: none.",
         "In words: The image shows microaneurysms and haemorrhages.",
         "Where they lie: haemorrhage: upper left.",
-        "Required for the answer: microaneurysm (or haemorrhage or hard exudate or cotton-wool spot or "
-        "venous beading or irma), haemorrhage (or hard exudate or cotton-wool spot or venous beading or "
-        "irma).",
+        f"Required for the answer: {', '.join(trace_server.findings.required(MODERATE))}.",
         "Supporting it: hard exudate, cotton-wool spot.",
         "Excluding it: neovascularisation, vitreous haemorrhage, preretinal haemorrhage.",
     ]
@@ -236,10 +234,7 @@ def test_the_model_finds_the_papers_error_kinds(tmp_path: Path) -> None:
     [
         ({"summary": "The image shows drusen."}, "absent finding claimed: drusen"),
         ({"summary": "This OCT shows microaneurysms and haemorrhages."}, "modality contradiction: "),
-        (
-            {"summary": "Microaneurysms.", "connection": "They fit Moderate NPDR."},
-            "required finding omitted: ",
-        ),
+        ({"summary": "MAs.", "connection": "They fit Moderate NPDR."}, "required finding omitted: "),
         ({"connection": "So it is."}, "knowledge missing: no sentence connects"),
         ({"conclusion": "So the answer is PDR."}, "label not reached: "),
         (
