@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable
-from typing import Any
 
 import jax
 from absl import logging
