@@ -18,8 +18,9 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # also of programs that
 _programs = 0  # compiled by this process
 
 
-def _listen(event: str, seconds: float, **_: Any) -> None:
+def _listen(event: str, duration_secs: float, **_: Any) -> None:
     global _programs
+    del duration_secs
     _programs += event == COMPILED
 
 
