@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from fundus_jax import training
+from fundus_jax import stop, training
 from fundus_jax.data import round_up
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge
 from fundus_jax.grpo.show import SHOWN
+from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Verdict
 from fundus_jax.sft import LENGTH_STEP, PromptConfig
 from launch.stages import Trainer
@@ -245,6 +246,39 @@ def test_slots_change_no_rollout(source: Path, tmp_path: Path) -> None:
     assert (at_once["sampler/fills"], by_twos["sampler/fills"]) == (1, SMALL.prompts_per_step)
     assert at_once["sampler/steps"] < by_twos["sampler/steps"]
     assert by_twos["sampler_gap"] < 1e-4
+
+
+def test_the_judge_is_asked_while_the_log_probabilities_are_under_way(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both passes have been given to the devices, and nobody waits for them, when the judge is called."""
+    order: list[str] = []
+
+    def noted(name: str, action: Any) -> Any:
+        def noting(*args: Any) -> Any:
+            order.append(name)
+            return action(*args)
+
+        return noting
+
+    class Judge:
+        def __call__(self, requests: Any) -> list[Verdict]:
+            order.append("judge")
+            return RulesJudge()(requests)
+
+        def metrics(self) -> dict[str, float]:
+            return {}
+
+    make_score, traced = grpo.make_score, "<think>Drusen are seen.</think> <answer>AMD</answer>"
+    monkeypatch.setattr(grpo, "make_score", lambda *args: noted("score", make_score(*args)))
+    monkeypatch.setattr(stop, "settle", noted("wait", stop.settle))
+    monkeypatch.setattr(jax, "block_until_ready", noted("wait", jax.block_until_ready))
+    monkeypatch.setattr(Processor, "decode", lambda self, tokens, **_: traced)
+    lines = run(tmp_path, source, replace(SMALL, mu=2), Judge())[2]
+    assert all(line["judge/asked"] for line in lines)
+    assert order == ["wait", "score", "score", "judge"] * SMALL.steps, (
+        "rollouts; reference and policy; traces"
+    )
 
 
 def test_a_judge_that_fails_stops_the_stage(
