@@ -13,6 +13,7 @@ import re
 import unicodedata
 from typing import Any
 
+from fundus_jax.findings import vocabulary
 from fundus_jax.grpo.judge import Request, RulesJudge
 from fundus_jax.records import Findings, Knowledge
 from tests.chat_server import Reply
@@ -52,7 +53,8 @@ def reference(outside: str) -> dict[str, Any]:
         return (re.findall(rf"^{name}: (.*?)\.?$", outside, flags=re.M) or [""])[-1]
 
     def listed(name: str) -> tuple[str, ...]:
-        return tuple(one for one in told(name).split(", ") if one not in ("", "none"))
+        words = re.sub(r" \(or [^()]*\)", "", told(name))  # what may stand in the place of a required one
+        return tuple(one for one in words.split(", ") if one not in ("", "none"))
 
     modality = told("Modality")
     if "Diagnosis: " in outside:
@@ -65,7 +67,10 @@ def reference(outside: str) -> dict[str, Any]:
         return {"reference": known, "modality": modality}
     about = None if "every finding in the image" in outside else listed("The trace has to speak of")
     present = listed("Findings in the image")
-    findings = Findings(example="e", present=present, votes={}, n=0, origin="pixels")
+    unseen = listed("Nobody looked for")
+    rest = {name for name in vocabulary(modality, extended=True) if name not in unseen} if unseen else None
+    searched = None if rest is None else tuple(sorted(rest))
+    findings = Findings(example="e", present=present, votes={}, n=0, origin="pixels", searched=searched)
     return {"reference": findings, "modality": modality, "about": about}
 
 
