@@ -19,7 +19,7 @@ from launch.inherit import JOBS, Heir
 from tests import small
 
 PLAN = {"base": 3, "sft": 3, "grpo": 2}
-STATE = {"params": {"weight": jnp.arange(6.0).reshape(2, 3)}}
+WEIGHT = np.arange(6.0, dtype=np.float32).reshape(2, 3)
 
 
 class Place:
@@ -33,6 +33,11 @@ class Place:
 
     def set_state(self, state: dict[str, int]) -> None:
         self.place = state["next"]
+
+
+def state(more: float = 0) -> dict[str, Any]:
+    """Arrays of their own: what resumes deletes those it is given."""
+    return {"params": {"weight": jnp.asarray(WEIGHT + more)}}
 
 
 def open_work(path: Path, config: RunConfig) -> Workdir:
@@ -52,8 +57,7 @@ def parent(tmp_path: Path) -> Path:
     for stage in ("base", "sft"):
         for step in range(1, PLAN[stage] + 1):
             work.metrics.log(stage, step, {"loss": 1 / step, "odd": float("nan") if step == 2 else 0.0})
-        state = {"params": {"weight": STATE["params"]["weight"] + len(stage)}}
-        work.save(stage, PLAN[stage], state, Place(PLAN[stage]))
+        work.save(stage, PLAN[stage], state(len(stage)), Place(PLAN[stage]))
     work.close()
     for kind in ("base-greedy", "sft-greedy", "sft-sampled"):
         folder = work.path / "evaluation" / kind
@@ -86,8 +90,8 @@ def test_a_stage_is_taken_as_if_it_had_been_run_here(parent: Path) -> None:
     assert work.finished("sft")
     assert not work.finished("grpo")
     assert metrics(work.path) == metrics(parent)
-    found = work.checkpoints.restore(6, STATE)
-    assert np.array_equal(found.state["params"]["weight"], STATE["params"]["weight"] + 3)
+    found = work.checkpoints.restore(6, state())
+    assert np.array_equal(found.state["params"]["weight"], WEIGHT + 3)
     assert (found.data_state, found.counters) == ({"next": 3}, {"stage": "sft", "step": 3})
     texts = [json.loads((path / "checkpoints/6/bundle.json").read_text()) for path in (parent, work.path)]
     assert texts[0].pop("config_hash") != texts[1].pop("config_hash") == work.config_hash
@@ -125,12 +129,12 @@ def test_the_best_bundle_is_taken_beside_the_last(tmp_path: Path) -> None:
     """The other run knew most in the middle of SFT: from there this one goes on, and keeps it."""
     scores, exam = {1: 0.2, 2: 0.9, 3: 0.4}, ExamConfig(every=1, use="best")
     work = open_work(tmp_path / "parent", small.config(exam=exam))
-    work.save("base", PLAN["base"], STATE, Place(0))
+    work.save("base", PLAN["base"], state(), Place(0))
     for step, score in scores.items():
         values = {"exam/accuracy": score}
         work.metrics.log("sft", step, values)
         if work.leads("sft", step, values) or step == PLAN["sft"]:
-            work.save("sft", step, {"params": {"weight": STATE["params"]["weight"] + step}}, Place(step))
+            work.save("sft", step, state(step), Place(step))
     work.close()
     child = heir(work.path, changed(exam=exam))
     assert child.take("base")
@@ -140,20 +144,20 @@ def test_the_best_bundle_is_taken_beside_the_last(tmp_path: Path) -> None:
     assert taken.checkpoints.steps() == [3, 5, 6]
 
     def weights(*, best: bool) -> np.ndarray:
-        return taken.params("sft", STATE["params"], best=best)["weight"]
+        return taken.params("sft", state()["params"], best=best)["weight"]
 
-    assert np.array_equal(weights(best=True), STATE["params"]["weight"] + 2)
-    assert np.array_equal(weights(best=False), STATE["params"]["weight"] + 3)
+    assert np.array_equal(weights(best=True), WEIGHT + 2)
+    assert np.array_equal(weights(best=False), WEIGHT + 3)
     (taken.path / "checkpoints/6/manifest.json").rename(tmp_path / "manifest.json")  # a kill between the two
     assert not child.take("sft")
-    assert taken.resume("sft", STATE, Place(0))[1] == 2
+    assert taken.resume("sft", state(), Place(0))[1] == 2
     (tmp_path / "manifest.json").rename(taken.path / "checkpoints/6/manifest.json")
-    _, done = taken.resume("grpo", STATE, Place(0))
+    _, done = taken.resume("grpo", state(), Place(0))
     assert done == 0
     for step in range(1, PLAN["grpo"] + 1):
-        taken.save("grpo", step, STATE, Place(step))
+        taken.save("grpo", step, state(), Place(step))
     taken.checkpoints.wait()
-    assert np.array_equal(weights(best=True), STATE["params"]["weight"] + 2)
+    assert np.array_equal(weights(best=True), WEIGHT + 2)
     taken.close()
 
 
@@ -181,7 +185,7 @@ def test_only_a_finished_stage_of_the_same_data_is_taken(parent: Path) -> None:
 def test_what_was_begun_here_goes_on_here(parent: Path) -> None:
     child = heir(parent, changed())
     child.take("base")
-    child.work.save("sft", 1, STATE, Place(1))
+    child.work.save("sft", 1, state(), Place(1))
     child.work.checkpoints.wait()
     assert not child.take("sft")
     child.work.close()
@@ -198,7 +202,7 @@ def test_an_interrupted_taking_is_done_again(parent: Path) -> None:
     child.work.metrics.log("sft", 1, {"loss": 9.0})
     assert child.take("sft")
     assert metrics(child.work.path) == metrics(parent)
-    child.work.checkpoints.restore(6, STATE)
+    child.work.checkpoints.restore(6, state())
     child.work.close()
 
 

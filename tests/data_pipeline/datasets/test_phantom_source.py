@@ -44,7 +44,7 @@ def test_samples_say_what_was_drawn():
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(one.image))), drawn.image)
         assert (one.modality, one.eye, one.findings) == (drawn.modality, drawn.eye, drawn.findings)
         assert one.labels["disease"] == drawn.label
-        assert one.searched == vocabulary(drawn.modality)
+        assert one.searched == vocabulary(drawn.modality, extended=True)
         assert set(one.findings) <= set(one.searched)
         fundus_dr = drawn.modality != "OCT" and drawn.label in phantom_source.DR_GRADES
         assert ("dr_grade" in one.labels) == fundus_dr
