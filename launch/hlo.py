@@ -254,7 +254,7 @@ def _count_kernel(found: Report, op: Op, table: dict[str, Op], times: float) -> 
 
 def _collective(kind: str, op: Op, table: dict[str, Op], times: float) -> Collective:
     """Bytes sent as on a ring: an all-gather of S bytes over g chips sends S (g - 1) / g from each."""
-    group = _group(op)
+    group = chips_of(op)
     count = len(group)
     operands = sum(size(table[name].shape) for name in op.operands if name in table)
     sent = {
@@ -268,7 +268,7 @@ def _collective(kind: str, op: Op, table: dict[str, Op], times: float) -> Collec
     return Collective(kind, shape, sent, times, group, op.attribute(r'op_name="([^"]*)"'))
 
 
-def _group(op: Op) -> tuple[int, ...]:
+def chips_of(op: Op) -> tuple[int, ...]:
     """The chips of the first group of a collective, in each of the ways its text may name them."""
     if pairs := op.attribute(r"source_target_pairs=\{(\{.*?\})\}"):
         return tuple(int(number) for number in re.findall(r"\d+", pairs.split("}")[0]))

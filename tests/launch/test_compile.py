@@ -19,10 +19,11 @@ import pytest
 
 from fundus_jax.models.lora import LoraConfig
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig, VisionConfig
+from fundus_jax.models.qwen2_5_vl.params import table
 from fundus_jax.records import ConfigError
-from launch import hlo, planning
+from launch import hlo, planning, programs
 from launch.chips import parse_topology
-from launch.config import RunConfig
+from launch.config import RunConfig, model_config
 from tests.conftest import ROOT
 
 pytestmark = [
@@ -33,32 +34,39 @@ pytestmark = [
     ),
 ]
 VOCAB, WIDTH = 2048, 256
+SIDE, SLOTS = 168, 192  # of the image, in pixels; 12 x 12 patches lie in three windows of 64 slots
+LONG = 8192  # the vocabulary of long rows
+
+
+def small(folder: Path, layers: int = 2, width: int = WIDTH, vocab: int = VOCAB) -> RunConfig:
+    """A model of two blocks in the vision tower, with the head widths of the real one's kernels."""
+    heads = width // 4
+    model = Qwen2_5_VLConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mrope_section=(heads // 8, 3 * heads // 16, 3 * heads // 16),
+        image_token_id=vocab - 1,
+        video_token_id=vocab - 2,
+        vision_start_token_id=vocab - 3,
+        vision_end_token_id=vocab - 4,
+        eos_ids=(vocab - 5,),
+        vision=VisionConfig(
+            depth=2, hidden_size=160, intermediate_size=256, num_heads=2, out_hidden_size=width,
+            full_attention_layers=(1,),
+        ),
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(model.to_hf()))
+    return RunConfig(name="small", model=str(folder), compute="bfloat16", remat="block", max_pixels=SIDE**2)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A model of two layers in either tower, with the head widths of the real one's kernels."""
-    model = Qwen2_5_VLConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        mrope_section=(8, 12, 12),
-        image_token_id=VOCAB - 1,
-        video_token_id=VOCAB - 2,
-        vision_start_token_id=VOCAB - 3,
-        vision_end_token_id=VOCAB - 4,
-        eos_ids=(VOCAB - 5,),
-        vision=VisionConfig(
-            depth=2, hidden_size=160, intermediate_size=256, num_heads=2, out_hidden_size=WIDTH,
-            full_attention_layers=(1,),
-        ),
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(model.to_hf()))
-    run = RunConfig(name="small", model=str(folder), compute="bfloat16", remat="block", max_pixels=224 * 224)
+    """What is compiled for two slices, and where it says so for one."""
+    run = small(tmp_path_factory.mktemp("model"))
     run.max_prompt = 128
     run.sft.batch, run.sft.micro_batches, run.sft.max_length = 16, 2, 256
     run.grpo.prompts_per_step, run.grpo.micro_batch, run.grpo.max_new_tokens = 16, 32, 64
@@ -75,6 +83,47 @@ def plans(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         for stage in ("sft", "grpo")
     }
     return made, folder
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled texts of what learns from long rows, on one slice: SFT of two rows a device, in three
+    chunks of logits, and GRPO of one prompt a device, in two. Layers are so many that they stay a loop."""
+    folder = tmp_path_factory.mktemp("long")
+    run = small(tmp_path_factory.mktemp("sft"), layers=4, width=2 * WIDTH, vocab=LONG)
+    run.sft.batch, run.sft.max_length = 8, 1280
+    partly(run, "v5e:2x4", "fsdp:4,tensor:2", "sft", ("update",), folder)
+    run = small(tmp_path_factory.mktemp("grpo"), vocab=LONG)
+    run.max_prompt = 128
+    run.grpo.prompts_per_step, run.grpo.micro_batch, run.grpo.max_new_tokens = 2, 8, 288
+    partly(run, "v5e:2x2", "fsdp:2,tensor:2", "grpo", ("score", "update"), folder)
+    return folder
+
+
+def partly(
+    config: RunConfig, machine: str, mesh: str, stage: str, names: tuple[str, ...], folder: Path
+) -> dict[str, Any]:
+    """The figures of some programs of a stage, which need no others' results."""
+    whole = programs.STAGES[stage]
+
+    def part(policy: programs.Abstract) -> programs.Stage:
+        built = whole(policy)
+        return built._replace(programs=[one for one in built.programs if one.name in names])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(programs.STAGES, stage, part)
+        return planning.plan(config, parse_topology(machine), mesh, stage, hlo_folder=str(folder))
+
+
+def gathers(source: str, shape: tuple[int, ...]) -> float:
+    """How often an array of `shape` is gathered."""
+    found = [one for one in hlo.report(source).collectives if one.kind == "all-gather"]
+    return sum(one.times for one in found if shape in [sizes for _, sizes in hlo.arrays(one.shape)])
+
+
+def shapes(source: str) -> set[tuple[int, ...]]:
+    """Those of all arrays of a program, within fusions too."""
+    return {sizes for op, _, _ in hlo.walk(hlo.parse(source)) for _, sizes in hlo.arrays(op.shape)}
 
 
 def text(folder: Path, program: str) -> str:
@@ -134,24 +183,103 @@ def test_between_slices_goes_the_gradient_and_no_more(plans: Any) -> None:
 
 
 @pytest.mark.parametrize("program", ["sft-update", "grpo-score", "grpo-update"])
-def test_the_vocabulary_stays_spread(plans: Any, program: str) -> None:
-    """The head's width is gathered once a micro-batch, the embedding never; logits exist for a chunk."""
-    config_pieces = {"sft-update": 2, "grpo-score": 2, "grpo-update": 2}[program]
-    module = hlo.parse(text(plans[1], program))
+def test_the_head_is_gathered_once_a_micro_batch(plans: Any, program: str) -> None:
+    """And the embedding, which has its shape, never."""
+    assert 0 < gathers(text(plans[1], program), (VOCAB // 2, WIDTH)) <= 2
+
+
+@pytest.mark.parametrize(
+    ("program", "width", "tokens"),
+    [
+        ("sft-update", 2 * WIDTH, 2 * 1279),
+        ("grpo-score", WIDTH, 4 * 288),
+        ("grpo-update", WIDTH, 4 * 288),
+    ],
+)
+def test_logits_exist_for_a_chunk(long: Path, program: str, width: int, tokens: int) -> None:
+    """[B,T,V] never does, not even a device's part of the vocabulary; the head's width is gathered once a
+    pass, and not once a chunk. `tokens`: those of a device whose logits are asked for."""
+    source = text(long, program)
+    assert 0 < gathers(source, (LONG // 2, width)) <= (1 if program == "grpo-score" else 2)
+    largest = max(shapes(source), key=math.prod)
+    assert math.prod(largest) < tokens * LONG // 2, largest
+    chunks = [sizes for sizes in shapes(source) if sizes[-1:] == (LONG // 2,) and len(sizes) > 2]
+    assert max(map(math.prod, chunks)) >= tokens * LONG // 2 / 3, "these are the logits of a chunk"
+
+
+def test_gradients_are_scattered_while_they_are_summed(long: Path) -> None:
+    """Over fsdp go rings of permutations, reduce-scatters, or what a TPU writes for these: a fusion of an
+    all-reduce with the cut. The head's alone is summed whole, by the compiler's own choice, and what is
+    combined with it."""
+    module = hlo.parse(text(long, "sft-update"))
     whole = [
-        times
-        for op, _, times in hlo.walk(module)
-        if op.code.startswith("all-gather")
-        and (VOCAB // 2, WIDTH) in [sizes for _, sizes in hlo.arrays(op.shape)]
+        math.prod(sizes)
+        for name, operations in module.computations.items()
+        if not name.startswith("all-reduce-scatter")
+        for op in operations.values()
+        if op.code == "all-reduce" and len(hlo.chips_of(op)) == 4
+        for _, sizes in hlo.arrays(op.shape)
     ]
-    assert sum(whole) <= 6 * config_pieces, (
-        "once a pass, in the few fusions that one gather may be split over"
+    assert sum(whole) < 1.1 * LONG // 2 * 2 * WIDTH
+
+
+def test_masters_and_moments_are_spread(long: Path, tmp_path: Path) -> None:
+    """Three float32 numbers of every parameter, on each of eight devices its share."""
+    module = hlo.parse(text(long, "sft-update"))
+    model = model_config(small(tmp_path, layers=4, width=2 * WIDTH, vocab=LONG))
+    numbers = sum(math.prod(slot.shape) for slot in table(model).values())
+    held = sum(
+        math.prod(sizes)
+        for op in module.computations[module.entry].values()
+        for kind, sizes in hlo.arrays(op.shape)
+        if op.code == "parameter" and kind == "f32" and sizes != (2, SLOTS, 1176)  # pixels
     )
-    largest = max(
-        (sizes for op, _, _ in hlo.walk(module) for _, sizes in hlo.arrays(op.shape) if VOCAB in sizes[-1:]),
-        default=(0,),
-    )
-    assert len([size for size in largest if size > 1]) <= 2
+    assert 3 * numbers / 8 <= held < 1.05 * 3 * numbers / 8
+
+
+def test_windows_are_not_padded(long: Path) -> None:
+    """Scores of a window are 64 x 64, those of a row its slots x 64: of its images together, and nowhere
+    those of an image, or of the longest one of each."""
+    found = shapes(text(long, "sft-update"))
+    assert not [sizes for sizes in found if sizes.count(SLOTS) > 1]
+    scores = [sizes for sizes in found if sizes.count(64) == 2 and SLOTS // 64 in sizes]
+    assert {math.prod(sizes) for sizes in scores} == {2 * SLOTS * 64}  # of two rows, and one head
+
+
+@pytest.mark.parametrize(
+    ("remat", "least", "most"),
+    [
+        ("block", WIDTH, WIDTH),  # its input
+        ("dots", 8 * WIDTH, 8 * WIDTH),  # also q, k, v, o, gate and up: 1, 1/2, 1/2, 1, 2 and 2 times as much
+        ("none", 16 * WIDTH, math.inf),
+    ],
+)
+def test_what_is_kept_for_the_backward_pass(tmp_path: Path, remat: str, least: float, most: float) -> None:
+    """Numbers of a token and layer that the loops over the layers carry."""
+    layers, length = 8, 384
+    config = dataclasses.replace(small(tmp_path, layers, vocab=512), remat=remat)
+    config.sft.batch, config.sft.max_length = 4, length
+    partly(config, "v5e:2x2", "fsdp:4", "sft", ("update",), tmp_path)
+    carried = [
+        sum(math.prod(sizes) for _, sizes in hlo.arrays(op.shape) if length in sizes and sizes[0] == layers)
+        for op, _, _ in hlo.walk(hlo.parse(text(tmp_path, "sft-update")))
+        if op.code == "while"
+    ]
+    assert least <= max(carried) / (layers * length) <= most
+
+
+def test_slots_that_are_refilled_are_donated(config: RunConfig, tmp_path: Path) -> None:
+    """With fewer slots than prompts: prompts are read into the slots, and answers written down, in place."""
+    fewer = copy.deepcopy(config)
+    fewer.grpo.slots = fewer.grpo.prompts_per_step // 2
+    names = ("gather layer", "gather ends", "open", "fill", "decode")
+    plan = partly(fewer, "v5e:2x2", "fsdp:4", "grpo", names, tmp_path)
+    assert [row["program"] for row in plan["programs"]] == list(names)
+    assert plan["fits"], plan["problems"]
+    slots = plan["resident_gib"]["keys and values"]
+    made = {row["program"]: row["results_gib"] for row in plan["programs"]}
+    assert made["open"] > slots, "which then are filled"
+    assert max(made["fill"], made["decode"]) < 0.01 * slots
 
 
 @pytest.mark.parametrize(("stage", "program"), [("sft", "update"), ("grpo", "update"), ("grpo", "decode")])
