@@ -213,10 +213,9 @@ def train(
     remat: str = "none",
     exam: training.Exam | None = None,
 ) -> training.Params:
-    """Improve what is not frozen of the policy and return all its parameters. Resumes from, and ends with, a
-    bundle of stage `grpo`, which holds the trained ones.
+    """Improve what is not frozen of the policy and return all its parameters. `model` is what it starts from,
+    and the reference. Resumes from, and ends with, a bundle of stage `grpo`; the best in `exam` is kept too.
 
-    `model` is the policy to start from, and the reference. The bundle that does best in `exam` is kept.
     Raises JudgeError when the judge abstains too often or is lost, after saving what is there; ConfigError at
     an alarm that is to stop the run; DataError when gradients stay non-finite.
     """
@@ -230,23 +229,21 @@ def train(
     def policy(params: Any) -> Any:
         return skeleton.merge(training.join(training.cast(params, compute), frozen), model.options)
 
-    steps, mine = work.stages["grpo"], training.rows_here(config.prompts_per_step, mesh)
-    optimizer = training.make_optimizer(config.optim, steps * config.mu)
+    steps, rows = work.stages["grpo"], config.prompts_per_step
+    mine, optimizer = training.rows_here(rows, mesh), training.make_optimizer(config.optim, steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
-    own = own_rewards.load(config.rewards)
     with jax.set_mesh(mesh), work.stoppable("grpo", on=JudgeError) as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
         reference = snapshot(state.params, compute) if config.kl_coef else None
-        build, count = functools.partial(prompts.build, mine=mine), len(prompts.rows)
-        iterator = batches(count, config.prompts_per_step, build, seed=config.seed, groups=prompts.groups)
+        build, own = functools.partial(prompts.build, mine=mine), own_rewards.load(config.rewards)
+        iterator = batches(len(prompts.rows), rows, build, seed=config.seed, groups=prompts.groups)
         state, done = work.resume("grpo", state, iterator)
         diary, watch = Diary(work, config, prompts, own, done), Stopwatch("grpo")
         abstentions = Abstentions(config, steps, work.metrics.path, done)
         examiner = Examiner(
             prompts=prompts, iterator=iterator, judge=judge, own=own, config=config, mesh=mesh, policy=policy,
-            score=score, reference=reference, frozen=frozen, watch=watch,
-        )  # fmt: skip
+            score=score, reference=reference, frozen=frozen, watch=watch)  # fmt: skip
         for step in range(done + 1, steps + 1):
             keep(step - 1, state, iterator)
             drawn, told = examiner.draw(state.params, step, steps)
@@ -262,9 +259,8 @@ def train(
             if exam is not None and exam.due(step, steps):
                 with watch("exam"):
                     values |= exam(policy(state.params))
-            values |= (
-                describe(drawn, think=prompts.form["think"]) | credited | told | judged | watch.lap(step)
-            )
+            values |= describe(drawn, think=prompts.form["think"])
+            values |= credited | told | judged | watch.lap(step)
             due = diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages)
             if work.leads("grpo", step, values) or due:
                 work.save("grpo", step, state, iterator)
