@@ -276,9 +276,9 @@ def test_the_judge_is_asked_while_the_log_probabilities_are_under_way(
     monkeypatch.setattr(Processor, "decode", lambda self, tokens, **_: traced)
     lines = run(tmp_path, source, replace(SMALL, mu=2), Judge())[2]
     assert all(line["judge/asked"] for line in lines)
-    assert order == ["wait", "score", "score", "judge"] * SMALL.steps, (
-        "rollouts; reference and policy; traces"
-    )
+    phases = [name for name, _ in itertools.groupby(order)]  # decoding may wait more than once
+    assert phases == ["wait", "score", "judge"] * SMALL.steps, "rollouts; reference and policy; traces"
+    assert order.count("score") == 2 * SMALL.steps
 
 
 def test_a_judge_that_fails_stops_the_stage(

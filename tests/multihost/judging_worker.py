@@ -50,7 +50,7 @@ def prompts() -> Any:
 
     processor = SimpleNamespace(eos_ids=(0,), decode=decode)
     pool = SimpleNamespace(findings=found, knowledge={})
-    return SimpleNamespace(rows=rows, processor=processor, pool=pool, think=True)
+    return SimpleNamespace(rows=rows, processor=processor, pool=pool, form={"think": True})
 
 
 def main(coordinator: str, processes: str, process: str, *addresses: str) -> None:
