@@ -11,6 +11,7 @@ Stopped, the same command goes on; --shard=i/n deals the questions out to n host
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from fundus_jax.evaluation.report import Prediction, Report, evaluate, outcome_o
 from fundus_jax.evaluation.results import text_of, write
 from fundus_jax.evaluation.served import PLAIN, Served
 from fundus_jax.models import load_pretrained, read_config
+from fundus_jax.models.attention import backend_for
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import SPLITS, ConfigError, DataError, Findings
 from fundus_jax.sharding import parse_mesh
@@ -155,6 +157,8 @@ def _engine(args: Any, mesh: Mesh) -> Engine:
     facts = {"model": identity(args.model), "versions": {"fundus_jax": __version__, "jax": jax.__version__}}
     if not args.server:
         model, processor = load_pretrained(args.model, dtype=args.dtype, mesh=mesh)
+        attention = backend_for(mesh.devices.flat[0].platform)
+        model.options = dataclasses.replace(model.options, attention=attention)
         facts |= {"dtype": args.dtype, "device": jax.devices()[0].device_kind}
         sizes = {"slots": args.batch_size, "groups": args.groups, "threads": args.threads}
         return Sampler(model, processor, mesh=mesh, facts=facts, **sizes)
