@@ -24,16 +24,15 @@ from launch.chips import parse_topology
 from launch.config import RunConfig
 
 # recipe and machine; the mesh is what --mesh=auto takes
-ADAPTERS = ("h100-8", "h200-1", "v5e-16", "v5p-8", "v5p-64", "v6e-8", "v6e-64", "v6e-256", "v5e-16x2")
 ROWS: tuple[tuple[str, str], ...] = (
     *(("fundus_r1_3b", machine) for machine in ("h100-8", "h800-8", "h100-16", "h200-1")),
     *(("fundus_r1_3b", machine) for machine in ("v5e-16", "v5p-8", "v5p-64", "v6e-4", "v6e-8", "v6e-16")),
     *(("fundus_r1_3b", machine) for machine in ("v6e-64", "v6e-256", "v5e-16x2")),
-    *(("fundus_r1_3b:lora", machine) for machine in (*ADAPTERS, "v6e-1")),
+    *(("fundus_r1_3b:lora", machine) for machine in ("h100-8", "h200-1", "v5e-16", "v6e-1")),
     *(("fundus_r1_7b", machine) for machine in ("h100-8", "h800-8", "h100-16", "h200-1")),
     *(("fundus_r1_7b", machine) for machine in ("v5e-16", "v5p-8", "v5p-64", "v6e-8", "v6e-64", "v6e-256")),
-    *(("fundus_r1_7b", machine) for machine in ("v5e-16x2", "v6e-16x2")),
-    *(("fundus_r1_7b:lora", machine) for machine in ADAPTERS),
+    ("fundus_r1_7b", "v5e-16x2"),
+    *(("fundus_r1_7b:lora", machine) for machine in ("h100-8", "h200-1", "v5e-16", "v6e-8")),
     ("fundus_r1_32b", "v5p-64"),
 )
 STAGES = ("sft", "grpo")
