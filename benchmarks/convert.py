@@ -5,10 +5,12 @@
 A checkpoint of about 1 GB in several shards is made in a temporary directory (`--folder`, which should be on
 the disk that is asked about). Each measurement has a process of its own, with everything imported before, so
 that its peak memory is its own; they go in turns. Before each, the source is read once, so that it lies in
-the page cache, and nothing waits to be written. Everything that writes ends with fsync of each file and
-directory, the plain copies too: `shutil.copyfile`, and the same followed by comparing sha256 of both ends,
-file by file in as many threads as there are cores: that is what `convert` promises and a copy does not.
-Throughput is by the size of the weights in the Hugging Face directory.
+the page cache, a copy of it is written and removed, so that there is memory at hand (a virtual machine may
+have to fetch it from its host, at random, which takes several times as long as a copy), and nothing waits to
+be written. Everything that writes ends with fsync of each file and directory, the plain copies too:
+`shutil.copyfile`, and the same followed by comparing sha256 of both ends, file by file in as many threads as
+there are cores: that is what `convert` promises and a copy does not. Throughput is by the size of the weights
+in the Hugging Face directory.
 """
 
 from __future__ import annotations
@@ -159,7 +161,9 @@ def measure(task: str, source: Path, target: Path) -> dict[str, float]:
     for path in source.rglob("*"):
         if path.is_file():
             digest(path)
+    shutil.copytree(source, target)
     os.sync()
+    shutil.rmtree(target)
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     begun = time.perf_counter()

@@ -23,7 +23,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from flax import nnx
 
 from fundus_jax import bundle, files, later
 from fundus_jax.checkpoints import CONTENT, HEADROOM, STATE
+from fundus_jax.files import Piece
 from fundus_jax.metrics import Progress
 from fundus_jax.models import read_config, weights
 from fundus_jax.models.qwen2_5_vl import params
@@ -43,7 +46,7 @@ from fundus_jax.records import ConfigError, DataError
 SIDE = "hf"
 TENSORS = "tensors"  # the counter of a converted bundle: tensor -> dtype
 SUFFIXES = (".json", ".jinja", ".txt", ".md", ".model")  # of side files; never of weights
-Read = Callable[[str], np.ndarray]
+Read = Callable[[str, Piece], np.ndarray]
 
 
 def convert(source: str | Path, target: str | Path, like: str | Path | None = None) -> int:
@@ -77,7 +80,7 @@ def convert(source: str | Path, target: str | Path, like: str | Path | None = No
 
 
 def _to_bundle(source: Path, target: Path) -> int:
-    """A few tensors are in memory at a time."""
+    """A few pieces of tensors are in memory at a time."""
     config = read_config(source)
     tensors = weights.TensorFiles(source)
     shapes, arrays = _shapes(config), {}
@@ -85,11 +88,15 @@ def _to_bundle(source: Path, target: Path) -> int:
     for path, names in params.sources(config, tensors).items():
         kinds = {np.dtype(tensors.entries[name].dtype) for name in names}
         dtype = min(kinds) if len(kinds) == 1 else np.dtype(np.float32)  # holds both 16-bit formats exactly
-        shape, stacked = shapes[_name(path)], len(names) > 1
-        make = functools.partial(_part, tensors, names, shape[stacked:], dtype)
+        shape = shapes[_name(path)]
+        # what is small is written at once: a chunk takes a millisecond whatever its size
+        stacked = len(names) > 1 and math.prod(shape) * dtype.itemsize > files.PIECE
+        make = _stack if len(names) > 1 and not stacked else _piece
+        make = functools.partial(make, tensors, names, shape[stacked:], dtype)
         arrays[_name(path)] = later.Later(shape, dtype, make, stacked)
         stored |= {params.hub_name(name): name for name in names}
     dtypes = {name: tensors.entries[own].dtype for name, own in stored.items()}
+    announced = {name: (dtype, tensors.entries[stored[name]].shape) for name, dtype in dtypes.items()}
     with weights.new_directory(target) as scratch:
         _require_space(scratch, sum(array.nbytes for array in arrays.values()))
         later.save_later(scratch / STATE, arrays)
@@ -97,26 +104,43 @@ def _to_bundle(source: Path, target: Path) -> int:
         text = bundle.to_text(0, config_hash, arrays, {}, {TENSORS: dtypes})
         files.write_atomic(scratch / CONTENT, text)
         _copy_side_files(source, scratch / SIDE)
-        files.write_manifest(scratch, {"step": 0, "final": True}, threads=files.THREADS)
-        shaped = params.table(config)
-        _compare(
-            scratch,
-            dtypes,
-            _fetcher(scratch, config, dtypes),
-            lambda name: tensors.read(stored[name]).reshape(shaped[name].shape),
-        )
+        with ThreadPoolExecutor(1) as beside:  # it waits for the disk most of the time
+            sealed = beside.submit(files.write_manifest, scratch, {"step": 0, "final": True}, files.THREADS)
+            written = _fetcher(scratch, config, dtypes)
+            _compare(scratch, announced, written, lambda name, piece: tensors.map(stored[name], piece))
+            sealed.result()
     return len(dtypes)
 
 
-def _part(
-    tensors: weights.TensorFiles, names: Sequence[str], shape: tuple[int, ...], dtype: np.dtype, i: int
+def _piece(
+    tensors: weights.TensorFiles,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    i: int,
+    piece: Piece,
 ) -> np.ndarray:
-    """Layer i of the parameter that is stored as `names`, one a layer; all of what has one name."""
-    return tensors.read(names[i]).astype(dtype, copy=False).reshape(shape)
+    """A piece of layer i, which has this shape, of the parameter that is stored as `names`, one a layer; of
+    what has one name, a piece of all of it."""
+    return tensors.map(names[i], piece).reshape(-1, *shape[1:]).astype(dtype, copy=False)
+
+
+def _stack(
+    tensors: weights.TensorFiles,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    i: int,
+    piece: Piece,
+) -> np.ndarray:
+    """The same of a parameter of this shape whose layers are small enough to be there together."""
+    del i
+    return np.stack([tensors.map(name, ()) for name in names]).reshape(shape).astype(dtype, copy=False)[piece]
 
 
 def _to_hf(source: Path, target: Path, side: Path) -> int:
-    """A few tensors are in memory at a time; of a training run's bundle, which is compressed, a parameter."""
+    """A few pieces of tensors are in memory at a time; of a training run's bundle, which is compressed, a
+    parameter."""
     files.verify(source)
     config = read_config(side)
     content = _content(source)
@@ -133,7 +157,10 @@ def _to_hf(source: Path, target: Path, side: Path) -> int:
         weights.write_tensors(scratch, tensors, _fetcher(source, config, dtypes))
         written = weights.TensorFiles(scratch)
         params.match(config, written)
-        _compare(scratch, slots, written.read, _fetcher(source, config, dtypes))
+        with ThreadPoolExecutor(1) as beside:
+            flushed = beside.submit(files.flush, scratch)
+            _compare(scratch, tensors, written.map, _fetcher(source, config, dtypes))
+            flushed.result()
     return len(tensors)
 
 
@@ -200,45 +227,53 @@ def _require_parameters(source: Path, side: Path, config: Qwen2_5_VLConfig, save
         )
 
 
-def _fetcher(source: Path, config: Qwen2_5_VLConfig, dtypes: dict[str, str]) -> Callable[[str], np.ndarray]:
-    """Tensor name -> its values from a bundle in the dtype asked for, keeping the parameter last opened."""
-    slots = params.table(config)
+def _fetcher(source: Path, config: Qwen2_5_VLConfig, dtypes: dict[str, str]) -> Read:
+    """What reads pieces of tensors from a bundle in the dtype asked for, the last parameter kept open."""
+    slots, lock = params.table(config), threading.Lock()
     last: dict[str, Any] = {}
 
-    def fetch(name: str) -> np.ndarray:
+    def fetch(name: str, piece: Piece) -> np.ndarray:
         slot = slots[name]
         parameter = _name(slot.path)
-        if parameter not in last:
-            last.clear()
-            last[parameter] = later.open_array(source / STATE, parameter)
-        value = last[parameter] if slot.layer is None else last[parameter][slot.layer]
-        return later.read(value).astype(dtypes[name], copy=False).reshape(slot.shape)
+        with lock:
+            if parameter not in last:
+                last.clear()
+                last[parameter] = later.open_array(source / STATE, parameter)
+            value = last[parameter] if slot.layer is None else last[parameter][slot.layer]
+        return later.read(value[piece]).astype(dtypes[name], copy=False).reshape(-1, *slot.shape[1:])
 
     return fetch
 
 
-def _compare(target: Path, names: Iterable[str], written: Read, wanted: Read) -> None:
-    """Read back what was written, and raise DataError for the tensors that are not, bit by bit, what they
-    should be."""
-    names = list(names)
-    progress, wrong = Progress(len(names), "convert: verify"), []
-    for name, pair in weights.ahead(lambda name: (written(name), wanted(name)), names):
-        if not _same(*pair):
-            wrong.append(name)
+def _compare(
+    target: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], written: Read, wanted: Read
+) -> None:
+    """Read back the tensors, name -> (dtype, shape), and raise DataError for those that are not, bit by bit,
+    what they should be."""
+    pieces = weights.pieces(tensors)
+    progress, wrong = Progress(len(pieces), "convert: verify"), {}
+
+    def same(name: str, piece: Piece) -> bool:
+        return _same(written(name, piece), wanted(name, piece))
+
+    for (name, _), alike in weights.ahead(same, pieces, files.THREADS):
+        if not alike:
+            wrong[name] = True
         progress.update()
     progress.close()
     if wrong:
         raise DataError(
-            f"{len(wrong)} tensors were not written as they were read, first {wrong[:5]}; nothing was kept. "
-            f"Try again on another disk than that of {target.parent}"
+            f"{len(wrong)} tensors were not written as they were read, first {list(wrong)[:5]}; nothing was "
+            f"kept. Try again on another disk than that of {target.parent}"
         )
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two tensors have the same bits; NaN is what its bits are."""
-    bits = np.dtype(f"u{one.itemsize}")
-    alike = (one.dtype, one.shape) == (other.dtype, other.shape)
-    return alike and np.array_equal(one.view(bits), other.view(bits))
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    bits = np.dtype(np.uint64 if one.nbytes % 8 == 0 else np.uint8)
+    return np.array_equal(one.reshape(-1).view(bits), other.reshape(-1).view(bits))
 
 
 def _require_space(directory: Path, size: int) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,6 +25,8 @@ from fundus_jax.records import DataError
 FORMAT = 1
 MANIFEST = "manifest.json"
 THREADS = min(8, os.cpu_count() or 1)  # that read or hash files side by side
+PIECE = 2**24  # bytes of an array that are read, written or compared in one go
+Piece = tuple[slice, ...]  # an index of consecutive rows
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
@@ -37,7 +41,22 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)  # the new name has to survive a power cut too
+    sync(path.parent)  # the new name has to survive a power cut too
+
+
+def pieces(shape: Sequence[int], itemsize: int) -> list[Piece]:
+    """The indices of consecutive rows that make up an array of `shape`: as many in each as PIECE bytes hold,
+    one at least; `()` alone for a scalar."""
+    if not shape:
+        return [()]
+    rows = max(1, PIECE // max(1, math.prod(shape[1:]) * itemsize))
+    return [(slice(i, min(i + rows, shape[0])),) for i in range(0, shape[0], rows)]
+
+
+def flush(directory: Path) -> None:
+    """What lies under `directory` and its names are on the disk when this returns."""
+    for path in (*directory.rglob("*"), directory):
+        sync(path)
 
 
 def copy_tree(source: Path, target: Path, *, linked: tuple[str, ...] = ("*",)) -> None:
@@ -67,7 +86,7 @@ def copy_tree(source: Path, target: Path, *, linked: tuple[str, ...] = ("*",)) -
         os.replace(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def write_manifest(directory: Path, facts: dict[str, Any], threads: int = 1) -> None:
@@ -82,7 +101,7 @@ def write_manifest(directory: Path, facts: dict[str, Any], threads: int = 1) -> 
         name: {"sha256": digest, "size": size} for name, (digest, size) in zip(names, found, strict=True)
     }
     for folder in {(directory / name).parent for name in files}:
-        _sync(folder)
+        sync(folder)
     write_atomic(directory / MANIFEST, _text({"format": FORMAT, "facts": facts, "files": files}))
 
 
@@ -183,8 +202,9 @@ def _text(body: dict[str, Any]) -> str:
     return json.dumps(sealed, indent=1, sort_keys=True) + "\n"
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """The file, or the names in the folder, are on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

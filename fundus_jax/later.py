@@ -1,8 +1,8 @@
 """Arrays that are made when Orbax writes them, and read in parts: a state that never is in memory as a whole.
 
-Orbax takes a state as a whole. Here its leaves are promises, kept one after the other and row by row: each is
-made, written and let go. What lies on disk is what Orbax makes of numpy arrays, and is restored as such.
-Neighbour: `convert` writes and reads bundles through here.
+Orbax takes a state as a whole. Here its leaves are promises, kept one after the other and piece by piece:
+each is made, written and let go. What lies on disk is what Orbax makes of numpy arrays, and is restored as
+such. Neighbour: `convert` writes and reads bundles through here.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-PIECE = 2**24  # bytes of a chunk at most; TensorStore reads and writes whole ones
+from fundus_jax import files
+
 FILE = 2**26  # bytes of a file, about: TensorStore holds back what goes into one
-AHEAD = 2  # rows that are made while others are written
+AHEAD = 1  # pieces that are made while another is written
 
 
 @dataclass(frozen=True)
 class Later:
-    """An array that `make(0)` gives when it is wanted, or, if `stacked`, its row i `make(i)`."""
+    """An array of which `make(0, piece)` gives a piece (`files.pieces`) when it is wanted; if it is `stacked`
+    along its first axis, layer upon layer, `make(i, piece)` gives that piece of layer i."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    make: Callable[[int], np.ndarray]
+    make: Callable[[int, files.Piece], np.ndarray]
     stacked: bool = False
 
     @property
@@ -60,15 +62,23 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
         return []
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
-        """What NumpyHandler does with one array and Orbax's description of its place, here row by row."""
+        """What NumpyHandler does with one array and Orbax's description of its place, here in pieces, each of
+        which is a chunk: TensorStore reads and writes whole ones."""
         del ts_context
+        layer = value.shape[value.stacked :]
+        pieces = files.pieces(layer, value.dtype.itemsize)
+        chunk = [*(1,) * value.stacked, *(part.stop for part in pieces[0]), *layer[1:]]
+        tspec = tspec | {"metadata": tspec["metadata"] | {"chunks": chunk}}
         array = await tensorstore.open(tspec, create=True, open=True, context=self.context)
         under_way: deque[Any] = deque()
         for i in range(value.shape[0] if value.stacked else 1):
-            place = array[i] if value.stacked else array
-            under_way.append(place.write(value.make(i), can_reference_source_data_indefinitely=True))
-            if len(under_way) > AHEAD:
-                await under_way.popleft()
+            for piece in pieces:
+                place = array[(*(i,) * value.stacked, *piece)]
+                made = value.make(i, piece)
+                under_way.append(place.write(made, can_reference_source_data_indefinitely=True))
+                del made
+                if len(under_way) > AHEAD:
+                    await under_way.popleft()
         for write in under_way:
             await write
 
@@ -76,20 +86,15 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 def save_later(path: Path, arrays: dict[str, Later]) -> None:
     """Write the arrays by name into the new directory `path`, in Orbax's layout; the caller flushes it.
 
-    Uncompressed, since weights shrink little and slowly; in chunks, so that a layer can be read alone.
+    Uncompressed, since weights shrink little and slowly; in chunks, so that a piece can be read alone.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (Later, _OneByOne()),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # none is written, but Orbax warns without it
     )
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
-    chunks = {
-        name: ocp.SaveArgs(chunk_byte_size=PIECE, shard_axes=(0,) if array.stacked else ())
-        for name, array in arrays.items()
-    }
     with ocp.Checkpointer(handler) as orbax:
-        save = ocp.args.PyTreeSave(arrays, save_args=chunks, ocdbt_target_data_file_size=FILE)
-        orbax.save(path, args=save)
+        orbax.save(path, args=ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=FILE))
 
 
 def open_array(path: Path, name: str) -> Any:

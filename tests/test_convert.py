@@ -50,10 +50,14 @@ def source(tmp_path: Path) -> Path:
     return small.hf_dir(tmp_path / "source", small.tensors(dtype="bfloat16"), dtype="bfloat16")
 
 
+@pytest.mark.parametrize("piece", [3_000, files.PIECE])  # some rows; all of any tensor here
 @pytest.mark.parametrize(
     ("dtype", "tied", "shards"), [("bfloat16", False, 3), ("float16", True, 1), ("float32", True, 2)]
 )
-def test_there_and_back(tmp_path: Path, dtype: str, tied: bool, shards: int) -> None:
+def test_there_and_back(
+    tmp_path: Path, dtype: str, tied: bool, shards: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PIECE", piece)
     content = small.tensors(tied=tied, dtype=dtype)
     source = small.hf_dir(tmp_path / "in", content, tied=tied, dtype=dtype, shards=shards)
     (source / "LICENSE").write_text("terms", encoding="utf-8")
@@ -87,7 +91,11 @@ def test_a_converted_bundle_is_sealed_and_named_as_those_of_a_run(tmp_path: Path
     assert small.largest_difference(kept.state, params) == 0
 
 
-def test_mixed_dtypes_come_back_as_they_were(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [5_000, files.PIECE])
+def test_mixed_dtypes_come_back_as_they_were(
+    tmp_path: Path, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PIECE", piece)
     content = small.tensors(dtype="bfloat16")
     for number, name in enumerate(sorted(content)):
         content[name] = content[name].astype(list(small.DTYPES.values())[number % 3])
@@ -221,7 +229,10 @@ def test_what_was_written_wrongly_is_not_kept(
     write = weights.write_file
 
     def write_wrongly(path: Path, tensors: Any, fetch: Any) -> None:
-        write(path, tensors, lambda name: fetch(name) * (2 if name == "model.norm.weight" else 1))
+        def double(name: str, piece: files.Piece) -> np.ndarray:
+            return fetch(name, piece) * (2 if name == "model.norm.weight" else 1)
+
+        write(path, tensors, double)
 
     monkeypatch.setattr(weights, "write_file", write_wrongly)
     with pytest.raises(DataError, match=r"1 tensors were not written as they were read.*model\.norm\.weight"):

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from fundus_jax import later
+from fundus_jax import files, later
 from fundus_jax.later import Later
 
 VALUES = {
@@ -27,7 +27,7 @@ def promised() -> dict[str, Later]:
         name: Later(
             value.shape,
             value.dtype,
-            lambda i, value=value: value[i].copy() if value.ndim == 3 else value.copy(),
+            lambda i, piece, value=value: (value[i] if value.ndim == 3 else value)[piece].copy(),
             stacked=value.ndim == 3,
         )
         for name, value in VALUES.items()
@@ -49,10 +49,10 @@ def test_few_arrays_are_there_at_a_time(tmp_path: Path, stacked: bool) -> None:
     made: list[weakref.ref[np.ndarray]] = []
     alive: list[int] = []
 
-    def make(i: int) -> np.ndarray:
+    def make(i: int, piece: files.Piece) -> np.ndarray:
         gc.collect()
         alive.append(sum(one() is not None for one in made))
-        value = np.full((512, 512), len(made), np.float32)
+        value = np.full((512, 512), len(made), np.float32)[piece]
         made.append(weakref.ref(value))
         return value
 
@@ -66,7 +66,7 @@ def test_few_arrays_are_there_at_a_time(tmp_path: Path, stacked: bool) -> None:
 
 
 def test_an_error_while_making_one_is_the_callers(tmp_path: Path) -> None:
-    def fail(i: int) -> np.ndarray:
+    def fail(i: int, piece: files.Piece) -> np.ndarray:
         raise OSError("the shard is gone")
 
     with pytest.raises(OSError, match="the shard is gone"):
@@ -82,7 +82,7 @@ def test_a_layer_lies_in_chunks_of_its_own(tmp_path: Path) -> None:
 
 
 def test_what_is_large_lies_in_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(later, "PIECE", 20)
+    monkeypatch.setattr(files, "PIECE", 20)
     later.save_later(tmp_path / "state", promised())
     for name, value in VALUES.items():
         array = later.open_array(tmp_path / "state", name)

@@ -3,16 +3,16 @@ name; `params` tables say what they mean.
 
 Only safetensors and JSON are opened: a pickle in the directory is never touched.
 Reading takes slices, so that a sharded model reads only what each device holds. Of what is read one tensor
-is in memory at a time, mapped pages of the files included; of what is written two.
+is in memory at a time, mapped pages of the files included; of what is written two pieces (`files.pieces`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fundus_jax import files
+from fundus_jax.files import Piece
 from fundus_jax.records import ConfigError, DataError
 
 SINGLE = "model.safetensors"
@@ -114,6 +116,16 @@ class TensorFiles:
         size = math.prod(shape) * dtype.itemsize
         return np.fromfile(path, np.uint8, size, offset=start).view(dtype).reshape(shape)
 
+    def map(self, name: str, piece: Piece) -> np.ndarray:
+        """Consecutive rows of the tensor `name`, as they lie in the file: pages are read when they are
+        touched, and let go with the array."""
+        file, start, shape, stored = self.entries[name]
+        dtype = np.dtype(stored)
+        for rows in piece:
+            start += rows.start * math.prod(shape[1:]) * dtype.itemsize
+            shape = (rows.stop - rows.start, *shape[1:])
+        return np.memmap(self.directory / file, dtype, "r", start, shape)
+
 
 def _entries(path: Path) -> dict[str, Entry]:
     """Every tensor of a safetensors file by name, in the order of their bytes."""
@@ -166,33 +178,24 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)
-        for path in (*scratch.rglob("*"), scratch):
-            _sync(path)
+        files.flush(scratch)
         scratch.rename(target)
-        _sync(target.parent)  # the new name has to survive a power cut too
+        files.sync(target.parent)  # the new name has to survive a power cut too
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_tensors(
     directory: Path,
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    fetch: Callable[[str], np.ndarray],
+    fetch: Callable[[str, Piece], np.ndarray],
     max_shard: int = MAX_SHARD,
 ) -> None:
     """Write tensors, name -> (dtype, shape), into one file, or into shards of at most `max_shard` bytes with
     an index.
 
-    `fetch(name)` is called in a thread of its own while the tensor before is written, in their order (wider
-    dtypes first within a shard), so that two are in memory at a time.
+    `fetch(name, piece)` is called in a thread of its own while the piece before is written, in their order
+    (wider dtypes first within a shard), so that two are in memory at a time.
     """
     sizes = {name: _size(*tensor) for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
@@ -203,15 +206,15 @@ def write_tensors(
             room = max_shard
         shards[-1].append(name)
         room -= size
-    files = (
+    called = (
         [SINGLE]
         if len(shards) == 1
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
-    for file, names in zip(files, shards, strict=True):
+    for file, names in zip(called, shards, strict=True):
         write_file(directory / file, {name: tensors[name] for name in names}, fetch)
-    if len(files) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    if len(called) > 1:
+        weight_map = {name: file for file, names in zip(called, shards, strict=True) for name in names}
         write_json(
             directory / INDEX,
             {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map},
@@ -219,9 +222,9 @@ def write_tensors(
 
 
 def write_file(
-    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], fetch: Callable[[str], np.ndarray]
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], fetch: Callable[[str, Piece], np.ndarray]
 ) -> None:
-    """Write one safetensors file, tensor by tensor; the library's own writer wants all of them at once.
+    """Write one safetensors file, piece by piece; the library's own writer wants all of it at once.
 
     The format: the header's length in 8 bytes, the header as JSON, padded to whole 8 bytes, then the tensors
     without a gap. Wider ones come first, so that each lies at a multiple of its item's size.
@@ -237,24 +240,36 @@ def write_file(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, found in ahead(fetch, order):
-            value = np.asarray(found, order="C")
-            if (value.dtype.name, value.shape) != tensors[name]:
-                raise ValueError(f"{name} is {value.dtype} {value.shape}, announced as {tensors[name]}")
+        for (name, piece), found in ahead(fetch, pieces({name: tensors[name] for name in order})):
+            value, (dtype, shape) = np.asarray(found, order="C"), tensors[name]
+            announced = (dtype, (*(rows.stop - rows.start for rows in piece), *shape[1:]))
+            if (value.dtype.name, value.shape) != announced:
+                raise ValueError(f"{name} is {value.dtype} {value.shape}, announced as {announced}")
             file.write(value.reshape(-1).view(np.uint8).data)
 
 
-def ahead(read: Callable[[str], T], names: Iterable[str]) -> Iterator[tuple[str, T]]:
-    """Every name and what is read of it, in order; the next is read while the caller works on one."""
-    with ThreadPoolExecutor(1) as pool:
-        coming: list[tuple[str, Future[T]]] = []
-        for name in names:
-            coming.append((name, pool.submit(read, name)))
-            if len(coming) > 1:
-                done, found = coming.pop(0)
+def pieces(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[tuple[str, Piece]]:
+    """The pieces of tensors, name -> (dtype, shape), in their order."""
+    return [
+        (name, piece)
+        for name, (dtype, shape) in tensors.items()
+        for piece in files.pieces(shape, np.dtype(dtype).itemsize)
+    ]
+
+
+def ahead(
+    read: Callable[[str, Piece], T], wanted: Iterable[tuple[str, Piece]], threads: int = 1
+) -> Iterator[tuple[tuple[str, Piece], T]]:
+    """Every piece and what is read of it, in order; the next `threads` are read while the caller works."""
+    with ThreadPoolExecutor(threads) as pool:
+        coming: deque[tuple[tuple[str, Piece], Future[T]]] = deque()
+        for piece in wanted:
+            coming.append((piece, pool.submit(read, *piece)))
+            if len(coming) > threads:
+                done, found = coming.popleft()
                 yield done, found.result()
-        for name, found in coming:
-            yield name, found.result()
+        for piece, found in coming:
+            yield piece, found.result()
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:

@@ -238,7 +238,8 @@ def save(directory: Path, model: Qwen2_5_VL, max_shard: int = weights.MAX_SHARD)
     values = {path: param.get_value() for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     adapted = lora.adapted(model)
 
-    def fetch(name: str) -> np.ndarray:
+    @functools.lru_cache(maxsize=1)
+    def whole(name: str) -> np.ndarray:
         slot = slots[name]
         value = values[slot.path] if slot.layer is None else values[slot.path][slot.layer]
         linear = adapted.get(".".join(map(str, slot.path[:-1])))
@@ -247,7 +248,7 @@ def save(directory: Path, model: Qwen2_5_VL, max_shard: int = weights.MAX_SHARD)
         return np.asarray(value).astype(dtype, copy=False).reshape(slot.shape)
 
     tensors = {name: (dtype.name, slots[name].shape) for name in _hub_order(slots)}
-    weights.write_tensors(directory, tensors, fetch, max_shard)
+    weights.write_tensors(directory, tensors, lambda name, piece: whole(name)[piece], max_shard)
 
 
 def _hub_order(names: Mapping[str, Slot]) -> list[str]:
