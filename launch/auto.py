@@ -18,7 +18,7 @@ from fundus_jax.models.qwen2_5_vl.params import table
 from fundus_jax.records import ConfigError
 from fundus_jax.sft import PATCH_ROOM
 from launch.chips import CHIPS, GIB, Chip, kind_of
-from launch.config import RunConfig, model_config
+from launch.config import RunConfig, model_config, names
 
 BUDGET = 0.9  # of a device's memory is planned for
 AGAIN = {"none": 0.0, "dots": 0.05, "block": 0.65}  # of a forward pass is computed twice, by the compiler
@@ -75,6 +75,7 @@ class Sizes:
 
     def __init__(self, config: RunConfig, model: Qwen2_5_VLConfig) -> None:
         self.config, self.model = config, model
+        self.stages = names(config.stages)
         slots = table(model)
         self.total = sum(math.prod(slot.shape) for slot in slots.values())
         self.layer, self.text, self.vision = (
@@ -98,8 +99,9 @@ class Sizes:
         return fsdp * tensor / (1 + whole * (tensor - 1))
 
     def lasting(self, fsdp: int, tensor: int) -> float:
-        """Masters, moments, frozen weights, and the reference's copy of what is trained."""
-        own = (12 + (2 if self.config.grpo.kl_coef else 0)) * self.trained
+        """Masters, moments, frozen weights, and the copy of what is trained that GRPO's reference is."""
+        reference = "grpo" in self.stages and self.config.grpo.kl_coef
+        own = (12 + (2 if reference else 0)) * self.trained
         spread = self.spread(fsdp, tensor)
         return own / (1 if self.frozen else spread) + 2 * self.frozen / spread  # half of an adapter is whole
 
@@ -118,44 +120,47 @@ class Sizes:
         gradients = (4 + 6 * cut) * self.trained / self.spread(fsdp, tensor)
         return rows * (row.tokens * text + row.images * self.patches * image) + logits + gathered + gradients
 
-    def rows(self) -> tuple[Row, Row]:
+    def rows(self) -> dict[str, Row]:
         """A row of SFT, and a prompt of GRPO with its responses, as large as they can be. How many images a
         packed row has is not known before the data is: as many as fit with a short text each."""
         sft, grpo = self.config.sft, self.config.grpo
         packed = PATCH_ROOM * sft.row_length / (self.patches / self.model.vision.spatial_merge_size**2 + TEXT)
-        return (
-            Row(sft.row_length or sft.max_length, max(1, packed)),
-            Row(self.config.max_prompt + grpo.group_size * grpo.max_new_tokens),
-        )
+        return {
+            "sft": Row(sft.row_length or sft.max_length, max(1, packed)),
+            "grpo": Row(self.config.max_prompt + grpo.group_size * grpo.max_new_tokens),
+        }
 
     def seconds(
         self,
-        cuts: Sequence[tuple[int, int]],
+        cuts: dict[str, tuple[int, int]],
         remat: str,
         axes: tuple[int, int, int],
         chip: Chip,
         *,
         over_network: bool = False,
     ) -> float:
-        """Of a step of SFT and one of GRPO, products and traffic one after the other, at the public peaks;
-        it serves to compare ways to cut a batch. `cuts`: (rows, micro-batches) of a device in each. `axes`:
-        data, fsdp and tensor. over_network: whether what fsdp gathers crosses it.
+        """Of a step of each stage, products and traffic one after the other, at the public peaks; it serves
+        to compare ways to cut a batch. `cuts`: (rows, micro-batches) of a device in each. `axes`: data, fsdp
+        and tensor. over_network: whether what fsdp gathers crosses it.
 
         A pass over a micro-batch gathers all weights forward and again backward, and its gradient is sent
         once; GRPO has two passes (prompts, responses), and those of the reference.
         """
         (data, fsdp, tensor), model = axes, self.model
-        kl, wire = bool(self.config.grpo.kl_coef), chip.network if over_network else chip.wire
+        passes = {"sft": 2, "grpo": 4 + 2 * bool(self.config.grpo.kl_coef)}
+        wire = chip.network if over_network else chip.wire
         wire *= 1 / chip.devices  # those of a chip share its wires
         weights, sent = 2 * self.total / tensor * (1 - 1 / fsdp), 0 if self.frozen else 1
         crossing = 4 * self.trained / (fsdp * tensor) * (1 - 1 / data)
         text = self.text + model.vocab_size * model.hidden_size
         seconds = 0.0
-        for (rows, pieces), row, passes in zip(cuts, self.rows(), (2, 4 + 2 * kl), strict=True):
+        for stage, (rows, pieces) in cuts.items():
+            row = self.rows()[stage]
             seen = row.images * self.patches * self.vision
             products = 2 * (3 + AGAIN[remat]) * rows * (row.tokens * text + seen) / tensor
             seconds += chip.devices * products / chip.flops
-            seconds += pieces * ((passes + sent) * weights / wire + crossing * chip.devices / chip.network)
+            seconds += pieces * (passes[stage] + sent) * weights / wire
+            seconds += pieces * crossing * chip.devices / chip.network
         return seconds
 
     def rollout(self, rows: int, fsdp: int, tensor: int) -> float:
@@ -184,14 +189,14 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
     one that should be fastest.
 
     devices: all of one kind; slices of TPUs and nodes of GPUs form the data axis, so that only gradients
-    cross the network. Where nothing fits so, GPUs share the weights over all nodes. On CPUs, whose memory is
-    not planned, and for the small policy, which fits anywhere, the batch is simply spread. Raises ConfigError
-    where no mesh divides the batches or nothing fits, with the arithmetic.
+    cross the network. Where nothing fits so, GPUs share the weights over all nodes. The stages of the run
+    (config.stages) are planned for; they share a mesh. On CPUs, whose memory is not planned, and for the
+    small policy, which fits anywhere, the batch is simply spread. Raises ConfigError where no mesh divides
+    the batches or nothing fits, with the arithmetic.
     """
     name = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform == "cpu" or not config.model:
-        unchanged = (config.remat, config.sft.micro_batches, config.grpo.micro_batch, config.grpo.slots)
-        return Choice(f"data:{len(devices)},fsdp:1,tensor:1", *unchanged, None, None, name)
+        return _spread(config, len(devices), name)
     chip, sizes = CHIPS[kind_of(devices[0].device_kind)], Sizes(config, model_config(config))
     apart, tried = together(devices), []
     for groups in (apart,) if chip.platform == "tpu" else dict.fromkeys((apart, 1)):
@@ -210,6 +215,27 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
     )
 
 
+def _spread(config: RunConfig, count: int, name: str) -> Choice:
+    """The batch over `count` devices, in no more pieces than the configuration says, and whole rows in each.
+    Raises ConfigError where the devices do not divide a batch."""
+    sft, grpo = config.sft, config.grpo
+    batches = {"sft": ("sft.batch", sft.batch), "grpo": ("grpo.prompts_per_step", grpo.prompts_per_step)}
+    for field, rows in (batches[stage] for stage in names(config.stages)):
+        if rows % count:
+            raise ConfigError(
+                f"{field} {rows} does not divide by {name}; take a batch that they divide, or name a mesh "
+                "whose data x fsdp divides it: --mesh=data:..,fsdp:..,tensor:.."
+            )
+    pieces, prompts = sft.micro_batches, grpo.micro_batch // grpo.group_size
+    while pieces > 1 and sft.batch % (pieces * count):
+        pieces -= 1
+    while prompts < grpo.prompts_per_step and (prompts % count or grpo.prompts_per_step % prompts):
+        prompts += 1
+    slots = 0 if grpo.slots % count else grpo.slots
+    cut = (pieces, prompts * grpo.group_size, slots)
+    return Choice(f"data:{count},fsdp:1,tensor:1", config.remat, *cut, None, None, name)
+
+
 def together(devices: Sequence[Any]) -> int:
     """Groups of devices with nothing but the network between them: slices of TPUs, nodes of GPUs. jax gives a
     node a slice_index of its own, but for devices to compile for, whose processes are the nodes."""
@@ -226,50 +252,54 @@ def _fitting(
     """What fits on a mesh of `axes` (data, fsdp, tensor): (seconds, choice) each. All is noted in `tried`."""
     (data, fsdp, tensor), config = axes, sizes.config
     parts, memory = data * fsdp, chip.memory / chip.devices
-    mesh, batches = (
-        f"data:{data},fsdp:{fsdp},tensor:{tensor}",
-        (config.sft.batch, config.grpo.prompts_per_step),
-    )
+    mesh = f"data:{data},fsdp:{fsdp},tensor:{tensor}"
+    batches = {"sft": config.sft.batch, "grpo": config.grpo.prompts_per_step}
+    batches = {stage: batches[stage] for stage in sizes.stages}
     if sizes.model.num_attention_heads % tensor:
         tried.append(f"{mesh} does not divide {sizes.model.num_attention_heads} heads")
         return []
-    if any(rows % parts for rows in batches):
-        tried.append(f"{mesh} does not divide {batches} rows")
+    if any(rows % parts for rows in batches.values()):
+        tried.append(f"{mesh} does not divide {tuple(batches.values())} rows")
         return []
     fitting, room = [], BUDGET * memory * GIB
     for remat in AGAIN:
-        each = [rows // parts for rows in batches]
-        cut, need = _cut(sizes, each, remat, fsdp, tensor, room)
+        each = {stage: rows // parts for stage, rows in batches.items()}
+        prompts = each.get("grpo") or -(-config.evaluate.batch // parts)
+        cut, slots, need = _cut(sizes, each, prompts, remat, fsdp, tensor, room)
         tried.append(f"{mesh} remat {remat} needs {need / GIB:.1f} GiB")
         if need > room:
             continue
-        slots = 0 if cut[2] == each[1] else cut[2] * parts
-        pieces = [rows // size for rows, size in zip(each, cut, strict=False)]
-        made = (pieces[0], cut[1] * parts * config.grpo.group_size, slots)
-        cuts = tuple(zip(each, pieces, strict=True))
+        pieces = {stage: each[stage] // rows for stage, rows in cut.items()}
+        made = (
+            pieces.get("sft", config.sft.micro_batches),
+            cut["grpo"] * parts * config.grpo.group_size if "grpo" in cut else config.grpo.micro_batch,
+            0 if slots == prompts else slots * parts,
+        )
+        cuts = {stage: (each[stage], pieces[stage]) for stage in cut}
         seconds = sizes.seconds(cuts, remat, axes, chip, over_network=over_network)
         fitting.append((seconds, Choice(mesh, remat, *made, need / GIB, memory, name)))
     return fitting
 
 
 def _cut(
-    sizes: Sizes, each: list[int], remat: str, fsdp: int, tensor: int, room: float
-) -> tuple[list[int], float]:
-    """The most rows in a micro-batch of SFT and of GRPO, and the most slots to decode in, that fit into
-    `room` bytes, of `each` rows a device has of them (1 where none fits); and the bytes needed then."""
+    sizes: Sizes, each: dict[str, int], prompts: int, remat: str, fsdp: int, tensor: int, room: float
+) -> tuple[dict[str, int], int, float]:
+    """The most rows in a micro-batch of each stage, of `each` that a device has of them, and the most slots
+    to decode its `prompts` in, that fit into `room` bytes (1 where none fits); and the bytes needed then."""
     lasting, grpo = sizes.lasting(fsdp, tensor), sizes.config.grpo
-    slots = -(-grpo.slots * each[1] // grpo.prompts_per_step) or each[1]
+    slots = -(-grpo.slots * prompts // grpo.prompts_per_step) or prompts
     while slots > 1 and slots % 2 == 0 and lasting + sizes.rollout(slots, fsdp, tensor) > room:
         slots //= 2
-    cut, needs = [], [lasting + sizes.rollout(slots, fsdp, tensor)]
-    for rows, row in zip(each, sizes.rows(), strict=True):
+    cut, needs = {}, [lasting + sizes.rollout(slots, fsdp, tensor)]
+    for stage, rows in each.items():
+        row = sizes.rows()[stage]
         found = [
             (n, lasting + sizes.update(n, row, remat, fsdp, tensor, cut=n < rows)) for n in divisors(rows)
         ]
         best = ([one for one in found if one[1] <= room] or found[:1])[-1]
-        cut.append(best[0])
+        cut[stage] = best[0]
         needs.append(best[1])
-    return [*cut, slots], max(needs)
+    return cut, slots, max(needs)
 
 
 def divisors(rows: int) -> list[int]:

@@ -30,6 +30,7 @@ KERNELS = {  # custom_call_target -> what people call it
     "__cublas$lt$matmul": "cublas",
     "__cublas$gemm": "cublas",
 }
+SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}  # products of each kernel: the backward ones make the scores anew
 ELEMENTWISE = ("reduce", "reduce-window", "scatter", "sort", "map", "select-and-scatter")  # of scalars
 _HEADER = re.compile(r"(ENTRY\s+)?%?([\w.\-]+) \(.*\) -> .*\{$")
 _OP = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -248,8 +249,10 @@ def _count_kernel(found: Report, op: Op, table: dict[str, Op], times: float) -> 
         query, keys = (arrays(table[name].shape)[0][1] for name in op.operands[:2])
         products = 5 if "backward" in name else 2
         found.kernel_flops += times * products * 2.0 * math.prod(query) * keys[1]
-    elif flops := op.attribute(r'"?flops"?\W+(\d+)'):
-        found.kernel_flops += times * int(flops)
+    elif splash := re.search(r"splash_mh?q?a_(fwd|dq|dkv)", op.name):  # nor does its: [..,H,T,C], as above
+        places = [arrays(table[name].shape)[0] for name in op.operands if name in table]
+        query, keys = [sizes for kind, sizes in places if kind in ("bf16", "f32") and len(sizes) > 2][:2]
+        found.kernel_flops += times * SPLASH[splash[1]] * 2.0 * math.prod(query) * keys[-2]
 
 
 def _collective(kind: str, op: Op, table: dict[str, Op], times: float) -> Collective:

@@ -129,7 +129,7 @@ def sft_stage(policy: Abstract) -> Stage:
     optimizer = training.make_optimizer(config.optim, SCHEDULE)
     state = policy.state(optimizer)
     run = sft.make_update(policy.merge, optimizer, config, policy.config.compute)
-    row = Sizes(policy.config, policy.model).rows()[0]
+    row = Sizes(policy.config, policy.model).rows()["sft"]
     batch = policy.batch(config.batch, row, packed=config.row_length > 0)
     batch = (batch, policy.rows((config.batch, row.tokens), jnp.bool_))
     resident = {

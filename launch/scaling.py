@@ -28,11 +28,13 @@ ROWS: tuple[tuple[str, str], ...] = (
     *(("fundus_r1_3b", machine) for machine in ("h100-8", "h800-8", "h100-16", "h200-1")),
     *(("fundus_r1_3b", machine) for machine in ("v5e-16", "v5p-8", "v5p-64", "v6e-4", "v6e-8", "v6e-16")),
     *(("fundus_r1_3b", machine) for machine in ("v6e-64", "v6e-256", "v5e-16x2")),
-    *(("fundus_r1_3b:lora", machine) for machine in ("h100-8", "h200-1", "v5e-16", "v6e-1")),
+    *(("fundus_r1_3b:lora", machine) for machine in ("h100-8", "h200-1", "v5e-16", "v5p-8", "v5p-64")),
+    *(("fundus_r1_3b:lora", machine) for machine in ("v6e-1", "v6e-8", "v6e-64", "v6e-256", "v5e-16x2")),
     *(("fundus_r1_7b", machine) for machine in ("h100-8", "h800-8", "h100-16", "h200-1")),
     *(("fundus_r1_7b", machine) for machine in ("v5e-16", "v5p-8", "v5p-64", "v6e-8", "v6e-64", "v6e-256")),
-    ("fundus_r1_7b", "v5e-16x2"),
-    *(("fundus_r1_7b:lora", machine) for machine in ("h100-8", "h200-1", "v5e-16", "v6e-8")),
+    *(("fundus_r1_7b", machine) for machine in ("v5e-16x2", "v6e-16x2")),
+    *(("fundus_r1_7b:lora", machine) for machine in ("h100-8", "h200-1", "v5e-16", "v5p-8", "v5p-64")),
+    *(("fundus_r1_7b:lora", machine) for machine in ("v6e-8", "v6e-64", "v6e-256", "v5e-16x2")),
     ("fundus_r1_32b", "v5p-64"),
 )
 STAGES = ("sft", "grpo")
@@ -45,12 +47,14 @@ micro-batches that `--mesh=auto` takes there. Nothing of it was run.
 * **GiB**: what the largest program of the stage needs on one device together with all that lies beside it,
   of the device's memory. TPU compilers refuse what does not fit; GPU ones never do, and the sum decides.
 * **pieces**: micro-batches of a step.
-* **TFLOP, wire GB, network GB**: of one device in one step: matrix products and attention, bytes sent within
-  the slice or node and out of it. A step of SFT is 64 conversations of up to 2,048 tokens; one of GRPO is 128
-  prompts of up to 1,024 tokens x 4 rollouts of 512, all of them taken at full length.
+* **TFLOP, wire GB, network GB**: of one device in one step: matrix products and attention (as if nothing were
+  masked), bytes sent within the slice or node and out of it. A step of SFT is 64 conversations of up to 2,048
+  tokens; one of GRPO is 128 prompts of up to 1,024 tokens x 4 rollouts of 512, all of them taken at full
+  length.
 * **~s**: a projection from public peak numbers: the slowest resource of each program, added up. It is a bound
   and no measurement; real runs take longer, since nothing reaches its peak.
-* "does not fit": `--mesh=auto` found no way; it says what it tried.
+* "does not fit": `--mesh=auto` found no way, by its estimate; it says what it tried. "alone": it found none
+  for both stages, but one for this stage (`--config.stages`).
 
 """
 
@@ -89,9 +93,14 @@ def _plan(recipe: str, machine: str, stage: str) -> dict[str, Any]:
     devices = topology.devices()
     try:
         auto.choose(config, devices)
+    except ConfigError:  # no mesh that both stages fit on
+        config.stages = stage
+    try:
+        auto.choose(config, devices)
     except ConfigError as error:  # this one says that nothing fits
         return {"stage": stage, "chips": topology.chips, "fits": False, "problems": [str(error)]}
-    return _short(planning.plan(config, topology, "auto", stage))
+    alone = {"alone": True} if config.stages == stage else {}
+    return _short(planning.plan(config, topology, "auto", stage) | alone)
 
 
 def _short(value: Any) -> Any:
@@ -135,7 +144,8 @@ def _cells(plan: dict[str, Any]) -> tuple[str, ...]:
     kernels = {name.split(" ")[0] for row in rows for name in row["kernels"]} & {"pallas", "cudnn"}
     peak = f"{plan['peak_gib']:.1f}" if plan["fits"] else f"**{plan['peak_gib']:.1f}: does not fit**"
     return (
-        *(str(plan["chips"]), plan["mesh"].replace(",", " "), plan["remat"], plan["stage"]),
+        *(str(plan["chips"]), plan["mesh"].replace(",", " "), plan["remat"]),
+        plan["stage"] + " alone" * plan.get("alone", False),
         *(str(plan["micro_batches"]), peak, f"{plan['memory_gib']:.1f}", f"{flops:.0f}"),
         *(f"{sums['wire_gb']:.1f}", f"{sums['network_gb']:.1f}"),
         f"{sum(max(row['projected_s'].values()) for row in rows):.2f}",

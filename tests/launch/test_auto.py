@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from configs import fundus_r1_3b, fundus_r1_7b, fundus_r1_32b
-from fundus_jax import sharding
+from configs import demo, fundus_r1_3b, fundus_r1_7b, fundus_r1_32b
+from fundus_jax import sft, sharding
+from fundus_jax.grpo import update
 from fundus_jax.models.qwen2_5_vl.sizes import published
 from fundus_jax.records import ConfigError
 from launch import auto
@@ -99,17 +102,21 @@ def test_slow_wires_mean_fewer_pieces_and_more_recomputing() -> None:
     assert alone.remat == "none", "nothing moves, so nothing is gained by larger pieces"
 
 
+def cuts(rows: int, pieces: int, prompts: int, parts: int) -> dict[str, tuple[int, int]]:
+    return {"sft": (rows, pieces), "grpo": (prompts, parts)}
+
+
 def test_the_seconds_are_products_and_traffic() -> None:
     config = fundus_r1_3b.get_config()
     numbers, chip = auto.Sizes(config, published("3B")), CHIPS["h100"]
-    one = numbers.seconds(((8, 4), (16, 8)), "none", (1, 8, 1), chip)
+    one = numbers.seconds(cuts(8, 4, 16, 8), "none", (1, 8, 1), chip)
     assert one == pytest.approx(2.6, rel=0.2), "docs/scaling of 2026-11-28 had 0.38 + 1.39 and 0.16 + 0.77"
-    more = numbers.seconds(((8, 8), (16, 16)), "none", (1, 8, 1), chip)
-    wire = numbers.seconds(((0, 4), (0, 8)), "none", (1, 8, 1), chip)
+    more = numbers.seconds(cuts(8, 8, 16, 16), "none", (1, 8, 1), chip)
+    wire = numbers.seconds(cuts(0, 4, 0, 8), "none", (1, 8, 1), chip)
     assert more - one == pytest.approx(wire)
-    again = numbers.seconds(((8, 4), (16, 8)), "block", (1, 8, 1), chip) - wire
+    again = numbers.seconds(cuts(8, 4, 16, 8), "block", (1, 8, 1), chip) - wire
     assert again / (one - wire) == pytest.approx((3 + auto.AGAIN["block"]) / 3)
-    assert numbers.seconds(((8, 4), (16, 8)), "none", (2, 8, 1), chip) > one, "gradients cross the network"
+    assert numbers.seconds(cuts(8, 4, 16, 8), "none", (2, 8, 1), chip) > one, "gradients cross the network"
 
 
 def test_adapters_need_less() -> None:
@@ -145,7 +152,7 @@ def test_packed_rows_take_what_they_hold() -> None:
     config.sft.row_length = 8192
     packed = choose(config, "NVIDIA H100 80GB HBM3", 8)
     assert packed.sft_micro_batches > plain.sft_micro_batches
-    row = auto.Sizes(config, published("3B")).rows()[0]
+    row = auto.Sizes(config, published("3B")).rows()["sft"]
     assert row.tokens == 8192
     assert 15 < row.images < 19, "256 tokens of an image and as many of text each, and a tenth more room"
 
@@ -189,6 +196,42 @@ def test_unknown_devices_and_cpus() -> None:
     assert (choice.remat, choice.sft_micro_batches) == (config.remat, config.sft.micro_batches)
     config.model = ""
     assert choose(config, "Radeon", 4).mesh == "data:4,fsdp:1,tensor:1", "the small policy fits anywhere"
+
+
+@pytest.mark.parametrize(("count", "parts"), [(1, 1), (2, 1), (8, 4), (16, 1)])
+def test_the_small_policy_is_spread_in_whole_rows(count: int, parts: int) -> None:
+    config = demo.get_config()
+    config.sft.micro_batches, config.grpo.prompts_per_step, config.grpo.micro_batch = 3, 32, 4 * parts
+    choice = choose(config, "TPU v5 lite", count)
+    changed = choice.apply(config)
+    changed.validate()
+    mesh = Mesh(np.empty((count, 1, 1), object), ("data", "fsdp", "tensor"))
+    sft.check_mesh(changed.sft, mesh)
+    update.check_mesh(changed.grpo, mesh)
+    assert changed.grpo.micro_batch >= config.grpo.micro_batch
+
+
+def test_a_batch_that_the_small_policys_devices_do_not_divide() -> None:
+    config = demo.get_config()
+    with pytest.raises(ConfigError, match=r"sft\.batch 16 does not divide by 32 x TPU v5 lite"):
+        choose(config, "TPU v5 lite", 32)
+    config.stages = "grpo"
+    assert choose(config, "TPU v5 lite", 32).mesh == "data:32,fsdp:1,tensor:1"
+
+
+def test_only_the_stages_of_the_run_are_planned_for() -> None:
+    """7B without adapters on sixteen of the smallest chips: SFT fits (docs/scaling), GRPO does not."""
+    config = fundus_r1_7b.get_config()
+    for stages in ("sft,grpo", "grpo"):
+        config.stages = stages
+        with pytest.raises(ConfigError, match="finds no mesh"):
+            choose(config, SMALL, 16)
+    config.stages = "sft"
+    config.grpo.prompts_per_step = 77  # which no mesh divides: not asked
+    choice = choose(config, SMALL, 16)
+    assert choice.estimate_gib is not None
+    assert choice.estimate_gib < 0.9 * 15.75
+    assert choice.grpo_micro_batch == config.grpo.micro_batch
 
 
 def test_the_estimate_counts_what_the_model_has() -> None:

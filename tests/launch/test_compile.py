@@ -159,6 +159,14 @@ def test_whole_rows_are_read_by_the_flash_kernel(plans: Any, program: str) -> No
     assert hlo.report(text(plans[1], program)).kernels["pallas"] > 0
 
 
+def test_attention_is_counted(plans: Any) -> None:
+    """Per device: two pieces of one row; block remat makes each forward pass twice."""
+    decoder, tower = 2 * 2 * 256**2 * 64, 1 * 1 * SLOTS**2 * 80  # layers, heads, T^2, C
+    products = 2 * hlo.SPLASH["fwd"] + hlo.SPLASH["dq"] + hlo.SPLASH["dkv"]
+    found = hlo.report(text(plans[1], "sft-update")).kernel_flops
+    assert found == 2 * products * 2 * (decoder + tower)
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_parameter_crosses_the_network(plans: Any, program: str) -> None:
     """Between slices only sums travel: gradients, and a few numbers of the metrics."""

@@ -114,7 +114,10 @@ ENTRY %main (x: f32[8,16], a: bf16[4,8]) -> f32[8,16] {
   %f1 = (bf16[4,8], bf16[16,8]) fusion(%a), kind=kLoop, calls=%start
   %f2 = bf16[16,8]{1,0} fusion(%a), kind=kLoop, calls=%done
   %g3 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%a), channel_id=7, replica_groups=GROUPS, dimensions={0}
-  %k = f32[8,16]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"1000"}}
+  %info = s8[1,2,2]{2,1,0:T(8,128)} constant({...})
+  %q = bf16[2,4,256,128]{3,2,1,0:T(8,128)(2,1)} constant({...})
+  %kv = bf16[2,2,512,128]{3,2,1,0:T(8,128)(2,1)} constant({...})
+  %splash_mha_KERNEL.3 = (f32[2,256,128]{2,1,0}, bf16[2,4,256,128]{3,2,1,0}) custom-call(%info, %info, %q, %kv, %kv), custom_call_target="tpu_custom_call"
   %send = (bf16[32]{0}, u32[], token[]) send(%a, %zero), channel_id=9, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %t = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) tuple(%zero, %x)
   %while = (s32[]{:T(128)}, f32[8,16]{1,0:T(8,128)}) while(%t), condition=%condition, body=%body
@@ -133,14 +136,20 @@ ENTRY %main (x: f32[8,16], a: bf16[4,8]) -> f32[8,16] {
     ],
 )
 def test_what_a_tpu_writes(groups: str, first: tuple[int, ...]) -> None:
-    report = hlo.report(TPU.replace("GROUPS", groups).replace("STEP", "1"))
+    report = hlo.report(TPU.replace("GROUPS", groups).replace("STEP", "1").replace("KERNEL", "fwd_residuals"))
     assert report.flops == 12 * 2 * 8 * 16 * 16
-    assert report.kernel_flops == 1000
     assert report.kernels == {"pallas": 1}
     assert report.dcn_sent == 64
     assert [(one.kind, one.group, one.sent) for one in report.collectives] == 2 * [
         ("all-gather", first, 3 * 4 * 8 * 2)
     ], "one that two fusions hold, and one of the same channel, as in a loop that was laid out"
+
+
+@pytest.mark.parametrize(("kernel", "products"), [("fwd_segmented", 2), ("dq_no_residuals", 3), ("dkv", 4)])
+def test_splash_is_counted_by_its_operands(kernel: str, products: int) -> None:
+    report = hlo.report(TPU.replace("GROUPS", "[2,4]<=[8]").replace("KERNEL", kernel).replace("STEP", "1"))
+    assert report.kernel_flops == products * 2 * 2 * 4 * 256 * 512 * 128
+    assert report.kernels == {"pallas": 1}
 
 
 def test_the_step_of_a_counter_is_read() -> None:

@@ -83,7 +83,7 @@ def test_the_estimate_of_an_update_is_not_far_below_the_compilers(name: str) -> 
     config = scaling.config_of(recipe)
     sizes = auto.Sizes(config, auto.model_config(config))
     batches = (config.sft.batch, config.grpo.prompts_per_step)
-    for plan, batch, row in zip(PLANS[name], batches, sizes.rows(), strict=True):
+    for plan, batch, row in zip(PLANS[name], batches, sizes.rows().values(), strict=True):
         mesh = {axis: int(size) for axis, size in (part.split(":") for part in plan["mesh"].split(","))}
         pieces, axes = plan["micro_batches"], (mesh["fsdp"], mesh["tensor"])
         rows = batch // (mesh["data"] * mesh["fsdp"] * pieces)
