@@ -22,6 +22,7 @@ import numpy as np
 from absl import app
 
 from fundus_jax import training
+from fundus_jax.evaluation import exam
 from fundus_jax.grpo import sampler, stream
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.rewards import Score
@@ -111,8 +112,8 @@ def in_slots(work: Callable[[], Any]) -> Any:
 
 
 def in_steps(work: Callable[[], Any]) -> Any:
-    """As in rollouts that take hours, in many calls."""
-    sampler.STEPS = 0  # of each
+    """As in rollouts and exams that take hours, in many calls."""
+    sampler.STEPS = stream.STEPS = 0  # of each
     return work()
 
 
@@ -123,6 +124,8 @@ STUCK: dict[str, tuple[Any, str, int, Callable[[Any], Any]]] = {
     "rollout": (grpo, "sample", 2, on_device),
     "decode": (sampler, "fill_all", 3, in_steps),
     "judge": (grpo, "score_all", 3, in_python),
+    "exam": (exam, "in_order", 1, in_steps),
+    "next exam": (exam, "in_order", 2, in_steps),
     "evaluate": (stream, "decode_slots", 2, in_slots),
 }
 
