@@ -14,7 +14,7 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,24 @@ class Metrics:
             return
         numbers = {name: _number(value) for name, value in values.items()}
         line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), **numbers}
-        self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())  # unbuffered: one write, whole
+        self._file.write(_line(line))  # unbuffered: one write, whole
+        self._show(stage, step, numbers)
+
+    def amend(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Write `values` into the line that a step has already, in the place of what it said of these names;
+        a kill leaves the one line or the other. Raises DataError as `past` does."""
+        if self._file is None:
+            return
+        numbers = {name: _number(value) for name, value in values.items()}
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for at, line in enumerate(lines):
+            if _stage_and_step(line, f"{self.path}:{at + 1}") == (stage, step):
+                lines[at] = _line(json.loads(line) | numbers)
+        self._replace(lines)
+        self._show(stage, step, numbers)
+
+    def _show(self, stage: str, step: int, numbers: Mapping[str, float | None]) -> None:
+        """Give a step's numbers to whoever draws them."""
         board = self._board(stage)
         for name, number in numbers.items():
             board.add_scalar(name, math.nan if number is None else number, step)
@@ -150,9 +167,7 @@ class Metrics:
                 dropped += 1
         if dropped:
             logging.info("%s: dropped %d lines past %s", self.path, dropped, dict(stage_steps))
-            self._file.close()
-            write_atomic(self.path, b"".join(kept))
-            self._open()
+            self._replace(kept)
         for stage, step in stage_steps.items():
             self._purge[stage] = step + 1
             if stage in self._boards:
@@ -174,6 +189,13 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
+
+    def _replace(self, lines: Iterable[bytes]) -> None:
+        """The file with other lines, in one stroke."""
+        if self._file is not None:
+            self._file.close()
+        write_atomic(self.path, b"".join(lines))
+        self._open()
 
     def _open(self) -> None:
         """Open for appending, after cutting off a last line that a kill left half written."""
@@ -235,6 +257,10 @@ class Progress:
             self._bar.close()
         elif not self._silent:
             logging.info("%s", self.text())
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return (json.dumps(entry, allow_nan=False) + "\n").encode()
 
 
 def _number(value: Any) -> float | int | None:

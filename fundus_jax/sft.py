@@ -201,11 +201,6 @@ def loss(model: Any, batch: Any, total: Any) -> tuple[jax.Array, dict[str, jax.A
     }
 
 
-def check_mesh(config: SftConfig, mesh: Mesh) -> None:
-    """Raises ConfigError where the mesh does not divide the rows of a micro-batch."""
-    training.check_rows("sft.batch", config.batch, mesh, config.micro_batches)
-
-
 def count(batch: Any) -> jax.Array:
     """Learned tokens of the whole batch."""
     return jax.numpy.maximum(batch[1][:, 1:].sum(), 1)
@@ -238,7 +233,6 @@ def train(
     compute: dtype of the forward and backward pass; trained weights stay float32 masters. remat: a name of
     `models.layers.REMAT`. exam: measures the policy now and then; the bundle that does best in it is kept.
     """
-    check_mesh(config, mesh)
     steps = work.stages["sft"]
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
@@ -250,11 +244,16 @@ def train(
     def build(index: np.ndarray) -> Any:
         return encode(rows, processor, index[mine])
 
+    def policy(params: Any) -> Any:
+        return skeleton.merge(training.join(training.cast(params, compute), frozen), model.options)
+
     with jax.set_mesh(mesh), work.stoppable("sft") as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
         iterator = batches(len(rows.packs), config.batch, build, seed=config.seed)
         state, done = work.resume("sft", state, iterator)
+        if exam is not None and work.owes("sft"):
+            work.make_up("sft", done, exam(policy(state.params)))
         progress, watch = work.progress("sft", done), Stopwatch("sft")
         for step in range(done + 1, steps + 1):
             keep(step - 1, state, iterator)
@@ -266,9 +265,7 @@ def train(
             training.check_finite(values, config.optim, "sft", step)
             if exam is not None and exam.due(step, steps):
                 with watch("exam"):
-                    params = training.join(training.cast(state.params, compute), frozen)
-                    values |= exam(skeleton.merge(params, model.options))
-                    del params
+                    values |= exam(policy(state.params))
             work.metrics.log("sft", step, values | watch.lap(step))
             progress.update(note=f"loss {values['loss']:.3f}")
             best = work.leads("sft", step, values)

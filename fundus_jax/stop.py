@@ -11,7 +11,7 @@ depends on where the program is:
 * While XLA compiles or a program runs, Python runs no handler at all. So a thread waits too, and ends the
   process once the grace is over: then the newest bundle stands, and what came after it is computed again.
 
-With several processes the thread of one that gets a signal tells the others. Where these are in
+With several processes another thread of one that gets a signal tells the others. Where these are in
 `interruptible`, their threads send it to their own process: it leaves its server too, instead of letting the
 first wait for it.
 
@@ -22,12 +22,12 @@ Neighbours: `hosts` (agreement), the loops (`check`), `launch/run.py` (`install`
 from __future__ import annotations
 
 import os
-import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -58,7 +58,10 @@ def install(grace: float = GRACE) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to even while Python runs no handler
-    threading.Thread(target=_watch, args=(reader, grace), name="stop", daemon=True).start()
+    came: SimpleQueue[int] = SimpleQueue()
+    threading.Thread(target=_watch, args=(reader, grace, came), name="stop", daemon=True).start()
+    if jax.process_count() > 1:
+        threading.Thread(target=_exchange, args=(came,), name="stop-others", daemon=True).start()
     for number in SIGNALS:
         signal.signal(number, _handle)
 
@@ -129,18 +132,26 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Stopped(128 + number)
 
 
-def _watch(reader: int, grace: float) -> None:
-    """The thread: notice the signal, or hear of another process's; wait, and end the process if it is still
-    there."""
-    number, pause = 0, LISTEN if jax.process_count() > 1 else None
+def _watch(reader: int, grace: float, came: SimpleQueue[int]) -> None:
+    """The thread: notice the signal, wait, and end the process if it is still there."""
+    number = 0
     while number not in SIGNALS:
-        if select.select([reader], [], [], pause)[0]:
-            number = os.read(reader, 1)[0]
-        elif _interruptible and (heard := hosts.told(TOLD)):
-            os.kill(os.getpid(), heard)  # it comes back through `reader`
-    hosts.tell(TOLD, number)
+        number = os.read(reader, 1)[0]
+    came.put(number)
     name = signal.Signals(number).name
     logging.warning("%s: stopping within %g s; the same command goes on from here", name, grace)
     time.sleep(grace)
     os.write(2, f"{name}: {grace:g} s are over; the newest finished bundle is kept\n".encode())
     os._exit(128 + number)
+
+
+def _exchange(came: SimpleQueue[int]) -> None:
+    """Another thread, since it waits for as long as the first process, which knows what was told, does not
+    answer: tell the other processes of the signal, or hear of theirs."""
+    number = 0
+    while not number:
+        with suppress(Empty):
+            number = came.get(timeout=LISTEN)
+        if not number and _interruptible and (heard := hosts.told(TOLD)):
+            os.kill(os.getpid(), heard)  # it comes back through `came`
+    hosts.tell(TOLD, number)

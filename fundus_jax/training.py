@@ -42,7 +42,10 @@ class Exam(Protocol):
         ...
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """What metrics.jsonl records of it; with several processes all call it, and all get the same."""
+        """What metrics.jsonl records of it; with several processes all call it, and all get the same.
+
+        Where the run is to stop, it is left half-way and owed: `workdir.BEST_BY` is NaN then, and the loop
+        asks again when the run goes on (`Workdir.owes`)."""
         ...
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,8 +76,9 @@ class Workdir:
         return sum(self.stages[name] for name in names[: names.index(stage)])
 
     def finished(self, stage: str) -> bool:
-        """Whether the last bundle of `stage` is there."""
-        return bool(hosts.of_first(self.offset(stage) + self.stages[stage] in self.checkpoints.steps()))
+        """Whether the last bundle of `stage` is there, and the exam after it was not left."""
+        last = hosts.of_first(self.offset(stage) + self.stages[stage] in self.checkpoints.steps())
+        return bool(last) and not self.owes(stage)
 
     def resume(self, stage: str, state: Any, iterator: Any) -> tuple[Any, int]:
         """(state, step) to go on with: those of the newest bundle of `stage`, or the given state and 0.
@@ -108,10 +110,22 @@ class Workdir:
         far; of equal ones the first is. The loop then saves a bundle, which is kept till a better one comes.
         """
         value = values.get(BEST_BY)
-        if value is None or (stage in self._best and value <= self._best[stage][0]):
+        if value is None or math.isnan(value) or (stage in self._best and value <= self._best[stage][0]):
             return False
         self._best[stage] = (float(value), step)
         return True
+
+    def owes(self, stage: str) -> bool:
+        """Whether the exam after the newest step of `stage` was left, because the run was to stop: the line
+        of the step says null then."""
+        lines = self.metrics.past(stage)
+        return bool(lines) and lines[-1].get(BEST_BY, 0) is None
+
+    def make_up(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Put what the exam that was owed has measured where it would have stood. The bundle of `step`, with
+        which the stage has resumed, is there already."""
+        self.metrics.amend(stage, step, values)
+        self.leads(stage, step, values)
 
     def best(self, stage: str) -> int | None:
         """The step of `stage` with the best measurement in metrics.jsonl; None where nothing was measured."""

@@ -6,20 +6,24 @@ them. `validate` is called before anything else happens.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from jax.sharding import Mesh
 
 from data_pipeline import decisions, findings, traces
 from data_pipeline.knowledge.config import KnowledgeConfig
 from data_pipeline.trace_server import WriterConfig
 from data_pipeline.votes import VotesConfig
+from fundus_jax import training
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
 from fundus_jax.grpo import own_rewards
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge_server import JudgeConfig
+from fundus_jax.grpo.update import pieces_of
 from fundus_jax.models import read_config
 from fundus_jax.models.layers import REMAT
 from fundus_jax.models.lora import LoraConfig
@@ -86,6 +90,8 @@ class DataConfig:
             raise ConfigError(f"data.limit is {self.limit}; it must be from 0 to 1")
         rates(self.tasks)
         self.knowledge.validate("data.knowledge")
+        if self.workers < 1:
+            raise ConfigError(f"data.workers is {self.workers}; it must be at least 1")
         for name, known, parts in (
             ("findings", findings.KINDS, {"votes": self.votes, "both": self.votes}),
             ("traces", traces.KINDS, {"server": self.writer}),
@@ -113,6 +119,12 @@ class EvaluateConfig:
     sampled: int = 900
     samples: int = 3
     batch: int = 64
+
+    def validate(self) -> None:
+        """Raises ConfigError for the first field that makes no sense."""
+        for name, low in {"questions": 0, "before": 1, "sampled": 0, "samples": 1, "batch": 1}.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"evaluate.{name} is {getattr(self, name)}; it must be at least {low}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,6 +194,11 @@ class RunConfig:
     exam: ExamConfig = field(default_factory=ExamConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The training stages, in order."""
+        return (*(() if self.model else ("base",)), *names(self.stages))
+
     def validate(self) -> None:
         """Raises ConfigError for the first thing that does not make sense, in any stage."""
         if self.compute not in COMPUTE:
@@ -209,7 +226,7 @@ class RunConfig:
                 "prompt.boxes to how many they say of a finding"
             )
         self.policy.validate()
-        for stage in (self.base, self.sft, self.grpo, self.judge, self.exam):
+        for stage in (self.base, self.sft, self.grpo, self.judge, self.exam, self.evaluate):
             stage.validate()
         steps = {name: getattr(self, name).steps for name in ("base", "sft", "grpo")}
         check_warmup(self, {name: count for name, count in steps.items() if count})  # 0: the data decide
@@ -225,6 +242,23 @@ def check_warmup(config: RunConfig, steps: Mapping[str, int]) -> None:
         )
         if warmup >= updates:
             raise ConfigError(f"{name}.optim.warmup is {warmup} of {updates} updates; it must be less")
+
+
+def check_mesh(config: RunConfig, mesh: Mesh, stages: Collection[str]) -> None:
+    """Raises ConfigError where the mesh does not divide the rows of a piece of a batch, or the slots, of one
+    of the training `stages`. Called before anything runs, and not when the stage begins."""
+    grpo = config.grpo
+    cut = {
+        "base": [("base.batch", config.base.batch, 1)],
+        "sft": [("sft.batch", config.sft.batch, config.sft.micro_batches)],
+        "grpo": [
+            ("grpo.prompts_per_step", grpo.prompts_per_step, pieces_of(grpo)),
+            ("grpo.slots", min(grpo.slots, grpo.prompts_per_step), 1),
+        ],
+    }
+    for stage in stages:
+        for name, count, pieces in cut[stage]:
+            training.check_rows(name, count, mesh, pieces)
 
 
 def model_config(config: RunConfig) -> Qwen2_5_VLConfig:

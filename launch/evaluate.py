@@ -43,22 +43,28 @@ from launch.stages import Trainer
 PARTS = ("total", "answer", "format", "process", "localisation")
 
 
-def measure(config: RunConfig, work: Workdir, trainer: Trainer) -> dict[str, Any]:
+def questions(config: RunConfig, work: Workdir) -> tuple[PhantomBenchmark, PhantomBenchmark]:
+    """The held-out questions, for greedy answers and for sampled ones. Raises ConfigError where there are
+    none of a task."""
+    examples, common = work.path / "data" / "examples", {"split": "test", **dataclasses.asdict(config.prompt)}
+    greedy = Selection(tasks=names(config.data.probe_tasks), limit=config.evaluate.questions, **common)
+    sampled = Selection(tasks=names(config.data.grpo_tasks), limit=config.evaluate.sampled, **common)
+    return PhantomBenchmark(examples, greedy), PhantomBenchmark(examples, sampled)
+
+
+def measure(
+    config: RunConfig,
+    work: Workdir,
+    trainer: Trainer,
+    greedy: PhantomBenchmark,
+    sampled: PhantomBenchmark,
+) -> dict[str, Any]:
     """Write evaluation/STAGE-{greedy,sampled}/ for every finished stage and evaluation/summary.json; return
-    the summary.
+    the summary. greedy, sampled: of `questions`.
 
     A measurement that is there already is read, not repeated.
     """
     folder = work.path / "evaluation"
-    examples = work.path / "data" / "examples"
-    prompt = dataclasses.asdict(config.prompt)
-    common = {"split": "test", **prompt}
-    greedy = PhantomBenchmark(
-        examples, Selection(tasks=names(config.data.probe_tasks), limit=config.evaluate.questions, **common)
-    )
-    sampled = PhantomBenchmark(
-        examples, Selection(tasks=names(config.data.grpo_tasks), limit=config.evaluate.sampled, **common)
-    )
     pool = open_pool(work.path / "data", "test")
     summary: dict[str, Any] = {"stages": {}, "differences": {}}
     predictions: dict[str, list[Prediction]] = {}

@@ -25,7 +25,7 @@ from fundus_jax.models.batch import Batch
 from fundus_jax.models.layers import Options
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from launch.auto import Row, Sizes
-from launch.config import RunConfig, model_config
+from launch.config import RunConfig, check_mesh, model_config
 from launch.stages import chosen
 
 SCHEDULE = 1000  # steps of a stage for the learning-rate schedule, which changes no shape
@@ -125,7 +125,7 @@ def _put(leaf: Any, place: Any) -> Any:
 def sft_stage(policy: Abstract) -> Stage:
     """The one program of SFT."""
     config = policy.config.sft
-    sft.check_mesh(config, policy.mesh)
+    check_mesh(policy.config, policy.mesh, ["sft"])
     optimizer = training.make_optimizer(config.optim, SCHEDULE)
     state = policy.state(optimizer)
     run = sft.make_update(policy.merge, optimizer, config, policy.config.compute)
@@ -145,7 +145,7 @@ def grpo_stage(policy: Abstract) -> Stage:
     """A step of GRPO in order: the sampler's weights and slots, prompts read into them, decoding, the
     reference's scores, the update."""
     config, run = policy.config.grpo, policy.config
-    update.check_mesh(config, policy.mesh)
+    check_mesh(run, policy.mesh, ["grpo"])
     optimizer = training.make_optimizer(config.optim, SCHEDULE)
     state = policy.state(optimizer)
     batch = policy.batch(config.prompts_per_step, Row(run.max_prompt))

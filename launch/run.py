@@ -29,7 +29,7 @@ from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
 from fundus_jax.workdir import Workdir
 from launch import auto, distributed, evaluate, inherit, stages
-from launch.config import RunConfig, as_json, names
+from launch.config import RunConfig, as_json, check_mesh, names
 
 # Recipes build on each other (`from configs... import`), and configs/ is part of no installed package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -102,12 +102,13 @@ def run(
         logging.info("%s", choice)
         config, mesh_text = choice.apply(config), choice.mesh
     mesh = sharding.parse_mesh(mesh_text)
+    wanted = STAGES if stage == "all" else (stage,)
+    check_mesh(config, mesh, [name for name in config.trained if name in wanted])
     work = Workdir(workdir, resolved)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     about = {"device": device, "mesh": ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())}
     about |= {"command": command} if command else {}
     logging.info("%s: %s, mesh %s", work.path, device, about["mesh"])
-    wanted = STAGES if stage == "all" else (stage,)
     heir = inherit.Heir(work, resolved, Path(parent)) if parent else None
     try:
         if wandb:
@@ -116,13 +117,15 @@ def run(
             with timed(work, "data", about | (heir.take_data() if heir else {})):
                 hosts.on_first(lambda: stages.prepare_data(config, work))
         trainer = stages.Trainer(config, work, mesh)
-        for name in ("base", "sft", "grpo"):
-            if name in wanted and name in trainer.plan:
+        # Here, and not after days of training: there may be none.
+        asked = evaluate.questions(config, work) if "evaluate" in wanted else None
+        for name in trainer.plan:
+            if name in wanted:
                 with timed(work, name, about | (heir.take(name) if heir else {})):
                     trainer.run(name)
-        if "evaluate" in wanted:
+        if asked is not None:
             with timed(work, "evaluate", about):
-                evaluate.measure(config, work, trainer)
+                evaluate.measure(config, work, trainer, *asked)
         if "export" in wanted:
             with timed(work, "export", about):
                 stages.export(work, trainer, command)

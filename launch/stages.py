@@ -112,8 +112,7 @@ class Trainer:
         self.hf_dir = Path(config.model) if config.model else self._policy_directory()
         bounds = {"min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
         self.processor = Processor.from_pretrained(self.hf_dir, **bounds)
-        wanted = [*([] if config.model else ["base"]), *names(config.stages)]
-        self.plan = {stage: self._steps(stage) for stage in wanted}
+        self.plan = {stage: self._steps(stage) for stage in config.trained}
         check_warmup(config, self.plan)
         logging.info("plan: %s", ", ".join(f"{stage} {count} steps" for stage, count in self.plan.items()))
         work.stages = self.plan

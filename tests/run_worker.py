@@ -22,11 +22,12 @@ import numpy as np
 from absl import app
 
 from fundus_jax import training
+from fundus_jax.evaluation import exam
 from fundus_jax.grpo import sampler, stream
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.rewards import Score
 from fundus_jax.metrics import Metrics
-from launch import run, stages
+from launch import evaluate, run, stages
 
 # A large eps: where the gradient is nothing but rounding, Adam would make a whole step of its sign.
 OPTIM = {"name": "adamw", "lr": 0.01, "eps": 1e-3}
@@ -106,13 +107,19 @@ def on_device(work: Callable[[], Any]) -> Any:
 
 def in_slots(work: Callable[[], Any]) -> Any:
     """As in an evaluation whose slots do not end."""
-    decoding, ended = work()
-    return decoding, in_hours(ended)
+    decode = stream.decode_slots
+
+    def endless(*args: Any) -> Any:
+        decoding, ended = decode(*args)
+        return decoding, in_hours(ended)
+
+    stream.decode_slots = endless
+    return work()
 
 
 def in_steps(work: Callable[[], Any]) -> Any:
-    """As in rollouts that take hours, in many calls."""
-    sampler.STEPS = 0  # of each
+    """As in rollouts and exams that take hours, in many calls."""
+    sampler.STEPS = stream.STEPS = 0  # of each
     return work()
 
 
@@ -123,7 +130,9 @@ STUCK: dict[str, tuple[Any, str, int, Callable[[Any], Any]]] = {
     "rollout": (grpo, "sample", 2, on_device),
     "decode": (sampler, "fill_all", 3, in_steps),
     "judge": (grpo, "score_all", 3, in_python),
-    "evaluate": (stream, "decode_slots", 2, in_slots),
+    "exam": (exam, "in_order", 1, in_steps),
+    "next exam": (exam, "in_order", 2, in_steps),
+    "evaluate": (evaluate, "_engine", 1, in_slots),
 }
 
 

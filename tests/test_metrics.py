@@ -96,6 +96,21 @@ def test_minus_one_drops_a_stage(tmp_path: Path) -> None:
     assert [(entry["stage"], entry["step"]) for entry in lines(tmp_path)] == [("base", 1), ("sft", 0)]
 
 
+def test_a_line_is_amended_in_its_place(tmp_path: Path) -> None:
+    train(tmp_path, 0, 4)
+    metrics = Metrics(tmp_path)
+    metrics.log("grpo", 4, {"loss": 1.0})
+    metrics.log("sft", 5, {"loss": 0.2, "exam": jnp.nan})
+    metrics.log("grpo", 5, {"loss": 2.0})
+    before = lines(tmp_path)
+    metrics.amend("sft", 5, {"exam": np.float32(0.5), "n": 7})
+    metrics.log("grpo", 6, {"loss": 3.0})
+    metrics.close()
+    wanted = {"stage": "sft", "step": 5, "loss": 0.2, "exam": 0.5, "n": 7}
+    after = [wanted if line["stage"] == "sft" and line["step"] == 5 else line for line in before]
+    assert lines(tmp_path) == [*after, {"stage": "grpo", "step": 6, "loss": 3.0}]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 30])
 def test_half_written_last_line_is_dropped(
     tmp_path: Path, cut: int, caplog: pytest.LogCaptureFixture

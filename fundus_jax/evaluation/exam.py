@@ -8,13 +8,14 @@ sampler), sft.py and grpo/train.py (which call it), workdir.py (what is kept).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from fundus_jax import stop
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.engines import Asking, in_order
 from fundus_jax.evaluation.items import Item
@@ -47,16 +48,14 @@ class Exam:
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Accuracy with the ends of its interval (a bootstrap of the patients), share of well-formed answers,
-        mean length, and n. It is not stopped half-way: what was trained up to here would be lost, or saved
-        without its measurement."""
-        engine = Sampler(
-            model,
-            self.processor,
-            slots=min(self.slots, len(self.items)),
-            mesh=self.mesh,
-            settle=jax.block_until_ready,
-        )
-        answers = in_order(engine, self.items, self.images, self.asking)
+        mean length, and n. Where the run is to stop it is left, and owed: see `training.Exam`."""
+        slots = min(self.slots, len(self.items))
+        engine = Sampler(model, self.processor, slots=slots, mesh=self.mesh)
+        try:
+            stop.check()  # before programs are compiled
+            answers = in_order(engine, self.items, self.images, self.asking)
+        except stop.Stopped:  # on every process; the loop saves what it has, and stops there
+            return {BEST_BY: math.nan}
         outcomes = [outcome_of(one) for one in answers]
         right = [one.correct for one in outcomes]
         figure = scores.accuracy(right, units=[item.unit for item in self.items])

@@ -6,7 +6,7 @@ Neighbours: grpo/stream.py draws the tokens, engines.py says what an engine is, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -15,7 +15,6 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
-from fundus_jax import stop
 from fundus_jax.data import ladder, round_up
 from fundus_jax.evaluation.engines import Asking, in_order
 from fundus_jax.evaluation.items import Item
@@ -38,7 +37,7 @@ class Sampler:
 
     Args:
         slots: prompts that are decoded at a time, each with its samples.
-        facts: see `Engine`. settle: see `stream`.
+        facts: see `Engine`.
     """
 
     def __init__(
@@ -51,13 +50,12 @@ class Sampler:
         groups: int = 4,
         threads: int = 2,
         facts: dict[str, Any] | None = None,
-        settle: Callable[[Any], Any] = stop.settle,
     ) -> None:
         if min(slots, groups, threads) < 1:
             raise ConfigError(
                 f"batch_size {slots}, groups {groups}, threads {threads}: all must be at least 1"
             )
-        self.model, self.processor, self.mesh, self.settle = model, processor, mesh, settle
+        self.model, self.processor, self.mesh = model, processor, mesh
         self.slots = slots if mesh is None else round_up(slots, mesh.shape["data"] * mesh.shape["fsdp"])
         self.groups, self.threads, self.facts = groups, threads, {"engine": "sampler"} | (facts or {})
         self.failures: dict[int, str] = {}
@@ -92,7 +90,6 @@ class Sampler:
                 threads=self.threads,
                 mesh=self.mesh,
                 work=self._work,
-                settle=self.settle,
             )
             for one in said:
                 if one.prompt not in self.failures:

@@ -174,7 +174,6 @@ def stream(
     threads: int = 2,
     mesh: Mesh | None = None,
     work: Work | None = None,
-    settle: Callable[[Any], Any] = stop.settle,
 ) -> Iterator[Said]:
     """What is said to each of `prompts`, in the order in which the slots end.
 
@@ -183,8 +182,8 @@ def stream(
     `mesh`, if there is one, every process calls this and gets everything.
 
     slots, refill: as for `sampler.sample`; on a mesh multiples of data x fsdp. threads: that make rows. work:
-    gets what was done. settle: waits for what the devices compute; the default raises Stopped where the run
-    is to stop. Raises ConfigError for settings that make no sense.
+    gets what was done. Raises Stopped where the run is to stop, and ConfigError for settings that make no
+    sense.
     """
     settings = Settings(max_new_tokens, float(temperature), group_size)
     settings.check()
@@ -214,7 +213,7 @@ def stream(
             yield from heard  # and what is done with it, and the next rows, while the devices decode
             if (queue.given < queue.rows).any():
                 feed.rows(queue.given)
-            queue.free = np.array(settle(ended)).reshape(queue.free.shape)
+            queue.free = np.array(stop.settle(ended)).reshape(queue.free.shape)
             work.busy += moment.result() - began
             heard = list(_heard(decoding, queue.free, holder))
             work.prompts += len(heard)

@@ -33,7 +33,7 @@ from fundus_jax.grpo.rewards import Score, assess, from_dict, reward_arrays, rew
 from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.sampler import Counts, sample
 from fundus_jax.grpo.show import Diary
-from fundus_jax.grpo.update import Samples, check_mesh, make_score, make_update
+from fundus_jax.grpo.update import Samples, make_score, make_update
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Example
 from fundus_jax.sft import LENGTH_STEP, PromptConfig
@@ -219,7 +219,6 @@ def train(
     Raises JudgeError when the judge abstains too often or is lost, after saving what is there; ConfigError at
     an alarm that is to stop the run; DataError when gradients stay non-finite.
     """
-    check_mesh(config, mesh)
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
 
@@ -239,6 +238,8 @@ def train(
         build, own = functools.partial(prompts.build, mine=mine), own_rewards.load(config.rewards)
         iterator = batches(len(prompts.rows), rows, build, seed=config.seed, groups=prompts.groups)
         state, done = work.resume("grpo", state, iterator)
+        if exam is not None and work.owes("grpo"):
+            work.make_up("grpo", done, exam(policy(state.params)))
         diary, watch = Diary(work, config, prompts, own, done), Stopwatch("grpo")
         abstentions = Abstentions(config, steps, work.metrics.path, done)
         examiner = Examiner(
@@ -247,7 +248,7 @@ def train(
         for step in range(done + 1, steps + 1):
             keep(step - 1, state, iterator)
             drawn, told = examiner.draw(state.params, step, steps)
-            judged = abstentions.add(drawn.every) | judge.metrics()
+            told |= abstentions.add(drawn.every) | judge.metrics()
             advantages, credited = credit_of(drawn, config)
             with watch("update", prompts.sizes(drawn.index)):
                 advantages_here = training.place(advantages[mine], mesh)
@@ -259,8 +260,7 @@ def train(
             if exam is not None and exam.due(step, steps):
                 with watch("exam"):
                     values |= exam(policy(state.params))
-            values |= describe(drawn, think=prompts.form["think"])
-            values |= credited | told | judged | watch.lap(step)
+            values |= describe(drawn, think=prompts.form["think"]) | credited | told | watch.lap(step)
             due = diary.write(step, values, drawn.index, drawn.texts, drawn.scores, advantages)
             if work.leads("grpo", step, values) or due:
                 work.save("grpo", step, state, iterator)

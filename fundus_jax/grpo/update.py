@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from fundus_jax import training
 from fundus_jax.grpo.config import GrpoConfig
@@ -62,13 +61,6 @@ class Samples:
 def pieces_of(config: GrpoConfig) -> int:
     """Into how many micro-batches of whole groups a step's prompts are cut."""
     return config.prompts_per_step * config.group_size // config.micro_batch
-
-
-def check_mesh(config: GrpoConfig, mesh: Mesh) -> None:
-    """Raises ConfigError where the mesh does not divide the prompts of a micro-batch, or the slots."""
-    training.check_rows("grpo.prompts_per_step", config.prompts_per_step, mesh, pieces_of(config))
-    if config.slots < config.prompts_per_step:
-        training.check_rows("grpo.slots", config.slots, mesh)
 
 
 def flat_last(samples: Samples, micro_batches: int) -> Samples:

@@ -16,11 +16,12 @@ from tests.multihost.test_two_processes import lines
 from tests.run_worker import command
 
 IN_TIME = 25  # seconds that clouds give at least
+EXAM = [f"--config.exam.{name}={value}" for name, value in {"every": 4, "part": 0.2, "questions": 5}.items()]
 
 
 def stop(workdir: Path, cache: Path, point: str, number: int = signal.SIGTERM, **more: float) -> list[int]:
     """Run until it is stuck at `point`, send the signal, and return the steps of the finished bundles."""
-    options = [f"--{name}={value}" for name, value in more.items()]
+    options = [*EXAM, *(f"--{name}={value}" for name, value in more.items())]
     log = workdir.parent / f"{point}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -48,18 +49,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def complete(workdir: Path, cache: Path) -> Path:
     """Run to the end."""
-    done = subprocess.run(command(workdir), cwd=ROOT, env=environment(cache), capture_output=True, text=True)
+    words = command(workdir, *EXAM)
+    done = subprocess.run(words, cwd=ROOT, env=environment(cache), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir
 
 
-@pytest.mark.timeout(600)  # about a minute, where nobody else wants the processors
+@pytest.mark.timeout(600)  # about two minutes of processor time, which others may want too
 def test_a_run_that_is_stopped_everywhere_ends_with_the_same_bytes(tmp_path: Path, cache: Path) -> None:
     stopped, base, sft = tmp_path / "stopped", 2, 10
     assert stop(stopped, cache, "data") == []
     assert stop(stopped, cache, "compile", grace=4) == [base], "nothing was trained since: nothing to save"
-    assert stop(stopped, cache, "sft:5") == [base, base + 5]
-    assert stop(stopped, cache, "rollout") == [base, base + sft, base + sft + 1], "the step before is saved"
+    assert stop(stopped, cache, "sft:5") == [base, best := base + 4, base + 5]
+    assert stop(stopped, cache, "exam") == [base, best, base + 5, base + 8], "the step that it was after"
+    assert stop(stopped, cache, "next exam")[-1] == base + sft, "after that of step 8 the one after the last"
+    assert stop(stopped, cache, "rollout")[-2:] == [base + sft, base + sft + 1], "the step before is saved"
     assert stop(stopped, cache, "judge", signal.SIGINT)[-1] == base + sft + 3
     assert stop(stopped, cache, "evaluate")[-1] == base + sft + 5
     complete(stopped, cache)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-from fundus_jax import sft, training
+from fundus_jax import sft, stop, training
+from fundus_jax.grpo import stream
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.judge import RulesJudge
 from fundus_jax.records import ConfigError
 from launch.config import ExamConfig
 from launch.stages import Trainer
 from tests import small
+from tests.multihost.test_two_processes import lines
 
 EXAM = ExamConfig(every=1, part=0.3, questions=5)
 STEPS = 6
@@ -173,6 +177,74 @@ def test_it_says_the_same_of_the_same_policy(source: Path, tmp_path: Path) -> No
     said = exam(model)
     assert said == exam(model)
     assert said["exam/low"] <= said["exam/accuracy"] <= said["exam/high"]
+
+
+class Left:
+    """The exam; while it is sat after step `at`, the run is asked to stop."""
+
+    def __init__(self, exam: Any, at: int, ask: Callable[[], None]) -> None:
+        self.exam, self.at, self.ask = exam, at, ask
+
+    def due(self, step: int, last: int) -> bool:
+        if step == self.at:
+            self.ask()
+        return self.exam.due(step, last)
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        return self.exam(model)
+
+
+def train(path: Path, source: Path, stage: str, left: Callable[[Any], Any] = lambda exam: exam) -> Trainer:
+    """`stage` with an exam after every second step and no bundle but the last and the best."""
+    trainer = trainer_of(path, source, every=2)
+    trainer.plan = trainer.work.stages = {stage: STEPS - 1}
+    config, mesh, policy = trainer.config, trainer.mesh, small.bigram(trainer)
+    config.sft.save_every = config.grpo.save_every = 0
+    exam = left(trainer.exam())
+    try:
+        if stage == "sft":
+            sft.train(trainer.work, policy, trainer.rows, trainer.processor, config.sft, mesh, exam=exam)
+        else:
+            prompts = grpo.Prompts(trainer.grpo_pool(), trainer.processor, config.prompt, 512)
+            grpo.train(trainer.work, policy, prompts, RulesJudge(), config.grpo, mesh, exam=exam)
+        trainer.work.checkpoints.wait()
+        assert trainer.work.finished(stage)
+    finally:
+        trainer.work.close()
+    return trainer
+
+
+@pytest.mark.parametrize(("stage", "at"), [("sft", 2), ("sft", 4), ("sft", 5), ("grpo", 4), ("grpo", 5)])
+def test_an_exam_that_is_left_is_made_up_for(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, at: int
+) -> None:
+    decode, whole, broken = stream.decode_slots, tmp_path / "whole", tmp_path / "broken"
+
+    def signalled(*args: Any) -> Any:
+        monkeypatch.setattr(stop, "_wanted", signal.SIGTERM)
+        return decode(*args)
+
+    def ask() -> None:
+        monkeypatch.setattr(stream, "decode_slots", signalled)
+
+    for _ in range(2):  # the second time it is the one that is made up for, before any step
+        with pytest.raises(stop.Stopped):
+            train(broken, source, stage, lambda exam: Left(exam, at, ask))
+        monkeypatch.setattr(stop, "_wanted", 0)
+        work = trainer_of(broken, source, every=2).work
+        work.stages = {stage: STEPS - 1}
+        assert work.checkpoints.latest() == at
+        assert work.metrics.past(stage)[-1]["exam/accuracy"] is None, "it is no result"
+        assert not work.finished(stage)
+        work.close()
+    monkeypatch.setattr(stream, "decode_slots", decode)
+    found, wanted = (train(path, source, stage).work for path in (broken, whole))
+    assert lines(broken) == lines(whole)
+    assert [line["step"] for line in lines(whole) if "exam/accuracy" in line] == [2, 4, 5]
+    shapes = training.split(small.bigram(trainer_of(tmp_path / "shapes", source)))[1]
+    for best in (False, True):
+        ours, theirs = (work.params(stage, shapes, best=best) for work in (found, wanted))
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), ours, theirs))
 
 
 @pytest.mark.parametrize(

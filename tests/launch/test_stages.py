@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from data_pipeline import decisions
-from fundus_jax import sft, sharding, training
+from fundus_jax import sharding, training
 from fundus_jax.data import open_pool
 from fundus_jax.grpo import train as grpo
 from fundus_jax.models import load_pretrained, save_pretrained
 from fundus_jax.records import ConfigError
 from fundus_jax.workdir import Workdir
 from launch import evaluate, inherit, programs, run, stages
-from launch.config import EvaluateConfig, RunConfig, as_json
+from launch.config import EvaluateConfig, RunConfig, as_json, check_mesh
 from tests import small
 
 FEW = EvaluateConfig(questions=6, before=2, sampled=2, samples=2, batch=4)
@@ -96,7 +96,7 @@ def test_a_given_model_is_measured_and_exported_as_it_is(source: Path, tmp_path:
     data = dataclasses.replace(small.config().data, probe_tasks="disease", grpo_tasks="disease")
     config = small.config(model=str(model), stages="", evaluate=FEW, data=data)
     trainer = small.open_run(tmp_path / "run", source, config)
-    found = evaluate.measure(config, trainer.work, trainer)
+    found = evaluate.measure(config, trainer.work, trainer, *evaluate.questions(config, trainer.work))
     assert list(found["stages"]) == ["base"]
     assert (
         found["stages"]["base"]["greedy"]["items"] == FEW.questions
@@ -124,28 +124,45 @@ def test_what_is_measured_has_the_dtype_it_was_trained_in(source: Path, tmp_path
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, wanted)))
 
 
-def test_a_mesh_that_does_not_divide_a_micro_batch_is_refused(source: Path, tmp_path: Path) -> None:
-    """By the loops and by what plans them: each device would compute all of its rows."""
-    mesh = sharding.parse_mesh("fsdp:8")
-    config = small.config(
-        model=str(source / "policy"),
-        sft=dataclasses.replace(small.config().sft, batch=8, micro_batches=2),
-        grpo=dataclasses.replace(small.config().grpo, prompts_per_step=16, micro_batch=8),
-    )
-    trainer = small.open_run(tmp_path, source, config, mesh)
-    work, none = trainer.work, cast(Any, None)  # what is not come to
-    pieces = r"sft\.batch 8 in 2 pieces: 4 rows", r"grpo\.prompts_per_step 16 in 4 pieces: 4 rows"
-    for stage, words in zip(("sft", "grpo"), pieces, strict=True):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base.batch": 4}, r"base\.batch 4: 4 rows"),
+        ({"sft.micro_batches": 2}, r"sft\.batch 8 in 2 pieces: 4 rows"),
+        ({"grpo.micro_batch": 8}, r"grpo\.prompts_per_step 16 in 4 pieces: 4 rows"),
+        ({"grpo.slots": 4}, r"grpo\.slots 4: 4 rows"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_what_a_stage_cuts_is_refused_before_anything_runs(
+    source: Path, tmp_path: Path, changes: dict[str, int], words: str
+) -> None:
+    """Each device would compute all of the rows. What plans a stage refuses them likewise."""
+    config = small.config()
+    fields = {"base.batch": 8, "sft.batch": 8, "grpo.prompts_per_step": 16, "grpo.micro_batch": 32} | changes
+    for name, value in fields.items():
+        stage, _, field = name.partition(".")
+        setattr(getattr(config, stage), field, value)
+    with pytest.raises(ConfigError, match=words):
+        run.run(config, tmp_path / "run", "fsdp:8")
+    assert not (tmp_path / "run").exists()
+    stage = next(iter(changes)).partition(".")[0]
+    if stage in programs.STAGES:
+        config.model = str(source / "policy")
         with pytest.raises(ConfigError, match=words):
-            programs.STAGES[stage](programs.Abstract(config, mesh))
-    with pytest.raises(ConfigError, match=pieces[0]):
-        sft.train(work, none, trainer.rows, trainer.processor, config.sft, mesh)
-    with pytest.raises(ConfigError, match=pieces[1]):
-        grpo.train(work, none, none, trainer.judge, config.grpo, mesh)
-    slots = dataclasses.replace(config.grpo, micro_batch=32, slots=4)
-    with pytest.raises(ConfigError, match=r"grpo\.slots 4: 4 rows"):
-        grpo.train(work, none, none, trainer.judge, slots, mesh)
-    work.close()
+            programs.STAGES[stage](programs.Abstract(config, sharding.parse_mesh("fsdp:8")))
+    others = [name for name in ("base", "sft", "grpo") if name != stage]
+    check_mesh(config, sharding.parse_mesh("fsdp:8"), others)  # what is not run is not in the way
+
+
+def test_questions_that_are_not_there_are_refused_before_training(tmp_path: Path) -> None:
+    config = small.config(data=dataclasses.replace(small.config().data, probe_tasks="disease,colour"))
+    with pytest.raises(ConfigError, match="no item has task colour: there are disease, modality"):
+        run.run(config, tmp_path, "tensor:8")
+    assert (tmp_path / "data" / "clean").is_dir()
+    assert not (tmp_path / "checkpoints").exists()
+    config.evaluate.batch = 0
+    with pytest.raises(ConfigError, match=r"evaluate\.batch is 0; it must be at least 1"):
+        config.validate()
 
 
 def test_a_stage_that_the_run_leaves_out_is_refused_by_name(tmp_path: Path) -> None:

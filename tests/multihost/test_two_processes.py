@@ -85,6 +85,8 @@ def test_two_processes_do_what_one_does_and_either_goes_on_for_the_other(tmp_pat
     # goes on from there.
     assert start(two, cache, 2, "sft:4") == [STOPPED] * 2
     assert saved(two) == [2, 2 + 4]
+    assert start(two, cache, 2, "exam") == [STOPPED] * 2
+    assert saved(two) == [2, 2 + 4, 2 + 8]
     assert start(two, cache, 2, "decode") == [STOPPED] * 2
     kept = [2, 2 + 4, 12, 12 + 1]  # after step 4 of SFT the first exam was, and none was better
     assert saved(two) == kept
