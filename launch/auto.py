@@ -219,8 +219,12 @@ def _spread(config: RunConfig, count: int, name: str) -> Choice:
     """The batch over `count` devices, in no more pieces than the configuration says, and whole rows in each.
     Raises ConfigError where the devices do not divide a batch."""
     sft, grpo = config.sft, config.grpo
-    batches = {"sft": ("sft.batch", sft.batch), "grpo": ("grpo.prompts_per_step", grpo.prompts_per_step)}
-    for field, rows in (batches[stage] for stage in names(config.stages)):
+    batches = {
+        "base": ("base.batch", config.base.batch),
+        "sft": ("sft.batch", sft.batch),
+        "grpo": ("grpo.prompts_per_step", grpo.prompts_per_step),
+    }
+    for field, rows in (batches[stage] for stage in config.trained):
         if rows % count:
             raise ConfigError(
                 f"{field} {rows} does not divide by {name}; take a batch that they divide, or name a mesh "

@@ -9,13 +9,12 @@ import pytest
 from jax.sharding import Mesh
 
 from configs import demo, fundus_r1_3b, fundus_r1_7b, fundus_r1_32b
-from fundus_jax import sft, sharding
-from fundus_jax.grpo import update
+from fundus_jax import sharding
 from fundus_jax.models.qwen2_5_vl.sizes import published
 from fundus_jax.records import ConfigError
 from launch import auto
 from launch.chips import CHIPS
-from launch.config import RunConfig
+from launch.config import RunConfig, check_mesh
 
 
 @dataclass(frozen=True)
@@ -206,16 +205,15 @@ def test_the_small_policy_is_spread_in_whole_rows(count: int, parts: int) -> Non
     changed = choice.apply(config)
     changed.validate()
     mesh = Mesh(np.empty((count, 1, 1), object), ("data", "fsdp", "tensor"))
-    sft.check_mesh(changed.sft, mesh)
-    update.check_mesh(changed.grpo, mesh)
+    check_mesh(changed, mesh, changed.trained)
     assert changed.grpo.micro_batch >= config.grpo.micro_batch
 
 
 def test_a_batch_that_the_small_policys_devices_do_not_divide() -> None:
     config = demo.get_config()
-    with pytest.raises(ConfigError, match=r"sft\.batch 16 does not divide by 32 x TPU v5 lite"):
+    with pytest.raises(ConfigError, match=r"base\.batch 16 does not divide by 32 x TPU v5 lite"):
         choose(config, "TPU v5 lite", 32)
-    config.stages = "grpo"
+    config.stages, config.base.batch = "grpo", 64
     assert choose(config, "TPU v5 lite", 32).mesh == "data:32,fsdp:1,tensor:1"
 
 
