@@ -142,8 +142,8 @@ def sft_stage(policy: Abstract) -> Stage:
 
 
 def grpo_stage(policy: Abstract) -> Stage:
-    """A step of GRPO in order: the sampler's weights and slots, prompts read into them, decoding, the
-    reference's scores, the update."""
+    """A step of GRPO in order: the sampler's weights and slots, prompts read into them, decoding, the scores
+    of the reference and, where there are several updates, of the policy, the update."""
     config, run = policy.config.grpo, policy.config
     check_mesh(run, policy.mesh, ["grpo"])
     optimizer = training.make_optimizer(config.optim, SCHEDULE)
@@ -161,10 +161,13 @@ def grpo_stage(policy: Abstract) -> Stage:
     programs = _sampling(policy, batch, others)
     shape = (config.prompts_per_step, config.group_size, config.max_new_tokens)
     tokens, logprobs = policy.rows(shape, jnp.int32), policy.rows(shape, jnp.float32)
+    score = update.make_score(policy.merge, config, run.compute)
     if config.kl_coef:
-        score = update.make_score(policy.merge, config, run.compute)
         arguments = (resident["reference"], batch, tokens, policy.frozen)
         programs.append(Program("score", score, lambda _: arguments, ("weights", "optimizer")))
+    if config.mu > 1:
+        own = (state.params, batch, tokens, policy.frozen)
+        programs.append(Program("score policy", score, lambda _: own, ("optimizer", "reference")))
     samples = update.Samples(
         prompts=batch,
         tokens=tokens,

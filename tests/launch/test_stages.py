@@ -81,6 +81,18 @@ def test_programs_are_built_without_a_pool(source: Path) -> None:
         assert programs.STAGES[stage](policy).programs[-1].name == "update"
 
 
+def test_every_program_of_a_step_of_grpo_is_built(source: Path) -> None:
+    """With a reference its scores, and before several updates on the same rollouts the policy's own."""
+    found = []
+    for kl_coef, mu in ((0.0, 1), (0.1, 1), (0.0, 2), (0.1, 2)):
+        grpo = dataclasses.replace(small.config().grpo, kl_coef=kl_coef, mu=mu)
+        config = small.config(model=str(source / "policy"), max_pixels=56 * 56, grpo=grpo)
+        built = programs.STAGES["grpo"](programs.Abstract(config, small.one_device()))
+        found.append([one.name for one in built.programs if one.name.startswith("score")])
+        assert built.programs[-1].times == mu
+    assert found == [[], ["score"], ["score policy"], ["score", "score policy"]]
+
+
 def test_a_warmup_longer_than_the_epochs_is_refused_before_anything_is_trained(
     source: Path, tmp_path: Path
 ) -> None:
