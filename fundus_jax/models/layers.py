@@ -87,15 +87,6 @@ class Linear(nnx.Module):
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 0.0
 
-    def effective(self) -> Array:
-        """The weight with the adapter added, [out, in] or a stack of them, in the weight's dtype."""
-        weight = self.weight.get_value()
-        if self.lora_a is None or self.lora_b is None:
-            return weight
-        added = jnp.einsum("...or,...ri->...oi", self.lora_b.get_value(), self.lora_a.get_value())
-        wide = jnp.promote_types(weight.dtype, jnp.float32)
-        return (weight.astype(wide) + self.lora_scale * added.astype(wide)).astype(weight.dtype)
-
     def __call__(self, x: Array) -> Array:
         y = jnp.einsum("...i,oi->...o", x, self.weight.get_value())
         if self.bias is not None:

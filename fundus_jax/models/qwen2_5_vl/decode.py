@@ -4,23 +4,25 @@ A decoding step reads every weight and every key once, and is as fast as memory 
 joins, pads or turns inside the loop is a copy of all that in every step. So it is done once, before the loop:
 layers lie one by one, every weight is a matrix that a product takes as it lies (a TPU would turn one of more
 axes before the loop, and keep both), and caches keep their heads in front of their positions, as the products
-want them. On a mesh the weights are gathered over `fsdp`; then a step needs no
-weight of another device but those of `tensor`. Neighbours: `text` (the same layers over whole conversations),
-`grpo.rollout` (the loop).
+want them. On a mesh the weights are gathered over `fsdp`; then a step needs no weight of another device but
+those of `tensor`. Adapters stay apart, as in training: added to a bfloat16 weight, one that is small next to
+it would be rounded away. Neighbours: `text` (the same layers over whole conversations), `grpo.rollout` (the
+loop).
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fundus_jax.models.attention import Prefix
 from fundus_jax.models.embedding import lookup
-from fundus_jax.models.layers import rms_norm, rotate
+from fundus_jax.models.layers import Linear, rms_norm, rotate
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.rotary import text_rotary
 from fundus_jax.models.qwen2_5_vl.text import Decoder
@@ -49,12 +51,27 @@ class Cache(NamedTuple):
     values: tuple[Array, ...]
 
 
+class Matrix(NamedTuple):
+    """A weight [in,out] and its adapter of rank r, `low` [in,r] and `high` [r,out] with the scale in it; both
+    None where there is none."""
+
+    weight: Array
+    low: Array | None
+    high: Array | None
+
+    def __call__(self, x: Array) -> Array:
+        """x [...,in] -> [...,out], as `layers.Linear` without its bias."""
+        y = x @ self.weight
+        return y if self.low is None or self.high is None else y + (x @ self.low) @ self.high
+
+
 class Layer(NamedTuple):
-    """The weights of one layer, [in, out]; R = H / K query heads look at one key head.
+    """The weights of one layer; R = H / K query heads look at one key head.
 
     Attributes:
         norm: [D].
         qkv: [D,K*(R+2)*C], of each key head its R queries, its key and its value; `qkv_bias` alike.
+            Its adapter is those of the three side by side, each with zeros where the others reach.
         out: [H*C,D].
         mlp_norm: [D].
         gate, up: [D,F].
@@ -62,13 +79,13 @@ class Layer(NamedTuple):
     """
 
     norm: Array
-    qkv: Array
+    qkv: Matrix
     qkv_bias: Array
-    out: Array
+    out: Matrix
     mlp_norm: Array
-    gate: Array
-    up: Array
-    down: Array
+    gate: Matrix
+    up: Matrix
+    down: Matrix
 
 
 @jax.tree_util.register_dataclass
@@ -133,42 +150,62 @@ class Stepper:
         cos, sin = cos[:, None], sin[:, None]  # [B,1,1,1,C]: all continuations and heads turn alike
         keys, values = [], []
         for layer, *held in zip(self.layers, *memory[:2], *cache, strict=True):
-            joined = rms_norm(x, layer.norm, eps) @ layer.qkv + layer.qkv_bias
+            joined = layer.qkv(rms_norm(x, layer.norm, eps)) + layer.qkv_bias
             joined = joined.reshape(*x.shape[:2], config.num_key_value_heads, -1, config.head_dim)
             turned = rotate(joined[..., :-1, :], cos, sin)
             keys.append(_put(held[2], turned[..., -1, :], column))
             values.append(_put(held[3], joined[..., -1, :], column))
             prefix = Prefix(held[0], held[1], memory.mask)
             heads = attend_step(turned[..., :-1, :], prefix, keys[-1], values[-1], seen)
-            x = x + heads.reshape(*x.shape[:2], -1) @ layer.out
+            x = x + layer.out(heads.reshape(*x.shape[:2], -1))
             inner = rms_norm(x, layer.mlp_norm, eps)
-            x = x + (jax.nn.silu(inner @ layer.gate) * (inner @ layer.up)) @ layer.down
+            x = x + layer.down(jax.nn.silu(layer.gate(inner)) * layer.up(inner))
             x = constrain(x, "batch", None, None)
         return rms_norm(x, self.norm, eps), Cache(tuple(keys), tuple(values))
 
 
 def layer_of(text: Decoder, index: Array | int) -> Layer:
-    """The weights of layer `index` of the stack, [in, out], gathered over `fsdp`."""
+    """The weights of layer `index` of the stack, gathered over `fsdp`."""
     config, attention, mlp = text.config, text.layers.self_attn, text.layers.mlp
-    heads = (config.num_key_value_heads, -1, config.head_dim)
+    heads, dtype = (config.num_key_value_heads, -1, config.head_dim), text.embed_tokens.get_value().dtype
 
     def own(stack: Array) -> Array:
         return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
-    def matrix(linear: Any, *names: str | None) -> Array:
-        return constrain(own(linear.effective()).T, *names)
+    def matrix(linear: Linear, before: str | None, after: str | None) -> Matrix:
+        weight = constrain(own(linear.weight.get_value()).T, before, after)
+        if linear.lora_a is None:
+            return Matrix(weight, None, None)
+        low, high = halves(linear)
+        return Matrix(weight, constrain(low.T, before, None), constrain(high.T, None, after))
+
+    def halves(linear: Linear) -> tuple[Array, Array]:
+        """Of an adapter, [r,in] and [out,r]; of none, with r = 0."""
+        if linear.lora_a is None or linear.lora_b is None:
+            n_out, n_in = linear.weight.get_value().shape[1:]
+            return jnp.zeros((0, n_in), dtype), jnp.zeros((n_out, 0), dtype)
+        return own(linear.lora_a.get_value()), linear.lora_scale * own(linear.lora_b.get_value())
+
+    def side_by_side(linears: list[Linear]) -> Matrix:
+        weight = joined([own(one.weight.get_value()) for one in linears]).T
+        if all(one.lora_a is None for one in linears):
+            return Matrix(weight, None, None)
+        low, high = zip(*map(halves, linears), strict=True)
+        ends = np.cumsum([len(part) for part in high])[:-1]
+        high = joined(jnp.split(jax.scipy.linalg.block_diag(*high), ends)).T
+        return Matrix(weight, constrain(jnp.concatenate(low).T, None, None), high)
 
     def joined(parts: list[Array]) -> Array:
         """[H*C,...] of the queries, [K*C,...] of keys and of values -> [K*(R+2)*C,...], split by heads."""
         whole = jnp.concatenate([part.reshape(*heads, *part.shape[1:]) for part in parts], axis=1)
         return constrain(whole, "heads", *[None] * (whole.ndim - 1)).reshape(-1, *parts[0].shape[1:])
 
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     norms = (text.layers.input_layernorm, text.layers.post_attention_layernorm)
     before, after = (own(norm.weight.get_value()) for norm in norms)
     return Layer(
         norm=constrain(before, None),
-        qkv=joined([own(one.effective()) for one in projections]).T,
+        qkv=side_by_side(projections),
         qkv_bias=joined([own(one.bias.get_value()) for one in projections if one.bias is not None]),
         out=matrix(attention.o_proj, "heads", None),
         mlp_norm=constrain(after, None),
