@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from PIL import Image
 from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge, Trace, read_jsonl
 
 R = TypeVar("R", Example, Findings, Trace, Knowledge)
+THREADS = min(16, os.cpu_count() or 1)  # that make a batch each; 64 rows take one about a second
 MAX_PIXELS = 100_000_000  # the largest fundus photographs in use have about 16 million
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 
@@ -186,10 +188,9 @@ def batches(
     *,
     seed: int,
     groups: Sequence[Sequence[int]] | None = None,
-    threads: int = 2,
 ) -> Any:
     """An endless Grain iterator of `build(indices [size])` over [0, count), reshuffled every epoch; batches
-    may straddle epochs.
+    may straddle epochs. THREADS batches are made ahead, side by side, and so many are held at most.
 
     groups: the same indices in parts (see `ladder`); then a batch comes from one part, and the parts take
     turns in proportion to their size. `get_state`/`set_state` of the iterator name its place exactly. Raises
@@ -202,7 +203,7 @@ def batches(
     parts = [range(count)] if groups is None else [np.asarray(group).tolist() for group in groups]
     orders = [grain.MapDataset.source(part).seed(seed).shuffle().repeat().batch(size) for part in parts]
     order = grain.MapDataset.mix(orders, weights=[len(part) for part in parts])
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS)
     return iter(order.map(build).to_iter_dataset(options))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,13 +172,35 @@ def draw(count: int, size: int, steps: int, **more: Any) -> list[list[int]]:
     return [next(iterator) for _ in range(steps)]
 
 
-def test_batches_are_shuffled_epochs_and_may_straddle_them() -> None:
+def test_batches_are_shuffled_epochs_and_may_straddle_them(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = np.concatenate(draw(7, 3, 14))
     epochs = [drawn[i : i + 7].tolist() for i in range(0, 42, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1, "every epoch has an order of its own"
-    assert draw(7, 3, 14, threads=1) == draw(7, 3, 14, threads=4) == draw(7, 3, 14)
     assert draw(7, 3, 14, seed=4) != draw(7, 3, 14)
+    for threads in (1, 4):
+        monkeypatch.setattr(data, "THREADS", threads)
+        assert np.array_equal(np.concatenate(draw(7, 3, 14)), drawn), "whoever makes them"
+
+
+def test_batches_are_made_side_by_side_and_few_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones wait for each other: they come only where as many are made at the same time."""
+    monkeypatch.setattr(data, "THREADS", 6)
+    together, begun = threading.Barrier(6), iter(range(100))
+    made = []
+
+    def build(index: np.ndarray) -> list[int]:
+        if next(begun) < 6:
+            together.wait(timeout=60)
+        made.append(index)
+        return index.tolist()
+
+    iterator = data.batches(7, 3, build, seed=3)
+    found = []
+    for taken in range(1, 15):
+        found.append(next(iterator))
+        assert len(made) <= taken + 6
+    assert found == draw(7, 3, 14)
 
 
 def test_an_iterator_resumes_with_the_very_next_batch_at_every_position() -> None:
