@@ -14,8 +14,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +25,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
+from fundus_jax import hosts
 from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge, Trace, read_jsonl
 
 R = TypeVar("R", Example, Findings, Trace, Knowledge)
@@ -123,10 +125,25 @@ class Pool:
     findings: dict[str, Findings]
     traces: dict[str, Trace]
     knowledge: dict[tuple[str, str], Knowledge]
+    seen: dict[str, Size] = field(default_factory=dict, compare=False)  # by key; shared by what is chosen
 
     def image(self, example: Example) -> Image.Image:
         """The example's picture."""
         return load_image(self.directory / "examples", example.image)
+
+    def sizes(self, examples: Iterable[Example]) -> list[Size]:
+        """The sizes of the examples' pictures. Each picture is read once by one of the processes, which call
+        this together. Raises DataError for one that can not be had, and RuntimeError on the others."""
+        keys = [example.image for example in examples]
+        new = [key for key in dict.fromkeys(keys) if key not in self.seen]
+
+        def measured(part: Sequence[str]) -> list[Size]:
+            with ThreadPoolExecutor(THREADS) as threads:
+                found = threads.map(lambda key: load_image(self.directory / "examples", key).size, part)
+                return [Size(*size) for size in found]
+
+        self.seen.update((key, Size(*size)) for key, size in zip(new, hosts.deal(new, measured), strict=True))
+        return [self.seen[key] for key in keys]
 
     def choose(
         self, *, tasks: Sequence[str] = (), part: tuple[float, float] = (0.0, 1.0), salt: str = ""
@@ -150,13 +167,7 @@ class Pool:
             raise ConfigError(
                 f"no example of {len(self.examples)} has a task in {list(tasks)} and lies in part {part}"
             )
-        return Pool(
-            directory=self.directory,
-            examples=kept,
-            findings=self.findings,
-            traces=self.traces,
-            knowledge=self.knowledge,
-        )
+        return replace(self, examples=kept)
 
 
 def open_pool(directory: str | Path, split: str) -> Pool:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax._src import distributed  # its store of keys, which Orbax reads there too, has no public name
 from jax.experimental import multihost_utils
 
+T = TypeVar("T")
 DAY = 24 * 3600  # seconds that the others wait while the first process prepares data
 LARGE = 1 << 30  # bytes that `fetch` brings onto a device at once, or a row where one is larger
 _waits = itertools.count()  # a barrier's name is used once; all processes count alike
@@ -73,6 +74,21 @@ def gather(value: Any) -> list[Any]:
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def deal(items: Sequence[T], work: Callable[[Sequence[T]], list[Any]]) -> list[Any]:
+    """`work(items)`, a JSON value for each item, with the items dealt out to the processes; a tuple comes
+    back as a list where there are several. If it fails on one of them, every one raises (as `on_first`)."""
+    count = jax.process_count()
+    mine: list[Any] = []
+    failure: BaseException | None = None
+    try:
+        mine = work(items[jax.process_index() :: count])
+    except BaseException as error:  # raised again below, once the others know
+        failure = error
+    raise_everywhere(failure)
+    parts = gather(mine)
+    return [parts[place % count][place // count] for place in range(len(items))]
 
 
 def fetch(array: Any) -> np.ndarray:

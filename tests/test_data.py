@@ -160,6 +160,21 @@ def test_tasks_are_chosen_and_nothing_left_is_an_error(pool: data.Pool) -> None:
         pool.choose(tasks=("lesion_location",))
 
 
+def test_each_picture_is_measured_once(pool: data.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is chosen of the pool, and however many questions there are about a picture."""
+    read, load = [], data.load_image
+    monkeypatch.setattr(data, "load_image", lambda folder, key: read.append(key) or load(folder, key))
+    first, second = (pool.choose(part=part) for part in ((0.0, 0.6), (0.3, 1.0)))
+    for part in (first, second, pool):
+        wanted = [pool.image(example).size for example in part.examples]
+        new = {example.image for example in part.examples} - pool.seen.keys()
+        read.clear()
+        assert part.sizes(part.examples) == wanted
+        assert sorted(read) == sorted(new)
+    with pytest.raises(DataError, match="none of number '99999'"):
+        pool.sizes([replace(pool.examples[0], image=f"{pool.examples[0].image.split('#')[0]}#99999")])
+
+
 def test_another_split_has_other_examples_and_a_missing_one_is_an_error(run: Path) -> None:
     test, train = data.open_pool(run, "test"), data.open_pool(run, "train")
     assert {e.patient for e in test.examples}.isdisjoint(e.patient for e in train.examples)
