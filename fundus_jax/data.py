@@ -133,7 +133,7 @@ class Pool:
 
     def sizes(self, examples: Iterable[Example]) -> list[Size]:
         """The sizes of the examples' pictures. Each picture is read once by one of the processes, which call
-        this together. Raises DataError for one that can not be had, and RuntimeError on the others."""
+        this together. Raises DataError for one that can not be had, ConfigError on the others."""
         keys = [example.image for example in examples]
         new = [key for key in dict.fromkeys(keys) if key not in self.seen]
 

@@ -7,7 +7,8 @@ Stages: data, base (only where no model is given), sft and grpo (unless --config
 evaluate, export. Running the same command again goes on where it stopped; another configuration in the same
 workdir is refused. With --parent=DIR the finished stages of another run are taken over as far as both
 configurations give the same (launch/inherit.py). On several hosts each runs this very line (docs/hosts.md).
-At SIGTERM and Ctrl-C it saves and leaves within --grace seconds.
+At SIGTERM and Ctrl-C it saves and leaves within --grace seconds. Exit codes: 143 or 130 after these, 78 where
+something has to be changed first, 1 for what may pass when it is started again.
 """
 
 import json
@@ -29,7 +30,7 @@ from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
 from fundus_jax.workdir import Workdir
 from launch import auto, distributed, evaluate, inherit, stages
-from launch.config import RunConfig, as_json, check_mesh, names
+from launch.config import RunConfig, as_json, check_mesh, names, read_flags
 
 # Recipes build on each other (`from configs... import`), and configs/ is part of no installed package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -157,11 +158,13 @@ def quiet(record: python_logging.LogRecord) -> bool:
 
 @contextmanager
 def ending():
-    """Around a program: what the user has to change ends it with one line, and a stop at once."""
+    """Around a program: what the user has to change ends it with one line and exit code 78, so that no
+    scheduler starts it again, and a stop at once."""
     try:
         yield
     except (ConfigError, DataError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(hosts.REFUSED) from error
     except SystemExit as stopped:  # by fundus_jax.stop, here or on another process
         distributed.leave()
         logging.flush()
@@ -193,4 +196,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=read_flags)
