@@ -264,7 +264,15 @@ def check_mesh(config: RunConfig, mesh: Mesh, stages: Collection[str]) -> None:
 
 
 def model_config(config: RunConfig) -> Qwen2_5_VLConfig:
-    """The model of a run: that of its directory, or where there is none the published size of its name."""
+    """The model of a run: that of its directory, or where there is none the published size of its name.
+
+    Raises ConfigError where the run makes its policy itself: it is not there before the data is.
+    """
+    if not config.model:
+        raise ConfigError(
+            f"{config.name} names no model: such a run makes a small policy itself, from its data, and there "
+            "is nothing to plan; give --config.model=DIR, or a published size, as Qwen2.5-VL-3B-Instruct"
+        )
     return read_config(config.model) if Path(config.model).is_dir() else published(config.model)
 
 

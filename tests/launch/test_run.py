@@ -16,6 +16,7 @@ from configs import demo
 from fundus_jax import hosts
 from fundus_jax.records import ConfigError, DataError
 from launch import distributed, planning, run
+from launch.config import model_config
 
 
 @pytest.fixture
@@ -93,3 +94,8 @@ def test_a_refusal_and_a_stop_have_exit_codes_of_their_own(capsys: pytest.Captur
         assert capsys.readouterr().err == f"{kind.__name__}: change this\n"
     with pytest.raises(KeyError), run.ending():  # what may pass goes on, and Python exits with 1
         raise KeyError
+
+
+def test_a_run_that_makes_its_policy_has_nothing_to_plan() -> None:
+    with pytest.raises(ConfigError, match="demo names no model: .* give --config.model=DIR, or a published"):
+        model_config(demo.get_config(""))
