@@ -13,8 +13,10 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,9 +25,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
+from fundus_jax import hosts
 from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge, Trace, read_jsonl
 
 R = TypeVar("R", Example, Findings, Trace, Knowledge)
+THREADS = min(16, os.cpu_count() or 1)  # that make a batch each; 64 rows take one about a second
 MAX_PIXELS = 100_000_000  # the largest fundus photographs in use have about 16 million
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 
@@ -121,10 +125,25 @@ class Pool:
     findings: dict[str, Findings]
     traces: dict[str, Trace]
     knowledge: dict[tuple[str, str], Knowledge]
+    seen: dict[str, Size] = field(default_factory=dict, compare=False)  # by key; shared by what is chosen
 
     def image(self, example: Example) -> Image.Image:
         """The example's picture."""
         return load_image(self.directory / "examples", example.image)
+
+    def sizes(self, examples: Iterable[Example]) -> list[Size]:
+        """The sizes of the examples' pictures. Each picture is read once by one of the processes, which call
+        this together. Raises DataError for one that can not be had, ConfigError on the others."""
+        keys = [example.image for example in examples]
+        new = [key for key in dict.fromkeys(keys) if key not in self.seen]
+
+        def measured(part: Sequence[str]) -> list[Size]:
+            with ThreadPoolExecutor(THREADS) as threads:
+                found = threads.map(lambda key: load_image(self.directory / "examples", key).size, part)
+                return [Size(*size) for size in found]
+
+        self.seen.update((key, Size(*size)) for key, size in zip(new, hosts.deal(new, measured), strict=True))
+        return [self.seen[key] for key in keys]
 
     def choose(
         self, *, tasks: Sequence[str] = (), part: tuple[float, float] = (0.0, 1.0), salt: str = ""
@@ -148,13 +167,7 @@ class Pool:
             raise ConfigError(
                 f"no example of {len(self.examples)} has a task in {list(tasks)} and lies in part {part}"
             )
-        return Pool(
-            directory=self.directory,
-            examples=kept,
-            findings=self.findings,
-            traces=self.traces,
-            knowledge=self.knowledge,
-        )
+        return replace(self, examples=kept)
 
 
 def open_pool(directory: str | Path, split: str) -> Pool:
@@ -186,10 +199,9 @@ def batches(
     *,
     seed: int,
     groups: Sequence[Sequence[int]] | None = None,
-    threads: int = 2,
 ) -> Any:
     """An endless Grain iterator of `build(indices [size])` over [0, count), reshuffled every epoch; batches
-    may straddle epochs.
+    may straddle epochs. THREADS batches are made ahead, side by side, and so many are held at most.
 
     groups: the same indices in parts (see `ladder`); then a batch comes from one part, and the parts take
     turns in proportion to their size. `get_state`/`set_state` of the iterator name its place exactly. Raises
@@ -202,7 +214,7 @@ def batches(
     parts = [range(count)] if groups is None else [np.asarray(group).tolist() for group in groups]
     orders = [grain.MapDataset.source(part).seed(seed).shuffle().repeat().batch(size) for part in parts]
     order = grain.MapDataset.mix(orders, weights=[len(part) for part in parts])
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS)
     return iter(order.map(build).to_iter_dataset(options))
 
 

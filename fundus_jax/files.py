@@ -89,13 +89,13 @@ def copy_tree(source: Path, target: Path, *, linked: tuple[str, ...] = ("*",)) -
     sync(target.parent)
 
 
-def write_manifest(directory: Path, facts: dict[str, Any], threads: int = 1) -> None:
+def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
     """Seal `directory`: sync and hash every file in it, then write the manifest, which also carries `facts`.
 
-    One thread reads the files in turn where this runs beside training.
+    In THREADS, also where this runs beside training: a run that is to stop waits for it.
     """
     names = _names(directory)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda name: _digest(directory / name, sync=True), names))
     files = {
         name: {"sha256": digest, "size": size} for name, (digest, size) in zip(names, found, strict=True)

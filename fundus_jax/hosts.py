@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,12 @@ import orbax.checkpoint as ocp
 from jax._src import distributed  # its store of keys, which Orbax reads there too, has no public name
 from jax.experimental import multihost_utils
 
+from fundus_jax.records import ConfigError, DataError
+
+T = TypeVar("T")
+REFUSED = (
+    os.EX_CONFIG
+)  # 78: the exit code where the user has to change something first (ConfigError, DataError)
 DAY = 24 * 3600  # seconds that the others wait while the first process prepares data
 LARGE = 1 << 30  # bytes that `fetch` brings onto a device at once, or a row where one is larger
 _waits = itertools.count()  # a barrier's name is used once; all processes count alike
@@ -75,6 +82,21 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def deal(items: Sequence[T], work: Callable[[Sequence[T]], list[Any]]) -> list[Any]:
+    """`work(items)`, a JSON value for each item, with the items dealt out to the processes; a tuple comes
+    back as a list where there are several. If it fails on one of them, every one raises (as `on_first`)."""
+    count = jax.process_count()
+    mine: list[Any] = []
+    failure: BaseException | None = None
+    try:
+        mine = work(items[jax.process_index() :: count])
+    except BaseException as error:  # raised again below, once the others know
+        failure = error
+    raise_everywhere(failure)
+    parts = gather(mine)
+    return [parts[place % count][place // count] for place in range(len(items))]
+
+
 def fetch(array: Any) -> np.ndarray:
     """All of an array on every process, wherever its parts lie."""
     if getattr(array, "is_fully_addressable", True):
@@ -92,8 +114,8 @@ def fetch(array: Any) -> np.ndarray:
 def on_first(action: Callable[[], Any]) -> None:
     """Run `action` on the first process, up to a day; nobody goes on before it has ended.
 
-    If it fails, every process raises: the first one the error itself, the others RuntimeError, or SystemExit
-    where the first process was stopped by one (`stop`).
+    If it fails, every process raises: the first one the error itself, the others RuntimeError, ConfigError
+    where it is one or a DataError, or SystemExit where the first process was stopped by one (`stop`).
     """
     failure: BaseException | None = None
     if is_first():
@@ -110,13 +132,17 @@ def on_first(action: Callable[[], Any]) -> None:
 def raise_everywhere(failure: BaseException | None) -> None:
     """Raise `failure` where it happened, and tell the other processes, which raise too (as `on_first`)."""
     code = 0 if failure is None else 1
-    if isinstance(failure, SystemExit) and isinstance(failure.code, int):
+    if isinstance(failure, ConfigError | DataError):
+        code = REFUSED
+    elif isinstance(failure, SystemExit) and isinstance(failure.code, int):
         code = failure.code
     if jax.process_count() > 1:
         codes = multihost_utils.process_allgather(np.int32(code))
-        if failure is None and codes.max() > 1:
-            raise SystemExit(int(codes.max()))
         if failure is None and codes.any():
-            raise RuntimeError(f"process {np.flatnonzero(codes).tolist()} failed; the reason is in its log")
+            worst = int(codes.max())
+            if worst not in (1, REFUSED):
+                raise SystemExit(worst)
+            kind = ConfigError if worst == REFUSED else RuntimeError
+            raise kind(f"process {np.flatnonzero(codes).tolist()} failed; the reason is in its log")
     if failure is not None:
         raise failure

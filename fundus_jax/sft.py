@@ -136,17 +136,18 @@ def make_rows(pool: Pool, processor: Processor, prompt: PromptConfig, config: Sf
     """Conversations from examples and their kept traces, without those longer than `max_length`, packed if
     `row_length` says so; the counts are logged."""
     counts: Counter[str] = Counter()
-    kept, sizes = [], []
+    usable, kept, sizes = [], [], []
     for example in pool.examples:
         trace = pool.traces.get(example.id)
-        usable = trace is not None and trace.kept and prompt.think
-        if not usable and prompt.think and config.without_trace == "skip":
+        think = trace.think if trace is not None and trace.kept and prompt.think else None
+        if think is None and prompt.think and config.without_trace == "skip":
             counts["without a trace"] += 1
             continue
-        answer = dialog.right_reply(example, prompt.style)
-        reply = dialog.render(trace.think if usable and trace else None, answer)
+        usable.append((example, dialog.render(think, dialog.right_reply(example, prompt.style))))
+    images = pool.sizes(example for example, _ in usable)
+    for (example, reply), image in zip(usable, images, strict=True):
         text = processor.chat([*prompt.messages(example), dialog.reply(reply)])
-        tokens, slots = processor.row_size(text, [pool.image(example)])
+        tokens, slots = processor.row_size(text, [image])
         if tokens > config.max_length:
             counts["too long"] += 1
             continue

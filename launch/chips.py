@@ -68,6 +68,7 @@ FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128
 DEEP = {
     **{4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8)},
     **{256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16)},
+    **{4096: (16, 16, 16), 6144: (16, 16, 24)},
 }
 GPUS_A_NODE = 8
 # For the TPU's library where there is no TPU: it asks no metadata server, and several may compile at once.
@@ -153,6 +154,12 @@ def parse_topology(text: str) -> Topology:
     chip = CHIPS[kind]
     if product:
         chips, slices = int(product[2]), int(product[3] or 1)
+        if slices == 0:
+            raise ConfigError(f"--topology={text!r} has a 0; every size is at least 1")
+        if chip.platform == "cuda" and product[3]:
+            raise ConfigError(
+                f"--topology={text!r}: GPUs come in no slices; write nodes x GPUs, {kind}:{slices}x{chips}"
+            )
         if chip.counts == "cores":
             if chips % 2:
                 raise ConfigError(
@@ -166,6 +173,8 @@ def parse_topology(text: str) -> Topology:
     shape, slices = sizes[: chip.axes], sizes[chip.axes] if len(sizes) > chip.axes else 1
     if chip.platform == "tpu":
         _shape(kind, math.prod(shape), text)
+    elif shape[1] > GPUS_A_NODE:
+        raise ConfigError(f"--topology={text!r}: a node has up to {GPUS_A_NODE} GPUs, not {shape[1]}")
     if 0 in sizes:
         raise ConfigError(f"--topology={text!r} has a 0; every size is at least 1")
     return Topology(kind, shape, slices)

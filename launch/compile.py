@@ -29,6 +29,7 @@ from fundus_jax.files import write_atomic  # noqa: E402
 from fundus_jax.records import ConfigError, DataError  # noqa: E402
 from launch import planning, scaling  # noqa: E402
 from launch.chips import parse_topology  # noqa: E402
+from launch.config import read_flags  # noqa: E402
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=False)
 flags.DEFINE_string(
@@ -72,4 +73,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=read_flags)

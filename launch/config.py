@@ -6,18 +6,20 @@ them. `validate` is called before anything else happens.
 """
 
 import dataclasses
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from absl import app, flags
 from jax.sharding import Mesh
 
 from data_pipeline import decisions, findings, traces
 from data_pipeline.knowledge.config import KnowledgeConfig
 from data_pipeline.trace_server import WriterConfig
 from data_pipeline.votes import VotesConfig
-from fundus_jax import training
+from fundus_jax import hosts, training
 from fundus_jax.base.policy import PolicyConfig
 from fundus_jax.base.warmup import BaseConfig
 from fundus_jax.grpo import own_rewards
@@ -262,7 +264,15 @@ def check_mesh(config: RunConfig, mesh: Mesh, stages: Collection[str]) -> None:
 
 
 def model_config(config: RunConfig) -> Qwen2_5_VLConfig:
-    """The model of a run: that of its directory, or where there is none the published size of its name."""
+    """The model of a run: that of its directory, or where there is none the published size of its name.
+
+    Raises ConfigError where the run makes its policy itself: it is not there before the data is.
+    """
+    if not config.model:
+        raise ConfigError(
+            f"{config.name} names no model: such a run makes a small policy itself, from its data, and there "
+            "is nothing to plan; give --config.model=DIR, or a published size, as Qwen2.5-VL-3B-Instruct"
+        )
     return read_config(config.model) if Path(config.model).is_dir() else published(config.model)
 
 
@@ -283,6 +293,21 @@ def rates(text: str) -> dict[str, float] | None:
                 f"data.tasks has {part!r}; write TASK:NUMBER, e.g. disease:1,modality:0.2"
             ) from None
     return found or None
+
+
+def read_flags(argv: list[str]) -> list[str]:
+    """`argv` without the flags, as `absl.app` reads it; what is wrong with them ends the program with a line
+    or two. Of a --config that is not there ml_collections says so only when it is first used."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        getattr(flags.FLAGS.config, "name", None)
+        return rest
+    except OSError as error:
+        reason = str(error.__cause__ or error).splitlines()[-1].strip()
+        print(f"ConfigError: --config: {reason}; give a file of configs/", file=sys.stderr)
+        raise SystemExit(hosts.REFUSED) from error
+    except SystemExit as error:  # absl has said what it is
+        raise SystemExit(hosts.REFUSED) from error
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:

@@ -189,8 +189,11 @@ def settings(
     """
     if kind == "auto":
         kind = "explicit" if coordinator else detect(environment)
-    if coordinator and kind != "explicit":
-        raise ConfigError(f"--coordinator belongs to --multihost=explicit, which is {kind}")
+    flags = {"--coordinator": bool(coordinator), "--processes": processes > 0, "--process": process >= 0}
+    given = ", ".join(name for name, there in flags.items() if there)
+    if given and kind != "explicit":
+        remedy = "" if coordinator else "; give --coordinator=HOST:PORT of process 0 too"
+        raise ConfigError(f"{given} belongs to --multihost=explicit, which is {kind}{remedy}")
     if kind in ("tpu", "none"):
         return kind
     if kind == "explicit":

@@ -7,7 +7,8 @@ Stages: data, base (only where no model is given), sft and grpo (unless --config
 evaluate, export. Running the same command again goes on where it stopped; another configuration in the same
 workdir is refused. With --parent=DIR the finished stages of another run are taken over as far as both
 configurations give the same (launch/inherit.py). On several hosts each runs this very line (docs/hosts.md).
-At SIGTERM and Ctrl-C it saves and leaves within --grace seconds.
+At SIGTERM and Ctrl-C it saves and leaves within --grace seconds. Exit codes: 143 or 130 after these, 78 where
+something has to be changed first, 1 for what may pass when it is started again.
 """
 
 import json
@@ -16,7 +17,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,13 +30,20 @@ from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
 from fundus_jax.workdir import Workdir
 from launch import auto, distributed, evaluate, inherit, stages
-from launch.config import RunConfig, as_json, check_mesh, names
+from launch.config import RunConfig, as_json, check_mesh, names, read_flags
 
 # Recipes build on each other (`from configs... import`), and configs/ is part of no installed package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 STAGES = ("data", "base", "sft", "grpo", "evaluate", "export")
 NOISY = ("orbax", "httpx")
+# Of a GPU's memory, what this process takes: above what is planned with (launch/planning.py), while jax by
+# itself takes 75 %.
+MEMORY = "0.95"
+MEMORY_FLAGS = (
+    *("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+    *("XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_PYTHON_CLIENT_PREALLOCATE"),
+)
 
 config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with an argument after a colon.", lock_config=False
@@ -135,6 +143,13 @@ def run(
         work.close()
 
 
+def claim_memory(environment: MutableMapping[str, str]) -> None:
+    """Let jax take MEMORY of each GPU, unless the user has said anything about its memory. It reads this when
+    it first asks for a device, and refuses both names of the fraction together."""
+    if not any(environment.get(name) for name in MEMORY_FLAGS):
+        environment["XLA_CLIENT_MEM_FRACTION"] = MEMORY
+
+
 def quiet(record: python_logging.LogRecord) -> bool:
     """Log filter: Orbax reports every read and write in a dozen lines, and httpx each request to a server,
     which would bury ours; their warnings stay."""
@@ -143,11 +158,13 @@ def quiet(record: python_logging.LogRecord) -> bool:
 
 @contextmanager
 def ending():
-    """Around a program: what the user has to change ends it with one line, and a stop at once."""
+    """Around a program: what the user has to change ends it with one line and exit code 78, so that no
+    scheduler starts it again, and a stop at once."""
     try:
         yield
     except (ConfigError, DataError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(hosts.REFUSED) from error
     except SystemExit as stopped:  # by fundus_jax.stop, here or on another process
         distributed.leave()
         logging.flush()
@@ -166,6 +183,7 @@ def main(argv: Sequence[str]) -> None:
     args = flags.FLAGS
     workdir = args.workdir or f"runs/{config.name}"
     explicit = {name: getattr(args, name) for name in ("coordinator", "processes", "process", "one_host")}
+    claim_memory(os.environ)
     with ending():
         distributed.initialise(
             distributed.settings(args.multihost, os.environ, **explicit), args.join_timeout
@@ -178,4 +196,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=read_flags)

@@ -251,6 +251,26 @@ def test_save_returns_before_the_bundle_is_finished(tmp_path: Path, monkeypatch:
     assert checkpoints.latest() == 1
 
 
+def test_the_files_of_a_bundle_are_hashed_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first four wait for each other: a run that is to stop has seconds, and one core hashes 2 GB in
+    one."""
+    monkeypatch.setattr(files, "THREADS", 4)
+    together, begun, digest = threading.Barrier(4), iter(range(1000)), files._digest
+
+    def slow(path: Path, *, sync: bool = False) -> tuple[str, int]:
+        if next(begun) < 4:
+            together.wait(timeout=60)
+        return digest(path, sync=sync)
+
+    monkeypatch.setattr(files, "_digest", slow)
+    checkpoints = saved(tmp_path, 1)
+    assert next(begun) > 4
+    assert files.is_intact(tmp_path / "1")
+    assert checkpoints.latest() == 1
+
+
 def test_failure_in_the_background_is_raised_by_the_next_save_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

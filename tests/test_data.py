@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,21 @@ def test_tasks_are_chosen_and_nothing_left_is_an_error(pool: data.Pool) -> None:
         pool.choose(tasks=("lesion_location",))
 
 
+def test_each_picture_is_measured_once(pool: data.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is chosen of the pool, and however many questions there are about a picture."""
+    read, load = [], data.load_image
+    monkeypatch.setattr(data, "load_image", lambda folder, key: read.append(key) or load(folder, key))
+    first, second = (pool.choose(part=part) for part in ((0.0, 0.6), (0.3, 1.0)))
+    for part in (first, second, pool):
+        wanted = [pool.image(example).size for example in part.examples]
+        new = {example.image for example in part.examples} - pool.seen.keys()
+        read.clear()
+        assert part.sizes(part.examples) == wanted
+        assert sorted(read) == sorted(new)
+    with pytest.raises(DataError, match="none of number '99999'"):
+        pool.sizes([replace(pool.examples[0], image=f"{pool.examples[0].image.split('#')[0]}#99999")])
+
+
 def test_another_split_has_other_examples_and_a_missing_one_is_an_error(run: Path) -> None:
     test, train = data.open_pool(run, "test"), data.open_pool(run, "train")
     assert {e.patient for e in test.examples}.isdisjoint(e.patient for e in train.examples)
@@ -171,13 +187,35 @@ def draw(count: int, size: int, steps: int, **more: Any) -> list[list[int]]:
     return [next(iterator) for _ in range(steps)]
 
 
-def test_batches_are_shuffled_epochs_and_may_straddle_them() -> None:
+def test_batches_are_shuffled_epochs_and_may_straddle_them(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = np.concatenate(draw(7, 3, 14))
     epochs = [drawn[i : i + 7].tolist() for i in range(0, 42, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1, "every epoch has an order of its own"
-    assert draw(7, 3, 14, threads=1) == draw(7, 3, 14, threads=4) == draw(7, 3, 14)
     assert draw(7, 3, 14, seed=4) != draw(7, 3, 14)
+    for threads in (1, 4):
+        monkeypatch.setattr(data, "THREADS", threads)
+        assert np.array_equal(np.concatenate(draw(7, 3, 14)), drawn), "whoever makes them"
+
+
+def test_batches_are_made_side_by_side_and_few_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones wait for each other: they come only where as many are made at the same time."""
+    monkeypatch.setattr(data, "THREADS", 6)
+    together, begun = threading.Barrier(6), iter(range(100))
+    made = []
+
+    def build(index: np.ndarray) -> list[int]:
+        if next(begun) < 6:
+            together.wait(timeout=60)
+        made.append(index)
+        return index.tolist()
+
+    iterator = data.batches(7, 3, build, seed=3)
+    found = []
+    for taken in range(1, 15):
+        found.append(next(iterator))
+        assert len(made) <= taken + 6
+    assert found == draw(7, 3, 14)
 
 
 def test_an_iterator_resumes_with_the_very_next_batch_at_every_position() -> None:

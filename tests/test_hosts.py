@@ -34,13 +34,35 @@ assert done == [1] * (rank == 0)
 
 def fail(error):
     raise error
-for error, other in ((ConfigError("lost"), (RuntimeError, "process [0] failed")), (SystemExit(143), (SystemExit, "143"))):
+for error, other in (
+    (ConfigError("lost"), (ConfigError, "process [0] failed")),  # the same exit code everywhere
+    (KeyError("lost"), (RuntimeError, "process [0] failed")),
+    (SystemExit(143), (SystemExit, "143")),
+):
     try:
         hosts.on_first(lambda: fail(error))
     except BaseException as raised:
         assert raised is error if rank == 0 else (type(raised), str(raised)[:18]) == other, raised
     else:
         raise AssertionError("process %d did not hear of it" % rank)
+
+def double(part):
+    done.append(part)
+    return [(word, 2 * word) for word in part]
+
+def broken(part):
+    return fail(ConfigError("lost")) if "d" in part else double(part)
+
+done.clear()
+words = list("abcde")
+assert hosts.deal(words, double) == [[word, 2 * word] for word in words] and hosts.deal([], double) == []
+assert done == [words[rank::2], []]
+try:
+    hosts.deal(words, broken)
+except ConfigError as raised:
+    assert str(raised).startswith("lost" if rank else "process [1] failed"), raised
+else:
+    raise AssertionError("process %d did not hear of it" % rank)
 
 gathered, gather = [], hosts.multihost_utils.process_allgather
 def counted(array, **how):
@@ -96,6 +118,7 @@ def test_one_process_exchanges_nothing() -> None:
     assert hosts.is_first()
     assert hosts.highest(-3) == hosts.of_first(-3) == -3
     assert hosts.gather((1, 2)) == [(1, 2)]
+    assert hosts.deal([1, 2], lambda part: [(one, one) for one in part]) == [(1, 1), (2, 2)]
     hosts.tell("word", 7)
     assert hosts.told("word") == 0
     assert np.array_equal(hosts.fetch([1, 2]), [1, 2])

@@ -58,10 +58,10 @@ class Prompts:
         self.pool, self.processor = pool, processor
         self.form = prompt.form
         kept, sizes, dropped = [], [], 0
-        for example in pool.examples:
+        for example, image in zip(pool.examples, pool.sizes(pool.examples), strict=True):
             messages = prompt.messages(example)
             text = processor.chat(messages, add_generation_prompt=True)
-            tokens, slots = processor.row_size(text, [pool.image(example)])
+            tokens, slots = processor.row_size(text, [image])
             if tokens > max_length:
                 dropped += 1
                 continue

@@ -28,8 +28,9 @@ class LoraConfig:
     """Adapters of `rank` (0: none, the weights themselves are trained), scaled by alpha / rank.
 
     targets: which linear layers get one, as names or regular expressions, comma-separated. Each has to match
-    the end of a layer's path in the module tree: "q_proj,v_proj", "text.*" (all of the decoder's),
-    "visual.*qkv". seed: of A.
+    the end of a layer's path in our module tree: "q_proj,v_proj", "text.*" (all of the decoder's),
+    "visual.*qkv", "visual.merger.fc1" (transformers calls it visual.merger.mlp.0). The output projection
+    takes none, as PEFT's "all-linear" leaves it out. seed: of A.
     """
 
     rank: int = 0
@@ -83,8 +84,9 @@ def attach(model: nnx.Module, config: LoraConfig) -> None:
     unknown = [text for text, names in matched.items() if not names]
     if unknown:
         raise ConfigError(
-            f"lora.targets: no linear layer of this model is called {', '.join(unknown)}; "
-            f"there are {', '.join(layers)}"
+            f"lora.targets: no layer that takes an adapter is called {', '.join(unknown)}; "
+            f"there are {', '.join(layers)}. These are our names, not transformers', and the output "
+            "projection (lm_head) takes none, as PEFT's all-linear leaves it out"
         )
     freeze_all(model)
     chosen = sorted({name for names in matched.values() for name in names})

@@ -3,8 +3,9 @@
 #
 #   bash launch/templates/xpk.sh
 #
-# IMAGE holds the repository and its environment, with the repository as its working directory. --max-restarts
-# starts the line again after a slice was taken away; it goes on from its bundle.
+# IMAGE holds the repository and its environment, with the repository as its working directory. xpk starts the line
+# again at exit codes from 127, so also at 143, where it was asked to stop; here at 1 too, with which a host leaves
+# that has lost the others. It goes on from its bundle. At 78 something has to be changed first.
 set -euo pipefail
 
 xpk workload create \
@@ -14,4 +15,5 @@ xpk workload create \
   --num-slices=1 \
   --docker-image=IMAGE \
   --max-restarts=50 \
+  --restart-on-exit-codes=1 \
   --command="exec python launch/run.py --config=CONFIG --mesh=MESH --workdir=WORKDIR"

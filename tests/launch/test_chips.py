@@ -17,6 +17,8 @@ from launch.chips import CHIPS, DEEP, FLAT, Topology, parse_topology, target_con
         ("v6e-256", "v6e:16x16", 256),
         ("v5p-8", "v5p:2x2x1", 4),  # eight cores
         ("v5p-64", "v5p:2x4x4", 32),
+        ("v5p-8192", "v5p:16x16x16", 4096),
+        ("v5p-12288", "v5p:16x16x24", 6144),
         ("tpu7x-8", "tpu7x:2x2x1", 4),
         ("v5litepod-16x2", "v5e:4x4x2", 32),
         ("v5e:4x4", "v5e:4x4", 16),
@@ -47,7 +49,10 @@ def test_names(text: str, name: str, chips: int) -> None:
         ("h100-12", "up to 8 GPUs, or whole nodes of 8, not 12"),
         ("h100-0", "not 0"),
         ("h100:2x8x2", "a slice of h100 has 2 dimensions"),
+        ("h100-8x2", "GPUs come in no slices; write nodes x GPUs, h100:2x8"),
+        ("h200:1x16", "a node has up to 8 GPUs, not 16"),
         ("v5e:4x4x0", "has a 0"),
+        ("v5e-4x0", "has a 0"),
     ],
 )
 def test_errors_name_what_there_is(text: str, message: str) -> None:

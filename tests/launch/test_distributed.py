@@ -112,7 +112,15 @@ def test_other_addresses_are_fine(host: str) -> None:
         ("explicit", {}, {"coordinator": "a:1"}, "NNODES is not in the environment; or give --processes"),
         ("explicit", MAXTEXT, {"coordinator": "host"}, "'host'; give HOST:PORT"),
         ("explicit", MAXTEXT, {"process": 3}, "process 3 of 3"),
-        ("none", {}, {"coordinator": "a:1"}, "--coordinator belongs to --multihost=explicit"),
+        ("none", {}, {"coordinator": "a:1"}, "--coordinator belongs to --multihost=explicit, which is none$"),
+        # Without a word each of them would run alone, in one workdir.
+        (
+            "auto",
+            {},
+            {"processes": 2, "process": 0},
+            "--processes, --process belongs .* none; give --coord",
+        ),
+        ("auto", NODE, {"process": 0}, "--process belongs .* is slurm; give --coordinator=HOST:PORT"),
     ],
 )
 def test_what_does_not_fit_is_said(kind: str, environment: dict, flags: dict, complaint: str) -> None:

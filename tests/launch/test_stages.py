@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import decisions
-from fundus_jax import sharding, training
+from fundus_jax import data, sharding, training
 from fundus_jax.data import open_pool
 from fundus_jax.grpo import train as grpo
 from fundus_jax.models import load_pretrained, save_pretrained
@@ -47,6 +47,19 @@ def test_epochs_are_counted_where_no_steps_are_given(source: Path, tmp_path: Pat
     sft = dataclasses.replace(small.config().sft, steps=0, epochs=2.0, batch=4)
     trainer = small.open_run(tmp_path, source, small.config(sft=sft))
     assert trainer.plan["sft"] == len(trainer.rows.packs) * 2 // 4 > 1
+    trainer.work.close()
+
+
+def test_a_start_reads_no_picture_twice(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What SFT has measured, GRPO does not measure again."""
+    read, load = [], data.load_image
+    monkeypatch.setattr(data, "load_image", lambda folder, key: read.append(key) or load(folder, key))
+    trainer = small.open_run(tmp_path, source, small.config())
+    assert len(trainer.rows.rows) > 0
+    assert len(trainer.prompts.rows) > 0
+    assert len(read) == len(set(read)) == len({example.image for example in trainer.pool.examples})
     trainer.work.close()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fundus_jax import hosts
 from launch.distributed import settings
 from tests.conftest import ROOT
 
@@ -91,3 +92,20 @@ def test_jobset_tells_the_pods_apart() -> None:
     assert given.keys() >= pods.keys() - {"JOB_COMPLETION_INDEX"}
     found = settings("auto", pods | {"JOBSET_PODS": given["JOBSET_PODS"]})
     assert (found.coordinator, found.processes, found.process) == ("fundus-workers-0-0.fundus:8476", 2, 1)
+
+
+def test_what_has_to_be_changed_is_not_started_again() -> None:
+    """Exit code 78 ends a JobSet, and no other one does: hosts that lost one leave with 1."""
+    jobset = read("jobset.yaml")["spec"]
+    assert jobset["failurePolicy"]["maxRestarts"] > 0
+    (rule,) = jobset["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    spec = jobset["replicatedJobs"][0]["template"]["spec"]
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never", "a pod failure policy asks for it"
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]) == (
+        "FailJob",
+        {"containerName": pod["containers"][0]["name"], "operator": "In", "values": [hosts.REFUSED]},
+    )
+    assert read("skypilot.yaml")["resources"]["job_recovery"] == {"recover_on_exit_codes": [143]}

@@ -196,6 +196,8 @@ def test_adapter_files_name_transformers_modules(tmp_path: Path) -> None:
     [
         ({"targets": "q_proj,w_proj"}, r"called w_proj; there are text\.layers\.mlp\.down_proj"),
         ({"targets": "proj"}, None),  # the tower's output projection, and nothing that merely ends like it
+        ({"targets": "lm_head"}, r"takes an adapter is called lm_head; .* projection \(lm_head\) takes none"),
+        ({"targets": "visual.merger.mlp.0"}, r"mlp\.0; .*visual\.merger\.fc1.* our names, not transformers'"),
         ({"targets": "(q_proj"}, "'\\(q_proj', of which a part is no regular expression"),
         ({"targets": " , "}, "lora.targets is empty"),
         ({"rank": -1}, "lora.rank is -1"),
