@@ -105,7 +105,7 @@ def _to_bundle(source: Path, target: Path) -> int:
         files.write_atomic(scratch / CONTENT, text)
         _copy_side_files(source, scratch / SIDE)
         with ThreadPoolExecutor(1) as beside:  # it waits for the disk most of the time
-            sealed = beside.submit(files.write_manifest, scratch, {"step": 0, "final": True}, files.THREADS)
+            sealed = beside.submit(files.write_manifest, scratch, {"step": 0, "final": True})
             written = _fetcher(scratch, config, dtypes)
             _compare(scratch, announced, written, lambda name, piece: tensors.map(stored[name], piece))
             sealed.result()
