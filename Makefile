@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 EXTRA ?=
+AOT ?= tpu
 VLLM ?= .venv-vllm
 ARGS ?=
 
@@ -27,7 +28,7 @@ help:
 	@echo "make demo   images, traces, SFT, GRPO, evaluation, Hugging Face directory: all of it, on this CPU"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, pyright, import-linter"
-	@echo "make test-aot  the tests that compile for TPUs, with their compiler in .venv-tpu"
+	@echo "make test-aot  the tests that compile for TPUs, with their compiler in .venv-tpu; for GPUs: AOT=gpu"
 	@echo "make test-vllm  the tests against a real vLLM, which runs on this CPU from .venv-vllm"
 
 setup: $(STAMP)
@@ -60,9 +61,11 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
-# On any CPU host. The TPU's compiler stays out of .venv, where jax would look for TPUs at every start.
+# On any CPU host. The compilers stay out of .venv, where jax would look for their devices at every start. The
+# flag is for GPUs: to choose among Triton's products XLA would run them.
 test-aot:
-	$(MAKE) test VENV=.venv-tpu EXTRA=tpu TORCH= ARGS='-m aot tests/launch $(ARGS)'
+	XLA_FLAGS=--xla_gpu_enable_triton_gemm=false \
+	$(MAKE) test VENV=.venv-$(AOT) EXTRA=$(AOT) TORCH= ARGS='-m aot tests/launch $(ARGS)'
 
 # A real vLLM, in an environment of its own and reached over HTTP only: about 2.5 GB, some minutes.
 test-vllm: setup $(VLLM)/.complete

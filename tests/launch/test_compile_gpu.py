@@ -85,7 +85,9 @@ def test_between_nodes_goes_the_gradient_and_no_more(plans: Any) -> None:
 
 @pytest.mark.parametrize("program", ["sft-update", "grpo-score", "grpo-update"])
 def test_the_head_is_gathered_once_a_micro_batch(plans: Any, program: str) -> None:
-    assert 0 < gathers(text(plans[1], program), (VOCAB // 2, WIDTH)) <= 2
+    """A GPU's compiler may turn it."""
+    source = text(plans[1], program)
+    assert 0 < gathers(source, (VOCAB // 2, WIDTH)) + gathers(source, (WIDTH, VOCAB // 2)) <= 2
 
 
 def test_logits_exist_for_a_chunk(tmp_path: Path) -> None:
