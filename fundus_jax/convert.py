@@ -135,7 +135,8 @@ def _stack(
 ) -> np.ndarray:
     """The same of a parameter of this shape whose layers are small enough to be there together."""
     del i
-    return np.stack([tensors.map(name, ()) for name in names]).reshape(shape).astype(dtype, copy=False)[piece]
+    layers = [tensors.map(name, ()).astype(dtype, copy=False) for name in names]
+    return np.stack(layers).reshape(shape)[piece]
 
 
 def _to_hf(source: Path, target: Path, side: Path) -> int:

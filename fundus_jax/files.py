@@ -45,11 +45,12 @@ def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
 
 
 def pieces(shape: Sequence[int], itemsize: int) -> list[Piece]:
-    """The indices of consecutive rows that make up an array of `shape`: as many in each as PIECE bytes hold,
-    one at least; `()` alone for a scalar."""
+    """The indices of consecutive rows that make up an array of `shape`: in each as many as PIECE bytes hold,
+    or one, but about as many in all, since zarr stores chunks of one size; `()` alone for a scalar."""
     if not shape:
         return [()]
-    rows = max(1, PIECE // max(1, math.prod(shape[1:]) * itemsize))
+    most = max(1, PIECE // max(1, math.prod(shape[1:]) * itemsize))
+    rows = max(1, -(-shape[0] // max(1, -(-shape[0] // most))))
     return [(slice(i, min(i + rows, shape[0])),) for i in range(0, shape[0], rows)]
 
 

@@ -98,12 +98,13 @@ def save_later(path: Path, arrays: dict[str, Later]) -> None:
 
 
 def open_array(path: Path, name: str) -> Any:
-    """The array `name` of a directory that Orbax wrote: what is sliced and then read, where it lies in
-    chunks; else its values, since every slice would have to read and unpack all of it."""
+    """The array `name` of a directory that Orbax wrote: what is sliced and then read, where it lies in plain
+    chunks; its values where it lies in one or is compressed, as a training run's is, whose chunks slices would
+    read and unpack again and again."""
     place = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
     array = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
-    whole = array.chunk_layout.read_chunk.shape == array.shape
-    return array.read().result() if whole else array
+    packed = array.spec().to_json()["metadata"]["compressor"] is not None
+    return array.read().result() if packed or array.chunk_layout.read_chunk.shape == array.shape else array
 
 
 def read(array: Any) -> np.ndarray:

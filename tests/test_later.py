@@ -91,9 +91,35 @@ def test_what_is_large_lies_in_several_chunks(tmp_path: Path, monkeypatch: pytes
             assert np.prod(array.chunk_layout.read_chunk.shape) * value.itemsize <= 20
 
 
-def test_what_is_compressed_is_read_as_a_whole(tmp_path: Path) -> None:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:  # as the bundles of training runs are
-        orbax.save(tmp_path / "state", args=ocp.args.PyTreeSave({"p": jnp.arange(12.0).reshape(3, 4)}))
+@pytest.mark.parametrize("devices", [1, 2])  # two: as the bundles of sharded runs are, a chunk each
+def test_what_is_compressed_is_read_as_a_whole(tmp_path: Path, devices: int) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("fsdp",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    value = jax.device_put(jnp.arange(12.0).reshape(3, 4), place)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        orbax.save(tmp_path / "state", args=ocp.args.PyTreeSave({"p": value}))
     array = later.open_array(tmp_path / "state", "p")
     assert isinstance(array, np.ndarray)
     np.testing.assert_array_equal(later.read(array[1]), np.arange(4.0, 8.0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((7, 2), [2, 2, 2, 1]),
+        ((8, 2), [2, 2, 2, 2]),
+        ((9, 3), [1] * 9),
+        ((9, 1), [3, 3, 3]),
+        ((3, 100), [1, 1, 1]),
+        ((6,), [3, 3]),
+        ((0, 4), []),
+    ],
+)
+def test_pieces_are_rows_of_about_one_size(
+    shape: tuple[int, ...], rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PIECE", 16)
+    found = files.pieces(shape, 4)
+    assert [piece.stop - piece.start for (piece,) in found] == rows
+    assert [index for (piece,) in found for index in range(shape[0])[piece]] == list(range(shape[0]))
+    assert files.pieces((), 4) == [()]

@@ -3,7 +3,8 @@ name; `params` tables say what they mean.
 
 Only safetensors and JSON are opened: a pickle in the directory is never touched.
 Reading takes slices, so that a sharded model reads only what each device holds. Of what is read one tensor
-is in memory at a time, mapped pages of the files included; of what is written two pieces (`files.pieces`).
+is in memory at a time, mapped pages of the files included; of what is written two pieces (`files.pieces`),
+and what their source holds: of a model's parameters two whole tensors.
 """
 
 from __future__ import annotations
