@@ -99,8 +99,8 @@ def save_later(path: Path, arrays: dict[str, Later]) -> None:
 
 def open_array(path: Path, name: str) -> Any:
     """The array `name` of a directory that Orbax wrote: what is sliced and then read, where it lies in plain
-    chunks; its values where it lies in one or is compressed, as a training run's is, whose chunks slices would
-    read and unpack again and again."""
+    chunks; its values where it lies in one or is compressed, as a training run's is: slices would read and
+    unpack its chunks again and again."""
     place = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
     array = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
     packed = array.spec().to_json()["metadata"]["compressor"] is not None

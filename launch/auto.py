@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
@@ -18,7 +18,7 @@ from fundus_jax.models.qwen2_5_vl.params import table
 from fundus_jax.records import ConfigError
 from fundus_jax.sft import PATCH_ROOM
 from launch.chips import CHIPS, GIB, Chip, kind_of
-from launch.config import RunConfig, model_config, names
+from launch.config import RunConfig, model_config
 
 BUDGET = 0.9  # of a device's memory is planned for
 AGAIN = {"none": 0.0, "dots": 0.05, "block": 0.65}  # of a forward pass is computed twice, by the compiler
@@ -73,9 +73,12 @@ class Row(NamedTuple):
 class Sizes:
     """What a run needs on one device of a mesh, in bytes, by its model's numbers."""
 
-    def __init__(self, config: RunConfig, model: Qwen2_5_VLConfig) -> None:
+    def __init__(
+        self, config: RunConfig, model: Qwen2_5_VLConfig, stages: Sequence[str] | None = None
+    ) -> None:
+        """`stages`: those that are planned for, by default all that the run trains."""
         self.config, self.model = config, model
-        self.stages = names(config.stages)
+        self.stages = config.trained if stages is None else stages
         slots = table(model)
         self.total = sum(math.prod(slot.shape) for slot in slots.values())
         self.layer, self.text, self.vision = (
@@ -184,20 +187,21 @@ def _activations(width: float, mlp: float, remat: str, layers: int, adapted: boo
     return layers * kept + 2 * whole
 
 
-def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
+def choose(config: RunConfig, devices: Sequence[Any], wanted: Collection[str] | None = None) -> Choice:
     """The smallest tensor axis with which something fits; of the ways to recompute and cut that fit then, the
     one that should be fastest.
 
     devices: all of one kind; slices of TPUs and nodes of GPUs form the data axis, so that only gradients
-    cross the network. Where nothing fits so, GPUs share the weights over all nodes. The stages of the run
-    (config.stages) are planned for; they share a mesh. On CPUs, whose memory is not planned, and for the
-    small policy, which fits anywhere, the batch is simply spread. Raises ConfigError where no mesh divides
-    the batches or nothing fits, with the arithmetic.
+    cross the network. Where nothing fits so, GPUs share the weights over all nodes. Planned for are the
+    training stages of the run, those of `wanted` if it is given; they share a mesh. On CPUs, whose memory is
+    not planned, and for the small policy, which fits anywhere, the batch is simply spread. Raises ConfigError
+    where no mesh divides the batches or nothing fits, with the arithmetic.
     """
     name = f"{len(devices)} x {devices[0].device_kind}"
+    stages = [stage for stage in config.trained if wanted is None or stage in wanted]
     if devices[0].platform == "cpu" or not config.model:
-        return _spread(config, len(devices), name)
-    chip, sizes = CHIPS[kind_of(devices[0].device_kind)], Sizes(config, model_config(config))
+        return _spread(config, stages, len(devices), name)
+    chip, sizes = CHIPS[kind_of(devices[0].device_kind)], Sizes(config, model_config(config), stages)
     apart, tried = together(devices), []
     for groups in (apart,) if chip.platform == "tpu" else dict.fromkeys((apart, 1)):
         for tensor in TENSOR:
@@ -215,16 +219,16 @@ def choose(config: RunConfig, devices: Sequence[Any]) -> Choice:
     )
 
 
-def _spread(config: RunConfig, count: int, name: str) -> Choice:
+def _spread(config: RunConfig, stages: Sequence[str], count: int, name: str) -> Choice:
     """The batch over `count` devices, in no more pieces than the configuration says, and whole rows in each.
-    Raises ConfigError where the devices do not divide a batch."""
+    Raises ConfigError where the devices do not divide a batch of one of the `stages`."""
     sft, grpo = config.sft, config.grpo
     batches = {
         "base": ("base.batch", config.base.batch),
         "sft": ("sft.batch", sft.batch),
         "grpo": ("grpo.prompts_per_step", grpo.prompts_per_step),
     }
-    for field, rows in (batches[stage] for stage in config.trained):
+    for field, rows in (batches[stage] for stage in stages):
         if rows % count:
             raise ConfigError(
                 f"{field} {rows} does not divide by {name}; take a batch that they divide, or name a mesh "

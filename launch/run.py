@@ -105,12 +105,12 @@ def run(
     if stage in ("sft", "grpo") and stage not in names(config.stages):
         raise ConfigError(f"--stage={stage}, but --config.stages is {config.stages!r}, which leaves it out")
     resolved = as_json(config)
+    wanted = STAGES if stage == "all" else (stage,)
     if mesh_text == "auto":
-        choice = auto.choose(config, jax.devices())
+        choice = auto.choose(config, jax.devices(), wanted)
         logging.info("%s", choice)
         config, mesh_text = choice.apply(config), choice.mesh
     mesh = sharding.parse_mesh(mesh_text)
-    wanted = STAGES if stage == "all" else (stage,)
     check_mesh(config, mesh, [name for name in config.trained if name in wanted])
     work = Workdir(workdir, resolved)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"

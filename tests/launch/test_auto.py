@@ -213,6 +213,8 @@ def test_a_batch_that_the_small_policys_devices_do_not_divide() -> None:
     config = demo.get_config()
     with pytest.raises(ConfigError, match=r"base\.batch 16 does not divide by 32 x TPU v5 lite"):
         choose(config, "TPU v5 lite", 32)
+    for wanted in ((), ("data",), ("evaluate", "export")):
+        assert auto.choose(config, machine("TPU v5 lite", 5), wanted).mesh == "data:5,fsdp:1,tensor:1"
     config.stages, config.base.batch = "grpo", 64
     assert choose(config, "TPU v5 lite", 32).mesh == "data:32,fsdp:1,tensor:1"
 
@@ -229,6 +231,8 @@ def test_only_the_stages_of_the_run_are_planned_for() -> None:
     choice = choose(config, SMALL, 16)
     assert choice.estimate_gib is not None
     assert choice.estimate_gib < 0.9 * 15.75
+    config.stages = "sft,grpo"
+    assert auto.choose(config, machine(SMALL, 16), ("sft",)) == choice
     assert choice.grpo_micro_batch == config.grpo.micro_batch
 
 
