@@ -32,6 +32,7 @@ LENGTH_STEP = 8  # rows are padded to a multiple of this
 # A packed row has room for so many times the patches that rows have on average: with less, rows are full of
 # patches before they are full of tokens; with more, most slots stay empty (docs/log.md, 2026-11-28).
 PATCH_ROOM = 1.1
+WORTH = 0.75  # with so much of the rows filled, packing gains little
 
 
 @dataclass(kw_only=True, slots=True)
@@ -166,10 +167,11 @@ def make_rows(pool: Pool, processor: Processor, prompt: PromptConfig, config: Sf
         packs = pack(sizes, (config.row_length, max(room, *slots)), seed=config.seed)
     length = round_up(max(sum(lengths[number] for number in row) for row in packs), LENGTH_STEP)
     patches = max(sum(slots[number] for number in row) for row in packs)
+    real = sum(lengths) / (len(packs) * length)
     logging.info(
-        "sft rows: %s; longest %d tokens; %d rows of %d tokens (%.0f%% real) and %d patch slots",
-        *(dict(counts), max(lengths), len(packs), length),
-        *(100 * sum(lengths) / (len(packs) * length), patches),
+        "sft rows: %s; longest %d tokens; %d rows of %d tokens (%.0f%% real) and %d patch slots%s",
+        *(dict(counts), max(lengths), len(packs), length, 100 * real, patches),
+        "" if config.row_length or real > WORTH else "; sft.row_length packs several into a row",
     )
     return Rows(pool, tuple(kept), packs, config.row_length > 0, length, patches, prompt)
 

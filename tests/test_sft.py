@@ -121,6 +121,21 @@ def test_packed_rows_hold_every_conversation_once(trainer: Trainer, caplog: pyte
     assert learned.sum() == apart.sum()
 
 
+@pytest.mark.parametrize(("worth", "length", "told"), [(1.0, 0, True), (0.0, 0, False), (1.0, 1024, False)])
+def test_that_rows_are_mostly_padding_is_told(
+    trainer: Trainer,
+    worth: float,
+    length: int,
+    told: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sft, "WORTH", worth)
+    with caplog.at_level(logging.INFO, logger="absl"):
+        rows_of(trainer, trainer.rows.pool, row_length=length)
+    assert ("sft.row_length packs several into a row" in caplog.text) == told
+
+
 def test_a_packed_step_learns_all_that_its_rows_hold(trainer: Trainer, source: Path, tmp_path: Path) -> None:
     packed = rows_of(trainer, trainer.rows.pool, row_length=1024)
     every = encoded(trainer, packed, range(len(packed.packs)))[1].sum()
