@@ -23,11 +23,9 @@ from launch.chips import GIB, Topology
 from launch.config import RunConfig
 
 USABLE = 0.94  # of a chip's memory: the rest goes to the runtime, fragmentation and collectives' buffers
-ADVICE = {
-    "program": "its own temporaries are the larger part: more micro-batches, shorter sft.max_length or "
-    "max_prompt and grpo.max_new_tokens, smaller max_pixels, or more recomputing (remat)",
-    "resident": "what stays in memory is the larger part: a larger fsdp or tensor axis, more chips, or LoRA",
-}
+TEMPORARIES = "its own temporaries are the larger part: "
+SHORTER = "shorter sft.max_length or max_prompt and grpo.max_new_tokens, smaller max_pixels"
+RESIDENT = "what stays in memory is the larger part: a larger fsdp or tensor axis, more chips, or LoRA"
 
 
 def plan(
@@ -66,7 +64,7 @@ def plan(
         row["beside_gib"] = sum(resident.get(name, 0) for name in program.beside) / GIB
         row["total_gib"] = row.get("program_gib", row.get("needs_gib", 0.0)) + row["beside_gib"]
         if row["total_gib"] > USABLE * topology.chip.memory / topology.chip.devices or "error" in row:
-            problems.append(_problem(row, topology))
+            problems.append(_problem(row, topology, smaller(config, mesh, stage, program.name)))
     return {
         "config": config.name,
         "topology": topology.name,
@@ -138,11 +136,23 @@ def _figures(compiled: Any, program: programs.Program, topology: Topology) -> di
     }
 
 
-def _problem(row: dict[str, Any], topology: Topology) -> str:
+def smaller(config: RunConfig, mesh: Any, stage: str, program: str) -> str:
+    """What makes a program's temporaries smaller."""
+    parts, grpo = mesh.shape["data"] * mesh.shape["fsdp"], config.grpo
+    if program in ("open", "fill", "decode"):
+        slots = min(grpo.slots or grpo.prompts_per_step, grpo.prompts_per_step)
+        return f"fewer grpo.slots, {SHORTER}" if slots > parts else SHORTER
+    pieces = {"sft": config.sft.micro_batches, "grpo": update.pieces_of(grpo)}[stage]
+    rows = {"sft": config.sft.batch, "grpo": grpo.prompts_per_step}[stage]
+    ways = [*(["more micro-batches"] if rows // pieces > parts else []), SHORTER]
+    return ", ".join(ways if config.remat == "block" else [*ways, "or more recomputing (remat)"])
+
+
+def _problem(row: dict[str, Any], topology: Topology, advice: str) -> str:
     memory = topology.chip.memory / topology.chip.devices
     own = row.get("program_gib", row.get("needs_gib", 0.0))
     lasting = row["beside_gib"] + row.get("arguments_gib", 0.0)
-    advice = ADVICE["program" if row.get("temporaries_gib", own) > lasting else "resident"]
+    advice = TEMPORARIES + advice if row.get("temporaries_gib", own) > lasting else RESIDENT
     return (
         f"{row['program']} needs {row['total_gib']:.1f} GiB a device ({own:.1f} itself, "
         f"{row['beside_gib']:.1f} beside it); {topology.kind} has {memory:.1f}, of which {USABLE:.0%} are "

@@ -18,7 +18,7 @@ from fundus_jax.grpo import train as grpo
 from fundus_jax.models import load_pretrained, save_pretrained
 from fundus_jax.records import ConfigError
 from fundus_jax.workdir import Workdir
-from launch import evaluate, inherit, programs, run, stages
+from launch import evaluate, inherit, planning, programs, run, stages
 from launch.config import EvaluateConfig, RunConfig, as_json, check_mesh
 from tests import small
 
@@ -104,6 +104,28 @@ def test_every_program_of_a_step_of_grpo_is_built(source: Path) -> None:
         found.append([one.name for one in built.programs if one.name.startswith("score")])
         assert built.programs[-1].times == mu
     assert found == [[], ["score"], ["score policy"], ["score", "score policy"]]
+
+
+@pytest.mark.parametrize(
+    ("program", "changes", "wanted", "absent"),
+    [
+        ("update", {"micro_batch": 8}, "more micro-batches, shorter", "slots"),
+        ("update", {"micro_batch": 4}, "shorter sft.max_length", "more micro-batches"),  # one row a piece
+        ("decode", {"slots": 0}, "fewer grpo.slots", "micro-batches"),
+        ("decode", {"slots": 1}, "shorter sft.max_length", "grpo.slots"),
+    ],
+)
+def test_what_is_too_large_is_told_what_can_be_changed(
+    program: str, changes: dict, wanted: str, absent: str
+) -> None:
+    grpo = dataclasses.replace(small.config().grpo, prompts_per_step=4, group_size=4, **changes)
+    config = small.config(grpo=grpo, remat="block")
+    told = planning.smaller(config, small.one_device(), "grpo", program)
+    assert told.startswith(wanted)
+    assert absent not in told
+    assert "remat" not in told
+    config.remat = "none"
+    assert "more recomputing (remat)" in planning.smaller(config, small.one_device(), "grpo", "update")
 
 
 def test_a_warmup_longer_than_the_epochs_is_refused_before_anything_is_trained(
