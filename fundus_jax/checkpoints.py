@@ -211,12 +211,19 @@ class Checkpoints:
             raise self._save_error(step, error) from error
 
     def _commit(self, step: int, final: bool, spared: frozenset[int]) -> None:
-        """Runs in the background: when Orbax has committed the arrays, write the manifest, then prune."""
+        """Runs in the background: when Orbax has committed the arrays, write the manifest, then prune. Each
+        process hashes what it wrote; the first one everything else."""
         path = self._path(step)
         try:
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                files.write_manifest(path, {"step": step, "final": final})
+            own: files.Digests = {}
+            try:
+                own = files.digests(path, f"{STATE}/ocdbt.process_{jax.process_index()}/")
+            finally:  # the first one waits for it
+                parts = hosts.to_first(own)
+            if parts:
+                known = {name: digest for part in parts for name, digest in part.items()}
+                files.write_manifest(path, {"step": step, "final": final}, known)
                 self._prune(spared)
         except BaseException as error:  # whatever it is, `wait` raises it in the caller's thread
             logging.error("saving step %d: %s", step, error)

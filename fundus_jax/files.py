@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 THREADS = min(8, os.cpu_count() or 1)  # that read or hash files side by side
 PIECE = 2**24  # bytes of an array that are read, written or compared in one go
 Piece = tuple[slice, ...]  # an index of consecutive rows
+Digests = dict[str, dict[str, Any]]  # name -> {"sha256", "size"}
 
 
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
@@ -90,17 +91,22 @@ def copy_tree(source: Path, target: Path, *, linked: tuple[str, ...] = ("*",)) -
     sync(target.parent)
 
 
-def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
-    """Seal `directory`: sync and hash every file in it, then write the manifest, which also carries `facts`.
-
-    In THREADS, also where this runs beside training: a run that is to stop waits for it.
-    """
-    names = _names(directory)
+def digests(directory: Path, under: str = "", known: Collection[str] = ()) -> Digests:
+    """Sync and hash the files of `directory` whose names begin with `under`, but for those that are `known`:
+    name -> {"sha256", "size"}. In THREADS, also beside training: a run that is to stop waits for it."""
+    names = [name for name in _names(directory) if name.startswith(under) and name not in known]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(lambda name: _digest(directory / name, sync=True), names))
-    files = {
-        name: {"sha256": digest, "size": size} for name, (digest, size) in zip(names, found, strict=True)
-    }
+        found = pool.map(lambda name: _digest(directory / name, sync=True), names)
+        return {
+            name: {"sha256": digest, "size": size} for name, (digest, size) in zip(names, found, strict=True)
+        }
+
+
+def write_manifest(directory: Path, facts: dict[str, Any], known: Digests | None = None) -> None:
+    """Seal `directory`: sync and hash every file in it, but for those whose digests are `known`, then write
+    the manifest, which also carries `facts`."""
+    known = known or {}
+    files = known | digests(directory, known=known)
     for folder in {(directory / name).parent for name in files}:
         sync(folder)
     write_atomic(directory / MANIFEST, _text({"format": FORMAT, "facts": facts, "files": files}))

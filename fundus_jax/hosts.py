@@ -24,12 +24,12 @@ from jax.experimental import multihost_utils
 from fundus_jax.records import ConfigError, DataError
 
 T = TypeVar("T")
-REFUSED = (
-    os.EX_CONFIG
-)  # 78: the exit code where the user has to change something first (ConfigError, DataError)
+REFUSED = os.EX_CONFIG  # 78: the exit code where the user has to change something (ConfigError, DataError)
+HOUR = 3600  # seconds that the first process waits for what the others give it
 DAY = 24 * 3600  # seconds that the others wait while the first process prepares data
 LARGE = 1 << 30  # bytes that `fetch` brings onto a device at once, or a row where one is larger
 _waits = itertools.count()  # a barrier's name is used once; all processes count alike
+_gifts = itertools.count()  # a name is used once; all processes count alike
 
 
 def is_first() -> bool:
@@ -68,6 +68,21 @@ def told(name: str) -> int:
     except jax.errors.JaxRuntimeError:  # the first process, which keeps them, is gone
         return 0
     return max((int(value) for _, value in found), default=0)
+
+
+def to_first(value: Any) -> list[Any]:
+    """The JSON values that the processes give, by process, to the first one once all have given theirs; []
+    to the others, which do not wait. Not on the devices, so a thread beside training may call it."""
+    key, client = f"to_first_{next(_gifts)}", distributed.global_state.client
+    if client is None or jax.process_count() == 1:
+        return [value]
+    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    if not is_first():
+        return []
+    names = [f"{key}/{process}" for process in range(jax.process_count())]
+    found = [json.loads(client.blocking_key_value_get(name, 1000 * HOUR)) for name in names]
+    client.key_value_delete(f"{key}/")
+    return found
 
 
 def gather(value: Any) -> list[Any]:

@@ -47,6 +47,7 @@ def test_restore_to_another_mesh(tmp_path: Path) -> None:
 TWO_PROCESSES = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from fundus_jax import files
 from fundus_jax.checkpoints import Checkpoints
 from fundus_jax.records import ConfigError, DataError
 port, rank, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -56,8 +57,20 @@ sharding = NamedSharding(mesh, P("fsdp"))
 state = {"w": jax.make_array_from_process_local_data(sharding, np.arange(4.0) + 4 * rank)}
 like = {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)}
 c = Checkpoints(directory, config_hash="abc", keep=1)
-for step in (1, 2):
-    c.save(step, state, data_state={"next": step}, counters={})
+hashed, digest = [], files._digest
+def noted(path, *, sync=False):
+    hashed.append(str(path.relative_to(c.directory / "1")))
+    return digest(path, sync=sync)
+files._digest = noted
+c.save(1, state, data_state={"next": 1}, counters={})
+c.wait()
+files._digest = digest
+own = "state/ocdbt.process_" + str(rank)
+assert any(name.startswith(own) for name in hashed), "each hashes what it wrote"
+assert not any(name.startswith("state/ocdbt.process_" + str(1 - rank)) for name in hashed), hashed
+assert ("bundle.json" in hashed) == (rank == 0), "and the first one everything else"
+assert files.verify(c.directory / "1")["facts"] == {"step": 1, "final": False}
+c.save(2, state, data_state={"next": 2}, counters={})
 c.wait()
 b = c.restore(2, like)
 local = np.concatenate([s.data for s in b.state["w"].addressable_shards])
@@ -73,7 +86,7 @@ if rank == 0:
     (c.directory / "2" / "bundle.json").write_text("{}")
 try:
     c.restore(2, like)
-except (DataError, RuntimeError) as error:
+except (DataError, ConfigError) as error:
     assert "bundle.json" in str(error) if rank == 0 else "process [0] failed" in str(error)
 else:
     raise AssertionError("damage went unseen")

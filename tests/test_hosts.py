@@ -28,6 +28,8 @@ hosts.highest(0)
 hosts.tell("word", 7 + rank)
 hosts.highest(0)
 assert hosts.told("word") == 8 and hosts.told("wor") == 0
+for word in "ab":
+    assert hosts.to_first(word * (1 + rank)) == ([] if rank else [word, 2 * word])
 done = []
 hosts.on_first(lambda: done.append(1))
 assert done == [1] * (rank == 0)
@@ -117,7 +119,7 @@ def test_two_processes(repo_root: Path) -> None:
 def test_one_process_exchanges_nothing() -> None:
     assert hosts.is_first()
     assert hosts.highest(-3) == hosts.of_first(-3) == -3
-    assert hosts.gather((1, 2)) == [(1, 2)]
+    assert hosts.gather((1, 2)) == hosts.to_first((1, 2)) == [(1, 2)]
     assert hosts.deal([1, 2], lambda part: [(one, one) for one in part]) == [(1, 1), (2, 2)]
     hosts.tell("word", 7)
     assert hosts.told("word") == 0
