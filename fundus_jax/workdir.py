@@ -118,8 +118,8 @@ class Workdir:
     def owes(self, stage: str) -> bool:
         """Whether the exam after the newest step of `stage` was left, because the run was to stop: the line
         of the step says null then."""
-        lines = self.metrics.past(stage)
-        return bool(lines) and lines[-1].get(BEST_BY, 0) is None
+        lines = self.metrics.here(stage)
+        return bool(hosts.of_first(bool(lines) and lines[-1].get(BEST_BY, 0) is None))
 
     def make_up(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Put what the exam that was owed has measured where it would have stood. The bundle of `step`, with
