@@ -26,6 +26,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from fundus_jax import hosts, sharding, stop
+from fundus_jax.chat import LostError
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
 from fundus_jax.workdir import Workdir
@@ -159,11 +160,14 @@ def quiet(record: python_logging.LogRecord) -> bool:
 @contextmanager
 def ending():
     """Around a program: what the user has to change ends it with one line and exit code 78, so that no
-    scheduler starts it again, and a stop at once."""
+    scheduler starts it again; a server that stays away with one and 1; and a stop at once."""
     try:
         yield
     except (ConfigError, DataError) as error:
         refuse(error)
+    except LostError as error:
+        print(f"LostError: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     except SystemExit as stopped:  # by fundus_jax.stop, here or on another process
         distributed.leave()
         logging.flush()

@@ -15,6 +15,7 @@ from jaxlib import xla_client
 
 from configs import demo
 from fundus_jax import hosts
+from fundus_jax.chat import LostError
 from fundus_jax.records import ConfigError, DataError
 from launch import distributed, planning, run
 from launch.config import model_config, unknown_field
@@ -102,6 +103,15 @@ def test_a_refusal_and_a_stop_have_exit_codes_of_their_own(capsys: pytest.Captur
         assert capsys.readouterr().err == f"{kind.__name__}: change this\n"
     with pytest.raises(KeyError), run.ending():  # what may pass goes on, and Python exits with 1
         raise KeyError
+
+
+def test_a_server_that_stays_away_ends_it_with_a_line_and_is_no_refusal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended, run.ending():
+        raise LostError("gone")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "LostError: gone\n"
 
 
 @pytest.mark.parametrize(
