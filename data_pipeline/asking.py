@@ -31,14 +31,14 @@ from absl import logging
 
 from data_pipeline.jobs import Quarantine, ShardInput, Through
 from data_pipeline.kept import Kept
-from fundus_jax.chat import Chat, ChatConfig, ChatError
+from fundus_jax.chat import Chat, ChatConfig, ChatError, LostError
 from fundus_jax.records import ConfigError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Ask = Callable[[Chat, Item], Awaitable[Result]]
 
-STOPS = ("down", "budget")  # kinds of ChatError that no other item would escape
+STOPS = {"down": LostError, "budget": ConfigError}  # kinds of ChatError that no other item would escape
 AHEAD = 32  # items taken before the first is answered, times concurrency: one slow item holds up no other
 _END = object()  # stands after the last item of a shard
 
@@ -61,8 +61,8 @@ def ask_all(
         config, where: the server, and what errors call it.
         name: the key of an item in a quarantine.
 
-    Raises ConfigError when the server is lost for longer than `config.patience`, when the budget is spent,
-    and for what only the user can mend; and whatever else `ask` raises. No item is begun after that.
+    Raises LostError when the server is lost for longer than `config.patience`, ConfigError when the budget is
+    spent and for what only the user can mend; and whatever else `ask` raises. No item is begun after that.
     """
     return _in_order(items, functools.partial(_settled, ask=ask, name=name), config, where)
 
@@ -109,7 +109,7 @@ async def _settled(chat: Chat, item: Item, *, ask: Ask[Item, Result], name: Call
         return await ask(chat, item)
     except ChatError as error:
         if error.kind in STOPS:
-            raise ConfigError(f"{error}; the same command, given again, goes on from here") from None
+            raise STOPS[error.kind](f"{error}; the same command, given again, goes on from here") from None
         return Quarantine(name(item), str(error))
 
 

@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from data_pipeline import agreement, jobs, manifest, parts
 from data_pipeline.pixels import PixelSource
 from data_pipeline.votes import VotesConfig, VoteSource, vocabulary
+from fundus_jax.chat import LostError
 from fundus_jax.records import ConfigError, DataError, Findings, Knowledge
 
 KINDS = ("masks", "votes", "both")
@@ -154,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
             logging.info("%d shards are left to other parts; Table 6 comes with the last", done.shards_left)
         else:
             print(agreement.measure(examples, out, source.ways[-1]))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, LostError) as error:
         raise SystemExit(f"findings: {error}") from error
 
 

@@ -30,7 +30,7 @@ from data_pipeline.knowledge.model import ServerModel
 from data_pipeline.knowledge.note import Note, undescribed
 from data_pipeline.knowledge.sources import Pair
 from data_pipeline.stages import LABEL_TASKS
-from fundus_jax.chat import Chat, ChatConfig
+from fundus_jax.chat import Chat, ChatConfig, LostError
 from fundus_jax.records import MODALITIES, ConfigError, DataError, Example, Knowledge
 
 SHARD = 8  # labels that a server is asked about in one shard
@@ -305,7 +305,7 @@ def main(argv: Sequence[str]) -> None:
             config=config_of(values),
             shard=parts.chosen(values.shard),
         )
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, LostError) as error:
         raise SystemExit(f"knowledge_base: {error}") from error
 
 

@@ -24,6 +24,7 @@ from ml_collections import config_flags
 from data_pipeline import files, jobs, manifest, parts, quality, stages
 from data_pipeline.composing import Case, Rules
 from data_pipeline.trace_server import TRIES, ServerWriter, WriterConfig
+from fundus_jax.chat import LostError
 from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge, Trace
 
 KINDS = ("rules", "server")
@@ -203,7 +204,7 @@ def main(argv: Sequence[str]) -> None:
         writer = make_writer(values.traces, values.writer, values.boxes)
         part = parts.chosen(values.shard)
         run(*folders, writer=writer, limit=values.limit, workers=values.workers, shard=part)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, LostError) as error:
         raise SystemExit(f"traces: {error}") from error
 
 

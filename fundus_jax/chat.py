@@ -37,7 +37,7 @@ import openai
 import pydantic
 import tenacity
 
-from fundus_jax.endpoints import Endpoint, Endpoints, Lost
+from fundus_jax.endpoints import Endpoint, Endpoints, LostError
 from fundus_jax.records import ConfigError
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
@@ -242,7 +242,7 @@ class Chat:
             with attempt:
                 try:
                     endpoint, probe = await self.endpoints.enter(self._healthy, endpoint)
-                except Lost as error:
+                except LostError as error:
                     raise ChatError("down", str(error)) from None
                 began = time.monotonic()
                 self.counts["retries"] += attempt.retry_state.attempt_number > 1

@@ -30,6 +30,7 @@ from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowle
 
 R = TypeVar("R", Example, Findings, Trace, Knowledge)
 THREADS = min(16, os.cpu_count() or 1)  # that make a batch each; 64 rows take one about a second
+HELD = 2_000_000_000  # bytes of batches a process holds ahead; 64 rows of 448 x 448 pixels have 308 million
 MAX_PIXELS = 100_000_000  # the largest fundus photographs in use have about 16 million
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 
@@ -199,9 +200,10 @@ def batches(
     *,
     seed: int,
     groups: Sequence[Sequence[int]] | None = None,
+    ahead: int = 2,
 ) -> Any:
     """An endless Grain iterator of `build(indices [size])` over [0, count), reshuffled every epoch; batches
-    may straddle epochs. THREADS batches are made ahead, side by side, and so many are held at most.
+    may straddle epochs. `ahead` of them are made ahead, side by side, and so many are held at most.
 
     groups: the same indices in parts (see `ladder`); then a batch comes from one part, and the parts take
     turns in proportion to their size. `get_state`/`set_state` of the iterator name its place exactly. Raises
@@ -214,8 +216,14 @@ def batches(
     parts = [range(count)] if groups is None else [np.asarray(group).tolist() for group in groups]
     orders = [grain.MapDataset.source(part).seed(seed).shuffle().repeat().batch(size) for part in parts]
     order = grain.MapDataset.mix(orders, weights=[len(part) for part in parts])
-    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS)
+    options = grain.ReadOptions(num_threads=min(THREADS, ahead), prefetch_buffer_size=ahead)
     return iter(order.map(build).to_iter_dataset(options))
+
+
+def ahead_of(size: int) -> int:
+    """How many batches of `size` bytes to make ahead: one a thread, as far as they fit into HELD; at least
+    two, so that one is made while another waits."""
+    return max(2, min(THREADS, HELD // max(1, size)))
 
 
 def ladder(lengths: Sequence[int], most: int, least: int) -> list[list[int]]:

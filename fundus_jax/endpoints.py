@@ -18,8 +18,9 @@ PROBES = (0.5, 15.0)  # seconds from one look for a lost server to the next: the
 POLL, TELL = 0.05, 30.0  # seconds: how often a waiting call looks, and how often the log says that one waits
 
 
-class Lost(Exception):
-    """No server has been there for as long as the caller would wait."""
+class LostError(RuntimeError):
+    """No server has been there for as long as the caller would wait. Nothing has to be changed: once one is
+    back, the same command goes on."""
 
 
 class Endpoint:
@@ -99,7 +100,7 @@ class Endpoints:
             healthy: asks a server, with a request that costs nothing, whether it is there.
             failed: where this request failed a moment ago: it goes elsewhere if it can, and looks for nobody.
 
-        Raises Lost when all have been lost for `patience` seconds.
+        Raises LostError when all have been lost for `patience` seconds.
         """
         while True:
             there = [one for one in self.all if not one.lost]
@@ -127,11 +128,11 @@ class Endpoints:
         return bool(answered)
 
     def _wait(self) -> None:
-        """Say that a call waits; raise Lost when it has waited long enough."""
+        """Say that a call waits; raise LostError when it has waited long enough."""
         now = time.monotonic()
         away = now - max(one.since for one in self.all)
         if away >= self.patience:
-            raise Lost(f"{self.name} has been lost for {away:.0f} s")
+            raise LostError(f"{self.name} has been lost for {away:.0f} s")
         if now - self._told >= TELL:
             self._told = now
             logging.warning("%s is not there; waiting for it, %.0f s more", self.name, self.patience - away)

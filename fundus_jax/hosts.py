@@ -26,10 +26,17 @@ from fundus_jax.records import ConfigError, DataError
 T = TypeVar("T")
 REFUSED = os.EX_CONFIG  # 78: the exit code where the user has to change something (ConfigError, DataError)
 HOUR = 3600  # seconds that the first process waits for what the others give it
-DAY = 24 * 3600  # seconds that the others wait while the first process prepares data
+DAY = 24 * 3600  # seconds that processes wait for those at work, as while the first prepares data
 LARGE = 1 << 30  # bytes that `fetch` brings onto a device at once, or a row where one is larger
 _waits = itertools.count()  # a barrier's name is used once; all processes count alike
 _gifts = itertools.count()  # a name is used once; all processes count alike
+
+
+def wait() -> None:
+    """Wait until all processes are here, up to a day. Not on the devices: what waits there for long is taken
+    for dead."""
+    if jax.process_count() > 1:
+        ocp.multihost.get_barrier_sync_fn()(key=f"wait_{next(_waits)}", timeout_ms=1000 * DAY)
 
 
 def is_first() -> bool:
@@ -107,6 +114,7 @@ def deal(items: Sequence[T], work: Callable[[Sequence[T]], list[Any]]) -> list[A
         mine = work(items[jax.process_index() :: count])
     except BaseException as error:  # raised again below, once the others know
         failure = error
+    wait()
     raise_everywhere(failure)
     parts = gather(mine)
     return [parts[place % count][place // count] for place in range(len(items))]
@@ -138,9 +146,7 @@ def on_first(action: Callable[[], Any]) -> None:
             action()
         except BaseException as error:  # raised again below, once the others know
             failure = error
-    if jax.process_count() > 1:  # not on the devices: what waits there for long is taken for dead
-        name = f"on_first_{next(_waits)}"
-        ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * DAY)
+    wait()
     raise_everywhere(failure)
 
 

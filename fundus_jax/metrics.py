@@ -131,7 +131,11 @@ class Metrics:
             self._wandb.log({f"{stage}/step": int(step), **known})
 
     def past(self, stage: str) -> list[dict[str, Any]]:
-        """The lines of a stage, as logged; with several processes all get the first one's.
+        """The lines of a stage, as logged; all processes get the first one's. Raises as `here`."""
+        return hosts.gather(self.here(stage))[0]
+
+    def here(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of a stage, as logged, on the process that writes them; none on the others.
 
         Raises DataError for a line that is not what this class writes; names file and line.
         """
@@ -140,7 +144,7 @@ class Metrics:
             for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
                 if _stage_and_step(line, f"{self.path}:{number}")[0] == stage:
                     found.append(json.loads(line))
-        return hosts.gather(found)[0]
+        return found
 
     def rewind(self, stage_steps: Mapping[str, int]) -> None:
         """Drop the lines that a run resumed from a checkpoint will write again.

@@ -19,7 +19,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from fundus_jax import dialog, training
-from fundus_jax.data import Pool, batches, pack, round_up
+from fundus_jax.data import Pool, ahead_of, batches, pack, round_up
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.logprobs import token_logprobs
 from fundus_jax.models.qwen2_5_vl.processor import Processor
@@ -253,7 +253,8 @@ def train(
     with jax.set_mesh(mesh), work.stoppable("sft") as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
-        iterator = batches(len(rows.packs), config.batch, build, seed=config.seed)
+        ahead = ahead_of(4 * len(mine) * rows.patches * processor.image_config.patch_features)  # float32
+        iterator = batches(len(rows.packs), config.batch, build, seed=config.seed, ahead=ahead)
         state, done = work.resume("sft", state, iterator)
         if exam is not None and work.owes("sft"):
             work.make_up("sft", done, exam(policy(state.params)))

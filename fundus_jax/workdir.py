@@ -118,8 +118,8 @@ class Workdir:
     def owes(self, stage: str) -> bool:
         """Whether the exam after the newest step of `stage` was left, because the run was to stop: the line
         of the step says null then."""
-        lines = self.metrics.past(stage)
-        return bool(lines) and lines[-1].get(BEST_BY, 0) is None
+        lines = self.metrics.here(stage)
+        return bool(hosts.of_first(bool(lines) and lines[-1].get(BEST_BY, 0) is None))
 
     def make_up(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         """Put what the exam that was owed has measured where it would have stood. The bundle of `step`, with
@@ -149,10 +149,10 @@ class Workdir:
 
     @contextmanager
     def stoppable(
-        self, stage: str, *, on: type[BaseException] = stop.Stopped
+        self, stage: str, *, on: tuple[type[BaseException], ...] = ()
     ) -> Iterator[Callable[[int, Any, Any], None]]:
         """Around a loop of `stage`: a stop (`fundus_jax.stop`) within saves a bundle of what was kept last,
-        and so does an error of the kind `on`, which all processes raise together.
+        and so does an error of the kinds `on`, which all processes raise together.
 
         Gives `keep(step, state, iterator)`, to be called before each step: with the state after `step` steps,
         and the iterator before it gives the next batch. Where the run is to stop, it stops there.
@@ -166,7 +166,7 @@ class Workdir:
         with stop.deferred():
             try:
                 yield keep
-            except (stop.Stopped, on):
+            except (stop.Stopped, *on):
                 for step, state, place in kept:
                     logging.info("%s: stopped after step %d of %d", stage, step, self.stages[stage])
                     self._save(stage, step, state, place)

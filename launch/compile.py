@@ -25,11 +25,12 @@ from ml_collections import config_flags  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # recipes import each other from configs/
 
+from fundus_jax import hosts  # noqa: E402
 from fundus_jax.files import write_atomic  # noqa: E402
 from fundus_jax.records import ConfigError, DataError  # noqa: E402
 from launch import planning, scaling  # noqa: E402
 from launch.chips import parse_topology  # noqa: E402
-from launch.config import read_flags  # noqa: E402
+from launch.config import read_flags, refuse  # noqa: E402
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=False)
 flags.DEFINE_string(
@@ -47,14 +48,14 @@ flags.DEFINE_string("hlo", "", "Also write each program's compiled text into thi
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+        raise app.UsageError(f"unexpected arguments {argv[1:]}", exitcode=hosts.REFUSED)
     values = flags.FLAGS
-    if values.table:
-        scaling.make(Path(values.table), values.only)
-        return
-    if values.config is None or values.topology is None:
-        raise app.UsageError("--config and --topology are needed")
+    if not values.table and (values.config is None or values.topology is None):
+        raise app.UsageError("--config and --topology are needed", exitcode=hosts.REFUSED)
     try:
+        if values.table:
+            scaling.make(Path(values.table), values.only)
+            return
         topology = parse_topology(values.topology)
         stages = ("sft", "grpo") if values.stage == "all" else (values.stage,)
         plans = [
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
             for stage in stages
         ]
     except (ConfigError, DataError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+        refuse(error)
     for one in plans:
         print(planning.table(one))
     if values.json:

@@ -6,11 +6,14 @@ them. `validate` is called before anything else happens.
 """
 
 import dataclasses
+import difflib
+import re
 import sys
-from collections.abc import Collection, Mapping
+import typing
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from jax.sharding import Mesh
@@ -31,7 +34,7 @@ from fundus_jax.models.layers import REMAT
 from fundus_jax.models.lora import LoraConfig
 from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.sizes import published
-from fundus_jax.records import ConfigError
+from fundus_jax.records import ConfigError, DataError
 from fundus_jax.sft import PromptConfig, SftConfig
 
 COMPUTE = ("float32", "bfloat16")
@@ -304,10 +307,40 @@ def read_flags(argv: list[str]) -> list[str]:
         return rest
     except OSError as error:
         reason = str(error.__cause__ or error).splitlines()[-1].strip()
-        print(f"ConfigError: --config: {reason}; give a file of configs/", file=sys.stderr)
-        raise SystemExit(hosts.REFUSED) from error
+        refuse(ConfigError(f"--config: {reason}; give a file of configs/"))
+    except KeyError:
+        if unknown := unknown_field(argv):
+            refuse(ConfigError(unknown))
+        raise  # the file's own
     except SystemExit as error:  # absl has said what it is
         raise SystemExit(hosts.REFUSED) from error
+
+
+def unknown_field(argv: Sequence[str]) -> str:
+    """What is wrong with the first `--config.FIELD` that is none of RunConfig, and which is nearest; "" where
+    all are there."""
+    known = _fields(RunConfig)
+    given = [re.match(r"--?(?:no)?config\.([\w.]+)", word) for word in argv]
+    for name in (found[1] for found in given if found):
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            return f"--config.{name}: there is no such field; the nearest is {nearest[0]}"
+    return ""
+
+
+def _fields(kind: Any) -> list[str]:
+    """The fields of a dataclass and of those within, with dots between."""
+    found: list[str] = []
+    for name, hint in typing.get_type_hints(kind).items():
+        within = _fields(hint) if dataclasses.is_dataclass(hint) else []
+        found += [name, *(f"{name}.{one}" for one in within)]
+    return found
+
+
+def refuse(error: ConfigError | DataError) -> NoReturn:
+    """End the program with one line and the exit code that says: something has to be changed first."""
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    raise SystemExit(hosts.REFUSED) from error
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:

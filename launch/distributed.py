@@ -208,12 +208,16 @@ def initialise(found: Settings | str, timeout: int = TIMEOUT) -> None:
     """Join the other processes, and say once in each what it is and has. Call it before anything asks jax for
     a device.
 
-    Raises ConfigError when the processes do not come together within `timeout` seconds.
+    Raises RuntimeError when the processes do not come together within `timeout` seconds: a late one may be
+    there when all are started again. jaxlib (0.10, 0.12) rather aborts then, which is exit code 134. Raises
+    ConfigError for one process alone in a pod of several.
     """
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from fundus_jax.stop
     join = functools.partial(
         jax.distributed.initialize, initialization_timeout=timeout, shutdown_timeout_seconds=30
     )
+    if found != "none":
+        logging.info("joining %s; after %d s (--join_timeout) that is given up", found, timeout)
     try:
         if found == "tpu":
             join()
@@ -221,7 +225,7 @@ def initialise(found: Settings | str, timeout: int = TIMEOUT) -> None:
             which = (found.coordinator, found.processes, found.process, found.devices)
             join(*which, cluster_detection_method="deactivate")
     except RuntimeError as error:
-        raise ConfigError(
+        raise RuntimeError(
             f"could not join the processes of {found} in {timeout} s ({error}); is process 0 running, and "
             "can the others reach its address? --join_timeout waits longer"
         ) from error

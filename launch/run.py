@@ -26,11 +26,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from fundus_jax import hosts, sharding, stop
+from fundus_jax.chat import LostError
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
 from fundus_jax.workdir import Workdir
 from launch import auto, distributed, evaluate, inherit, stages
-from launch.config import RunConfig, as_json, check_mesh, names, read_flags
+from launch.config import RunConfig, as_json, check_mesh, names, read_flags, refuse
 
 # Recipes build on each other (`from configs... import`), and configs/ is part of no installed package.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -159,12 +160,14 @@ def quiet(record: python_logging.LogRecord) -> bool:
 @contextmanager
 def ending():
     """Around a program: what the user has to change ends it with one line and exit code 78, so that no
-    scheduler starts it again, and a stop at once."""
+    scheduler starts it again; a server that stays away with one and 1; and a stop at once."""
     try:
         yield
     except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(hosts.REFUSED) from error
+        refuse(error)
+    except LostError as error:
+        print(f"LostError: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     except SystemExit as stopped:  # by fundus_jax.stop, here or on another process
         distributed.leave()
         logging.flush()
@@ -174,12 +177,13 @@ def ending():
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(
-            f"unexpected arguments {argv[1:]}; options are --config, --mesh, --stage, --workdir"
+            f"unexpected arguments {argv[1:]}; options are --config, --mesh, --stage, --workdir",
+            exitcode=hosts.REFUSED,
         )
     logging.get_absl_handler().addFilter(quiet)
     config: RunConfig = flags.FLAGS.config
     if config is None:
-        raise app.UsageError("--config is missing, e.g. --config=configs/demo.py")
+        raise app.UsageError("--config is missing, e.g. --config=configs/demo.py", exitcode=hosts.REFUSED)
     args = flags.FLAGS
     workdir = args.workdir or f"runs/{config.name}"
     explicit = {name: getattr(args, name) for name in ("coordinator", "processes", "process", "one_host")}

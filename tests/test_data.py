@@ -195,12 +195,12 @@ def test_batches_are_shuffled_epochs_and_may_straddle_them(monkeypatch: pytest.M
     assert draw(7, 3, 14, seed=4) != draw(7, 3, 14)
     for threads in (1, 4):
         monkeypatch.setattr(data, "THREADS", threads)
-        assert np.array_equal(np.concatenate(draw(7, 3, 14)), drawn), "whoever makes them"
+        assert np.array_equal(np.concatenate(draw(7, 3, 14, ahead=4)), drawn), "whoever makes them"
 
 
 def test_batches_are_made_side_by_side_and_few_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first ones wait for each other: they come only where as many are made at the same time."""
-    monkeypatch.setattr(data, "THREADS", 6)
+    monkeypatch.setattr(data, "THREADS", 9)
     together, begun = threading.Barrier(6), iter(range(100))
     made = []
 
@@ -210,12 +210,21 @@ def test_batches_are_made_side_by_side_and_few_ahead(monkeypatch: pytest.MonkeyP
         made.append(index)
         return index.tolist()
 
-    iterator = data.batches(7, 3, build, seed=3)
+    iterator = data.batches(7, 3, build, seed=3, ahead=6)
     found = []
     for taken in range(1, 15):
         found.append(next(iterator))
         assert len(made) <= taken + 6
     assert found == draw(7, 3, 14)
+
+
+def test_what_is_made_ahead_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "THREADS", 16)
+    rows, features = 64, 4 * 1176
+    for patches, ahead in ((16, 16), (1024, 6), (5096, 2), (100_000, 2)):  # 448 x 448 and 1280 x 784 pixels
+        assert data.ahead_of(rows * patches * features) == ahead
+    monkeypatch.setattr(data, "THREADS", 1)
+    assert data.ahead_of(1) == 2, "one is made while another waits"
 
 
 def test_an_iterator_resumes_with_the_very_next_batch_at_every_position() -> None:

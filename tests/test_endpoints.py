@@ -12,7 +12,7 @@ import pytest
 
 from fundus_jax import chat, endpoints
 from fundus_jax.chat import Chat, ChatConfig, ChatError
-from fundus_jax.endpoints import Endpoint, Endpoints, Lost
+from fundus_jax.endpoints import Endpoint, Endpoints, LostError
 from fundus_jax.records import ConfigError
 from tests.chat_server import Reply, Server
 
@@ -170,7 +170,7 @@ def test_the_ill_are_looked_for_in_turn_and_patience_ends() -> None:
         servers = Endpoints("the server", ["http://a", "http://b"], limit=1, patience=1.0)
         for one in servers.all:
             one.leave(one.enter(), True)
-        with pytest.raises(Lost, match="the server at http://a, http://b has been lost for 1 s"):
+        with pytest.raises(LostError, match="the server at http://a, http://b has been lost for 1 s"):
             await servers.enter(ill)
         assert set(seen) == set(servers.all)
         assert len(seen) < 20, "with pauses between the looks"

@@ -14,7 +14,7 @@ import pytest
 from fundus_jax import hosts
 
 TWO_PROCESSES = """
-import sys, jax, numpy as np
+import sys, time, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from fundus_jax import hosts, sharding, training
 from fundus_jax.records import ConfigError
@@ -66,7 +66,22 @@ except ConfigError as raised:
 else:
     raise AssertionError("process %d did not hear of it" % rank)
 
-gathered, gather = [], hosts.multihost_utils.process_allgather
+# Whoever is done waits for the others before it goes to the devices.
+def slow(part):
+    if rank == 0:
+        time.sleep(1)
+        hosts.tell("worked", 1)
+    return double(part)
+
+def late(array, **how):
+    assert hosts.told("worked") == 1, "on the devices while process 0 is at work"
+    return gather(array, **how)
+
+gather = hosts.multihost_utils.process_allgather
+hosts.multihost_utils.process_allgather = late
+assert hosts.deal(words, slow) == [[word, 2 * word] for word in words]
+
+gathered = []
 def counted(array, **how):
     gathered.append(array.shape)
     return gather(array, **how)

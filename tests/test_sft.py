@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fundus_jax import dialog, sft, training
+from fundus_jax import data, dialog, sft, training
 from fundus_jax.data import Pool
 from fundus_jax.models.batch import Batch
 from fundus_jax.optim import OptimConfig
@@ -253,6 +253,22 @@ def test_training_falls_from_uniform_and_ends_with_a_bundle(source: Path, tmp_pa
     saved = trainer.work.params("sft", params)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, saved, params)))
     assert not np.array_equal(params["output"], before["output"])
+
+
+def test_few_batches_are_made_ahead_where_they_are_large(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, calls = sft.encode, itertools.count()
+
+    def counted(*args: Any) -> Any:
+        next(calls)
+        return encode(*args)
+
+    monkeypatch.setattr(sft, "encode", counted)
+    monkeypatch.setattr(data, "THREADS", 8)
+    monkeypatch.setattr(data, "HELD", 1)
+    run(tmp_path, source, replace(small.config().sft, steps=3))
+    assert 3 <= next(calls) <= 3 + 2
 
 
 @pytest.mark.parametrize("growing", [False, True])

@@ -4,6 +4,7 @@ step."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fundus_jax import hosts
 from fundus_jax.data import batches
 from fundus_jax.records import ConfigError, DataError
-from fundus_jax.workdir import Workdir, differences
+from fundus_jax.workdir import BEST_BY, Workdir, differences
 
 CONFIG = {"name": "run", "sft": {"steps": 5, "optim": {"lr": 1e-3}}, "tags": ["a", "b"]}
 STAGES = {"sft": 5, "grpo": 4}
@@ -110,6 +112,16 @@ def test_resuming_drops_what_later_stages_measured(tmp_path: Path) -> None:
     work.close()
     kept = [json.loads(line)["stage"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kept == ["base"]
+
+
+def test_of_an_exam_that_is_owed_one_number_is_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = open_work(tmp_path)
+    for stage, accuracy in (("sft", math.nan), ("grpo", 0.5)):
+        work.metrics.log(stage, 1, {BEST_BY: accuracy})
+    monkeypatch.setattr(hosts, "gather", lambda value: pytest.fail(f"{value} goes to all"))
+    assert [work.owes(stage) for stage in ("sft", "grpo", "base")] == [True, False, False]
 
 
 def test_a_step_that_is_there_is_not_saved_again(tmp_path: Path) -> None:

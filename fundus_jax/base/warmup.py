@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fundus_jax import training
-from fundus_jax.data import Pool, batches
+from fundus_jax.data import THREADS, Pool, batches
 from fundus_jax.findings import unknown
 from fundus_jax.models.freeze import freeze
 from fundus_jax.models.qwen2_5_vl.processor import Processor
@@ -109,7 +109,7 @@ def warm_up(
     with jax.set_mesh(mesh), work.stoppable("base") as keep:
         state = training.begin(learned, places, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, "float32")
-        iterator = batches(len(examples), config.batch, build, seed=config.seed)
+        iterator = batches(len(examples), config.batch, build, seed=config.seed, ahead=THREADS)
         state, done = work.resume("base", state, iterator)
         progress, watch = work.progress("base", done), Stopwatch("base")
         for step in range(done + 1, config.steps + 1):

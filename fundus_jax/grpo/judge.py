@@ -33,7 +33,7 @@ _CLEAN = re.compile(
 
 
 class JudgeError(ConfigError):
-    """There is no judge any more; the run saves what it has, and goes on once the user has mended that."""
+    """There is no judge until the user has changed something; the run saves what it has, and goes on then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,8 @@ class Judge(Protocol):
 
         Against Findings the rating is plausible, tenuous or flawed; against Knowledge plausible or
         implausible. Where a judge can not decide (no answer in time, a reply that can not be read) it returns
-        "abstain" with the reason and does not raise. It raises JudgeError when it will never be able to.
+        "abstain" with the reason and does not raise. It raises JudgeError when it will never be able to, and
+        LostError when it could not for long and may again.
         """
         ...
 

@@ -24,13 +24,14 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from fundus_jax.chat import Chat, ChatConfig, ChatError
+from fundus_jax.chat import Chat, ChatConfig, ChatError, LostError
 from fundus_jax.dialog import harmless
 from fundus_jax.findings import ordered, required, unknown
 from fundus_jax.grpo.judge import Judge, JudgeError, Request, RulesJudge
 from fundus_jax.records import ConfigError, Findings, Verdict
 
 KINDS = ("rules", "server")
+GIVES_UP = {"down": LostError, "budget": JudgeError}  # kinds of ChatError that no other trace would escape
 GO_ON = "the same command, given again, goes on from here"
 LONGEST = 120  # characters of an error, which people read; the verdict does not depend on it
 # Cut, not refused: grammars of servers count characters otherwise where text is escaped or not valid.
@@ -115,8 +116,8 @@ class ServerJudge:
     def __call__(self, requests: Sequence[Request]) -> list[Verdict]:
         """Returns the verdicts; a call that fails is an abstention with the reason.
 
-        Raises JudgeError when the server was away for longer than `patience`, when the budget is spent, and
-        for what only the user can mend, such as a wrong key.
+        Raises LostError when the server was away for longer than `patience`, JudgeError when the budget is
+        spent and for what only the user can mend, such as a wrong key.
         """
         return asyncio.run(self._rate_all(requests))
 
@@ -149,8 +150,8 @@ class ServerJudge:
         try:
             [answer] = await self.chat.ask(self.messages(request), schema, max_tokens=bound)
         except ChatError as error:
-            if error.kind in ("down", "budget"):
-                raise JudgeError(f"{error}; no trace can be rated, and {GO_ON}") from None
+            if error.kind in GIVES_UP:
+                raise GIVES_UP[error.kind](f"{error}; no trace can be rated, and {GO_ON}") from None
             answer = error
         except ConfigError as error:
             raise JudgeError(f"{error}; then {GO_ON}") from None

@@ -21,6 +21,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from fundus_jax import dialog, hosts, stop, training
+from fundus_jax.chat import LostError
 from fundus_jax.data import Pool, batches, ladder, round_up
 from fundus_jax.grpo import own_rewards, signs
 from fundus_jax.grpo.abstentions import Abstentions
@@ -122,7 +123,7 @@ def score_together(
     """`score_all`, with the prompts dealt out to the processes: each is judged once, and all get all scores.
 
     rollout: whole on every process. Raises Stopped where the run is to stop (a judge that waits for a server
-    is not waited for), and JudgeError on every process where the judge of one gives up.
+    is not waited for), and JudgeError or LostError on every process where the judge of one gives up.
     """
     count = jax.process_count()
     if count == 1:
@@ -130,16 +131,17 @@ def score_together(
     mine = slice(jax.process_index(), None, count)
     part = Rollout(*(array[mine] for array in rollout))
 
-    def judged() -> tuple[Any, Any, str]:
+    def judged() -> tuple[Any, Any, Any]:
         try:
             texts, scores = score_all(prompts, index[mine], part, judge, config)
-        except JudgeError as error:  # told to the others, which wait for this process
-            return [], [], str(error)
-        return texts, [[dataclasses.asdict(score) for score in group] for group in scores], ""
+        except (JudgeError, LostError) as error:  # told to the others, which wait for this process
+            return [], [], (isinstance(error, LostError), str(error))
+        return texts, [[dataclasses.asdict(score) for score in group] for group in scores], None
 
     texts, told, given_up = zip(*hosts.gather(stop.interruptible(judged)), strict=True)
     if any(given_up):
-        raise JudgeError(next(filter(None, given_up)))
+        lost, why = min(filter(None, given_up))  # what has to be changed goes before what may pass
+        raise (LostError if lost else JudgeError)(why)
     rows = [(row % count, row // count) for row in range(len(index))]
     return (
         [texts[process][row] for process, row in rows],
@@ -216,8 +218,9 @@ def train(
     """Improve what is not frozen of the policy and return all its parameters. `model` is what it starts from,
     and the reference. Resumes from, and ends with, a bundle of stage `grpo`; the best in `exam` is kept too.
 
-    Raises JudgeError when the judge abstains too often or is lost, after saving what is there; ConfigError at
-    an alarm that is to stop the run; DataError when gradients stay non-finite.
+    Raises JudgeError when the judge abstains too often or can not go on, LostError when its server is away,
+    both after saving what is there; ConfigError at an alarm that is to stop the run; DataError when gradients
+    stay non-finite.
     """
     skeleton, params = training.split(model)
     params, frozen = skeleton.divide(params)
@@ -231,7 +234,7 @@ def train(
     steps, rows = work.stages["grpo"], config.prompts_per_step
     mine, optimizer = training.rows_here(rows, mesh), training.make_optimizer(config.optim, steps * config.mu)
     update, score = make_update(merge, optimizer, config, compute), make_score(merge, config, compute)
-    with jax.set_mesh(mesh), work.stoppable("grpo", on=JudgeError) as keep:
+    with jax.set_mesh(mesh), work.stoppable("grpo", on=(JudgeError, LostError)) as keep:
         state = training.start(skeleton, params, optimizer, mesh)
         frozen = training.hold(skeleton, frozen, mesh, compute)
         reference = snapshot(state.params, compute) if config.kl_coef else None

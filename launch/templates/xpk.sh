@@ -5,7 +5,7 @@
 #
 # IMAGE holds the repository and its environment, with the repository as its working directory. xpk starts the line
 # again at exit codes from 127, so also at 143, where it was asked to stop; here at 1 too, with which a host leaves
-# that has lost the others. It goes on from its bundle. At 78 something has to be changed first.
+# that has lost the others or a model server. It goes on from its bundle. At 78 something has to be changed first.
 set -euo pipefail
 
 xpk workload create \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -359,7 +360,7 @@ def test_a_lost_server_stops_the_job_and_nothing_is_paid_twice(tmp_path: Path) -
     examples = [example(id=f"made/{k}") for k in range(6)]
     parts = stages(tmp_path, examples)
     with Server(reply) as server:
-        with pytest.raises(ConfigError, match="has been lost .*goes on from here"):
+        with pytest.raises(chat.LostError, match="has been lost .*goes on from here"):
             traces.run(*parts, tmp_path / "out", writer=writer(server, concurrency=1))
         good = [json.dumps(body, sort_keys=True) for body in server.bodies[:5]]
         server.reply, first = voters.author, len(server.bodies)
@@ -383,6 +384,14 @@ def test_the_command(tmp_path: Path) -> None:
         ]
         words += [f"--writer.server.address={server.address}", "--writer.server.model=stand-in"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        server.stop()
+        words[4] = f"--out={tmp_path / 'lost'}"
+        lost = subprocess.run(
+            [*words, "--writer.server.patience=0"], capture_output=True, text=True, timeout=120
+        )
+    assert lost.returncode == 1
+    assert re.search("^traces: down: .* has been lost .* goes on from here$", lost.stderr.splitlines()[-1])
+    assert "Traceback" not in lost.stderr
     assert done.returncode == 0, done.stderr
     assert (
         "traces (server): 1 of 2 kept; {'knowledge missing': 1, 'required finding omitted': 1}" in done.stderr

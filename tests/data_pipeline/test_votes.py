@@ -14,6 +14,7 @@ import pytest
 from data_pipeline import findings, jobs, pictures, votes
 from data_pipeline.votes import VotesConfig, VoteSource, vocabulary
 from fundus_jax import chat
+from fundus_jax.chat import LostError
 from fundus_jax.findings import FINDINGS
 from fundus_jax.records import ConfigError, DataError, Example, Findings, Knowledge
 from tests.chat_server import Body, Reply, Server
@@ -197,7 +198,7 @@ def test_a_lost_server_stops_the_job_and_nothing_is_paid_twice(examples: Path, t
 
     with Server(reply) as server:
         source = VoteSource(VotesConfig(server=voters.chat(server.address, concurrency=1)), CORE)
-        with pytest.raises(ConfigError, match="has been lost .*goes on from here"):
+        with pytest.raises(LostError, match="has been lost .*goes on from here"):
             findings.run(examples, out, source=source)
         good = [json.dumps(body, sort_keys=True) for body in server.bodies[:6]]
         server.reply, first = voters.voting(SEEN), len(server.bodies)

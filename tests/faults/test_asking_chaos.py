@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline import asking, jobs, manifest
 from fundus_jax import chat, endpoints
-from fundus_jax.chat import ChatConfig
+from fundus_jax.chat import ChatConfig, LostError
 from fundus_jax.records import ConfigError, Findings
 from tests.chat_server import Reply, Server
 from tests.data_pipeline import asked_job
@@ -132,19 +132,24 @@ def test_every_item_ends_as_its_answer_or_as_a_quarantine_with_the_reason(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "kind", "message"),
     [
         (
             {"budget_requests": 30},
+            ConfigError,
             "budget: 30 of toy.server.budget_requests = 30 are used; raise it; the same",
         ),
-        ({"patience": 0.3}, "down: toy.server at .* has been lost for 0 s; the same command, given again"),
-        ({"key": "NO_SUCH_VARIABLE"}, "toy.server.key is 'NO_SUCH_VARIABLE'"),
+        (
+            {"patience": 0.3},
+            LostError,
+            "down: toy.server at .* has been lost for 0 s; the same command, given again",
+        ),
+        ({"key": "NO_SUCH_VARIABLE"}, ConfigError, "toy.server.key is 'NO_SUCH_VARIABLE'"),
     ],
     ids=["budget", "lost", "key"],
 )
 def test_what_no_item_would_escape_stops_and_nothing_is_lost(
-    tmp_path: Path, change: dict[str, Any], message: str
+    tmp_path: Path, change: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     def reply(body: dict[str, Any], number: int) -> Reply:
         if number == 30 and "patience" in change:
@@ -153,7 +158,7 @@ def test_what_no_item_would_escape_stops_and_nothing_is_lost(
 
     inputs = asked_job.shards(2)
     with Server(reply) as server:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(kind, match=message):
             asked_job.run(tmp_path, server.address, inputs=inputs, **change)
         server.stop()
         server.start()

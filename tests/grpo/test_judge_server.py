@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fundus_jax import chat, endpoints
-from fundus_jax.chat import ChatConfig
+from fundus_jax.chat import ChatConfig, LostError
 from fundus_jax.grpo import judge_server
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.judge import JudgeError, Request, RulesJudge
@@ -171,7 +171,7 @@ def test_without_a_judge_the_run_stops() -> None:
         one = judge(server.address, budget_requests=2, concurrency=1)
         with pytest.raises(JudgeError, match=r"2 of judge\.server\.budget_requests = 2 are used"):
             one([request(GOOD)] * 3)
-    with pytest.raises(JudgeError, match=r"judge\.server at http.* has been lost for .*goes on from here"):
+    with pytest.raises(LostError, match=r"judge\.server at http.* has been lost for .*goes on from here"):
         judge(server.address, patience=0.3)([request(GOOD)] * 3)
 
 
@@ -296,9 +296,10 @@ def test_a_run_waits_for_its_judge_and_goes_on_when_it_is_back(source: Path, tmp
         rated: list[int] = []
         server.reply = first_away_then_lost
         one = judge(server.address, patience=3.0, concurrency=1)
-        with pytest.raises(JudgeError, match="has been lost"):
+        with pytest.raises(LostError, match="has been lost"):
             run(tmp_path / "server", source, one)
         assert len((tmp_path / "server" / "metrics.jsonl").read_text().splitlines()) == 2
+        assert (tmp_path / "server" / "checkpoints" / "2" / "bundle.json").is_file(), "what it had is saved"
         server.reply = stand_in.reply
         lines = run(tmp_path / "server", source, judge(server.address))
     assert lines[1]["judge/retries"] >= one.chat.config.breaker, "the server was away"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import jax
 import pytest
 
 from fundus_jax.records import ConfigError
-from launch.distributed import Settings, detect, is_loopback, settings
+from launch.distributed import Settings, detect, initialise, is_loopback, settings
 
 # Two nodes, as srun tells each process; one process a node.
 NODE = {
@@ -126,6 +128,22 @@ def test_other_addresses_are_fine(host: str) -> None:
 def test_what_does_not_fit_is_said(kind: str, environment: dict, flags: dict, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         settings(kind, environment, **flags)
+
+
+def test_a_process_that_comes_too_late_is_no_refusal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another start may bring it. Where jaxlib ends the process itself, the log has said what was awaited."""
+
+    def late(*which: Any, **_: Any) -> None:
+        raise RuntimeError(f"DEADLINE_EXCEEDED, {which[0]}")
+
+    monkeypatch.setattr(jax.distributed, "initialize", late)
+    given = Settings(coordinator="a:1", processes=2, process=0)
+    message = r"could not join the processes of .*'a:1'.* in 9 s \(DEADLINE_EXCEEDED, a:1\)"
+    with caplog.at_level(logging.INFO, logger="absl"), pytest.raises(RuntimeError, match=message):
+        initialise(given, 9)
+    assert f"joining {given}; after 9 s (--join_timeout) that is given up" in caplog.messages
 
 
 def test_flags_go_before_the_environment() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from jaxlib import xla_client
 
 from configs import demo
 from fundus_jax import hosts
+from fundus_jax.chat import LostError
 from fundus_jax.records import ConfigError, DataError
 from launch import distributed, planning, run
-from launch.config import model_config
+from launch.config import model_config, unknown_field
 
 
 @pytest.fixture
@@ -73,6 +75,13 @@ ABSENT = "ConfigError: --config: [Errno 2] No such file or directory: 'configs/n
         (["run.py", "--config=configs/nope.py"], ABSENT),
         (["compile.py", "--config=configs/nope.py", "--config.unroll=1", "--topology=v5e-4"], ABSENT),
         (["run.py", "--config=configs/demo.py:quick", "--config.sft.batch=x"], "sft.batch"),
+        (["run.py", "--config=configs/demo.py:quick", "--config.sft.bach=1"], "the nearest is sft.batch"),
+        (["run.py"], "--config is missing"),
+        (["compile.py", "--topology=v5e-4"], "--config and --topology are needed"),
+        (
+            ["compile.py", "--config=configs/demo.py", "--topology=v5e-3"],
+            "no slice of 3 v5e chips",
+        ),
     ],
 )
 def test_what_is_wrong_with_the_command_is_said_in_short(
@@ -94,6 +103,30 @@ def test_a_refusal_and_a_stop_have_exit_codes_of_their_own(capsys: pytest.Captur
         assert capsys.readouterr().err == f"{kind.__name__}: change this\n"
     with pytest.raises(KeyError), run.ending():  # what may pass goes on, and Python exits with 1
         raise KeyError
+
+
+def test_a_server_that_stays_away_ends_it_with_a_line_and_is_no_refusal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended, run.ending():
+        raise LostError("gone")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "LostError: gone\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "complaint"),
+    [
+        ("--config.sft.optim.lrr=1", "--config.sft.optim.lrr: .* no such field; the nearest is sft.optim.lr"),
+        ("--noconfig.lora.rnk", "--config.lora.rnk: there is no such field; the nearest is lora.rank"),
+        ("--config.sft.batch.size=1", "--config.sft.batch.size: .* nearest is sft.batch"),
+        ("--config.sft.optim.lr=1", ""),
+        ("--config.max_pixels", ""),
+        ("--configuration.x=1", ""),
+    ],
+)
+def test_a_field_that_is_not_there_is_named_with_the_nearest(word: str, complaint: str) -> None:
+    assert re.fullmatch(complaint, unknown_field(["run", "--config=configs/demo.py", word]))
 
 
 def test_a_run_that_makes_its_policy_has_nothing_to_plan() -> None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from fundus_jax import hosts
-from fundus_jax.chat import ChatConfig
+from fundus_jax.chat import ChatConfig, LostError
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import JudgeError
 from fundus_jax.grpo.judge_server import JudgeConfig, ServerJudge
@@ -64,8 +64,8 @@ def main(coordinator: str, processes: str, process: str, *addresses: str) -> Non
         judge = ServerJudge(JudgeConfig(kind="server", server=server))
         try:
             texts, scores = score_together(prompts(), np.arange(PROMPTS), rollout, judge, GrpoConfig())
-        except JudgeError as error:
-            print(json.dumps({"given up": str(error)}), flush=True)
+        except (JudgeError, LostError) as error:
+            print(json.dumps({"given up": f"{type(error).__name__}: {error}"}), flush=True)
         else:
             told = [[[score.total, score.asked, score.agreed] for score in group] for group in scores]
             print(json.dumps({"texts": texts, "scores": told}), flush=True)

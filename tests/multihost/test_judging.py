@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.chat_server import Server
+from tests.chat_server import Reply, Server
 from tests.e2e.conftest import ROOT, environment
 from tests.grpo import stand_in
 
@@ -39,15 +40,18 @@ def start(cache: Path, addresses: list[list[str]]) -> list[list[dict[str, Any]]]
 
 @pytest.mark.timeout(600)
 def test_two_processes_judge_together(tmp_path: Path) -> None:
-    with Server(stand_in.reply) as server, Server(stand_in.reply) as gone:
-        there, away = server.address, gone.address
+    servers = Server(stand_in.reply), Server(stand_in.reply), Server(lambda body, number: Reply(status=401))
+    with servers[0] as server, servers[1] as gone, servers[2] as closed:
+        there, away, locked = server.address, gone.address, closed.address
         gone.stop()
         [[alone]] = start(tmp_path, [[there]])
         asked = len(server.bodies)
-        first, second = start(tmp_path, [[there, there], [there, away]])
+        first, second = start(tmp_path, [[there, there, away], [there, away, locked]])
     assert asked == 10
     assert len({score[0] for group in alone["scores"] for score in group}) > 1, "the traces differ in worth"
     assert first[0] == second[0] == alone
     assert len(server.bodies) == asked + 10 + 6, "each is judged once; then only the first process's share"
-    assert first[1] == second[1]
-    assert "has been lost" in first[1]["given up"], "although the first process's own judge was there"
+    assert first[1:] == second[1:]
+    lost, refused = (one["given up"] for one in first[1:])
+    assert re.search("^LostError: .*has been lost", lost), "although the first process's own judge was there"
+    assert re.search("^JudgeError: .*answers 401", refused), "although the first process's was only away"
