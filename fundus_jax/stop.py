@@ -105,6 +105,7 @@ def interruptible(action: Callable[[], T]) -> T:
         logging.info("left what could be left at once")
     finally:
         _deferred, _interruptible = kept, False
+    hosts.wait()  # the others may be at it for long
     check()
     return result
 

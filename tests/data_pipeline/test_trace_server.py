@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -384,14 +383,6 @@ def test_the_command(tmp_path: Path) -> None:
         ]
         words += [f"--writer.server.address={server.address}", "--writer.server.model=stand-in"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-        server.stop()
-        words[4] = f"--out={tmp_path / 'lost'}"
-        lost = subprocess.run(
-            [*words, "--writer.server.patience=0"], capture_output=True, text=True, timeout=120
-        )
-    assert lost.returncode == 1
-    assert re.search("^traces: down: .* has been lost .* goes on from here$", lost.stderr.splitlines()[-1])
-    assert "Traceback" not in lost.stderr
     assert done.returncode == 0, done.stderr
     assert (
         "traces (server): 1 of 2 kept; {'knowledge missing': 1, 'required finding omitted': 1}" in done.stderr
