@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fundus_jax.records import ConfigError
 from launch import auto, planning, scaling
 from launch.chips import CHIPS, DEVICE_KINDS, GIB, Topology, parse_topology
 from tests.conftest import ROOT
@@ -57,6 +58,24 @@ def test_the_choice_is_still_the_tables(name: str) -> None:
         config.grpo.prompts_per_step * config.grpo.group_size
         == choice.grpo_micro_batch * grpo["micro_batches"]
     )
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if name not in FITTING])
+def test_what_does_not_fit_is_still_refused(name: str) -> None:
+    """Both stages together, and each alone but for those that the table has so."""
+    recipe, machine = name.split(" ")
+    config, there = scaling.config_of(recipe), devices(parse_topology(machine))
+    with pytest.raises(ConfigError, match="finds no mesh"):
+        auto.choose(config, there)
+    for plan in PLANS[name]:
+        if plan["fits"]:
+            assert plan["alone"]
+            choice = auto.choose(config, there, (plan["stage"],))
+            assert (choice.mesh, choice.remat) == (plan["mesh"], plan["remat"])
+            assert plan["stage"] != "sft" or choice.sft_micro_batches == plan["micro_batches"]
+        else:
+            with pytest.raises(ConfigError, match="finds no mesh"):
+                auto.choose(config, there, (plan["stage"],))
 
 
 @pytest.mark.parametrize("name", FITTING)
