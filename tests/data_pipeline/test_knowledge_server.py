@@ -12,9 +12,9 @@ import pytest
 from data_pipeline import jobs, knowledge_base
 from data_pipeline.knowledge import extract
 from data_pipeline.knowledge.config import KnowledgeConfig
-from fundus_jax.chat import ChatConfig
+from fundus_jax.chat import ChatConfig, LostError
 from fundus_jax.findings import find_mentions
-from fundus_jax.records import ConfigError, DataError, Knowledge, text_sha256
+from fundus_jax.records import DataError, Knowledge, text_sha256
 from tests.chat_server import Reply, Server
 
 PAIRS = [("PDR", "CFP"), ("Moderate NPDR", "CFP"), ("DME", "OCT")]
@@ -126,7 +126,7 @@ def test_a_lost_server_stops_the_job_and_the_next_run_goes_on(tmp_path) -> None:
     server = Server(quoting).start()
     config = settings(server)
     server.stop()
-    with pytest.raises(ConfigError, match="the same command, given again, goes on"):
+    with pytest.raises(LostError, match="the same command, given again, goes on"):
         knowledge_base.run(tmp_path / "out", pairs=PAIRS, config=config)
     with server:
         assert knowledge_base.run(tmp_path / "out", pairs=PAIRS, config=config).answers == 3
