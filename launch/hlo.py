@@ -141,7 +141,7 @@ def walk(module: Module) -> Iterator[tuple[Op, dict[str, Op], float]]:
             yield op, table, times
             if op.code in ELEMENTWISE:
                 continue
-            inner = times * (trip_count(module, op) or 1) if op.code == "while" else times
+            inner = times * (trip_count(module, op, table) or 1) if op.code == "while" else times
             for called in _CALLED.findall(op.rest):
                 for child in (part.strip().lstrip("%") for part in called.split(",")):
                     if child in module.computations:
@@ -150,11 +150,11 @@ def walk(module: Module) -> Iterator[tuple[Op, dict[str, Op], float]]:
     yield from visit(module.entry, 1.0)
 
 
-def trip_count(module: Module, loop: Op) -> int | None:
-    """How often a while loop runs; None where its data decide.
+def trip_count(module: Module, loop: Op, table: dict[str, Op]) -> int | None:
+    """How often a while loop of the computation `table` runs; None where its data decide.
 
-    GPUs' text says it. TPUs' does not: there the condition is `counter < constant`, the counter starts at 0
-    in a scan, and its step is read from the body.
+    GPUs' text says it. TPUs' does not: there the condition is `counter < constant`, the counter starts at a
+    constant (0 in a scan, 1 where the first round was peeled), and its step is read from the body.
     """
     known = loop.attribute(r"known_trip_count\W+n\W+(\d+)")
     if known:
@@ -173,7 +173,16 @@ def trip_count(module: Module, loop: Op) -> int | None:
     step = body.get(result.operands[place]) if result.code == "tuple" else None
     steps = [body[name] for name in step.operands if name in body] if step and step.code == "add" else []
     sizes = [int(one.operands[0]) for one in steps if one.code == "constant"]
-    return -(-limit // (sizes[0] if sizes else 1))
+    return -(-(limit - _start(table, loop, place)) // (sizes[0] if sizes else 1))
+
+
+def _start(table: dict[str, Op], loop: Op, place: int) -> int:
+    """The constant that a loop's counter, at `place` of what it carries, starts at; 0 where none is found."""
+    carried = table.get(loop.operands[0])
+    op = table.get(carried.operands[place]) if carried and carried.code == "tuple" else None
+    while op and op.code in ("copy", "bitcast"):
+        op = table.get(op.operands[0])
+    return int(op.operands[0]) if op and op.code == "constant" else 0
 
 
 def report(text: str) -> Report:
@@ -181,7 +190,7 @@ def report(text: str) -> Report:
     found, module = Report(), parse(text)
     seen: set[str] = set()
     for op, table, times in walk(module):
-        if op.code == "while" and trip_count(module, op) is None:
+        if op.code == "while" and trip_count(module, op, table) is None:
             found.open_loops.append(op.attribute(r'op_name="([^"]*)"') or op.name)
         if op.code in ("dot", "convolution"):
             found.flops += times * matmul_flops(op, table)

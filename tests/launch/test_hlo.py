@@ -145,6 +145,13 @@ def test_what_a_tpu_writes(groups: str, first: tuple[int, ...]) -> None:
     ], "one that two fusions hold, and one of the same channel, as in a loop that was laid out"
 
 
+def test_a_loop_whose_first_round_was_peeled() -> None:
+    text = TPU.replace("GROUPS", "[2,4]<=[8]").replace("STEP", "1")
+    first = "  %one = s32[]{:T(128)} constant(1)\n  %c = s32[]{:T(128)} copy(%one)\n  %t = "
+    text = text.replace("tuple(%zero, %x)", "tuple(%c, %x)").replace("  %t = ", first)
+    assert hlo.report(text).flops == 11 * 2 * 8 * 16 * 16
+
+
 @pytest.mark.parametrize(("kernel", "products"), [("fwd_segmented", 2), ("dq_no_residuals", 3), ("dkv", 4)])
 def test_splash_is_counted_by_its_operands(kernel: str, products: int) -> None:
     report = hlo.report(TPU.replace("GROUPS", "[2,4]<=[8]").replace("KERNEL", kernel).replace("STEP", "1"))
