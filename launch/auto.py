@@ -106,7 +106,8 @@ class Sizes:
         reference = "grpo" in self.stages and self.config.grpo.kl_coef
         own = (12 + (2 if reference else 0)) * self.trained
         spread = self.spread(fsdp, tensor)
-        return own / (1 if self.frozen else spread) + 2 * self.frozen / spread  # half of an adapter is whole
+        # half of an adapter is whole over fsdp
+        return own / (tensor if self.frozen else spread) + 2 * self.frozen / spread
 
     def update(self, rows: int, row: Row, remat: str, fsdp: int, tensor: int, *, cut: bool) -> float:
         """Gradients, and what a micro-batch of `rows` rows like `row` takes. Where a batch
