@@ -91,8 +91,7 @@ def _to_bundle(source: Path, target: Path) -> int:
         shape = shapes[_name(path)]
         # what is small is written at once: a chunk takes a millisecond whatever its size
         stacked = len(names) > 1 and math.prod(shape) * dtype.itemsize > files.PIECE
-        make = _stack if len(names) > 1 and not stacked else _piece
-        make = functools.partial(make, tensors, names, shape[stacked:], dtype)
+        make = functools.partial(_piece, tensors, names, shape[stacked:], dtype)
         arrays[_name(path)] = later.Later(shape, dtype, make, stacked)
         stored |= {params.hub_name(name): name for name in names}
     dtypes = {name: tensors.entries[own].dtype for name, own in stored.items()}
@@ -121,22 +120,11 @@ def _piece(
     piece: Piece,
 ) -> np.ndarray:
     """A piece of layer i, which has this shape, of the parameter that is stored as `names`, one a layer; of
-    what has one name, a piece of all of it."""
+    what has one name, a piece of all of it; where the shape is that of all layers, a piece of them all."""
+    if len(names) > 1 and len(shape) > len(tensors.entries[names[0]].shape):
+        layers = [tensors.map(name, ()).astype(dtype, copy=False) for name in names]
+        return np.stack(layers)[piece]
     return tensors.map(names[i], piece).reshape(-1, *shape[1:]).astype(dtype, copy=False)
-
-
-def _stack(
-    tensors: weights.TensorFiles,
-    names: Sequence[str],
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    i: int,
-    piece: Piece,
-) -> np.ndarray:
-    """The same of a parameter of this shape whose layers are small enough to be there together."""
-    del i
-    layers = [tensors.map(name, ()).astype(dtype, copy=False) for name in names]
-    return np.stack(layers).reshape(shape)[piece]
 
 
 def _to_hf(source: Path, target: Path, side: Path) -> int:

@@ -43,6 +43,23 @@ def small(folder: Path, layers: int = 2, width: int = WIDTH, vocab: int = VOCAB)
     return RunConfig(name="small", model=str(folder), compute="bfloat16", remat="block", max_pixels=SIDE**2)
 
 
+def short_run(folder: Path) -> RunConfig:
+    """The small model with short rows, in two micro-batches each."""
+    run = small(folder)
+    run.max_prompt = 128
+    run.sft.batch, run.sft.micro_batches, run.sft.max_length = 16, 2, 256
+    run.grpo.prompts_per_step, run.grpo.micro_batch, run.grpo.max_new_tokens = 16, 32, 64
+    return run
+
+
+def both_stages(config: RunConfig, machine: str, mesh: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """The figures of SFT and GRPO; their texts go to `folder`."""
+    return {
+        stage: planning.plan(config, parse_topology(machine), mesh, stage, hlo_folder=str(folder))
+        for stage in ("sft", "grpo")
+    }
+
+
 def partly(
     config: RunConfig, machine: str, mesh: str, stage: str, names: tuple[str, ...], folder: Path
 ) -> dict[str, Any]:

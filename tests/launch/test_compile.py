@@ -25,7 +25,19 @@ from launch import hlo, planning
 from launch.chips import parse_topology
 from launch.config import RunConfig, model_config
 from tests.conftest import ROOT
-from tests.launch.compiled import LONG, SLOTS, VOCAB, WIDTH, gathers, partly, shapes, small, text
+from tests.launch.compiled import (
+    LONG,
+    SLOTS,
+    VOCAB,
+    WIDTH,
+    both_stages,
+    gathers,
+    partly,
+    shapes,
+    short_run,
+    small,
+    text,
+)
 
 pytestmark = [
     pytest.mark.aot,
@@ -39,23 +51,14 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """What is compiled for two slices, and where it says so for one."""
-    run = small(tmp_path_factory.mktemp("model"))
-    run.max_prompt = 128
-    run.sft.batch, run.sft.micro_batches, run.sft.max_length = 16, 2, 256
-    run.grpo.prompts_per_step, run.grpo.micro_batch, run.grpo.max_new_tokens = 16, 32, 64
-    return run
+    return short_run(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def plans(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """SFT and GRPO on two slices of eight v5e each, and the compiled texts."""
     folder = tmp_path_factory.mktemp("hlo")
-    mesh, machine = "data:2,fsdp:4,tensor:2", parse_topology("v5e:2x4x2")
-    made = {
-        stage: planning.plan(config, machine, mesh, stage, hlo_folder=str(folder))
-        for stage in ("sft", "grpo")
-    }
-    return made, folder
+    return both_stages(config, "v5e:2x4x2", "data:2,fsdp:4,tensor:2", folder), folder
 
 
 @pytest.fixture(scope="module")

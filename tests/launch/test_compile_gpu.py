@@ -16,7 +16,19 @@ import pytest
 from fundus_jax.models.lora import LoraConfig
 from launch import hlo, planning
 from launch.chips import parse_topology
-from tests.launch.compiled import LONG, VOCAB, WIDTH, gathers, partly, shapes, small, text
+from launch.config import RunConfig
+from tests.launch.compiled import (
+    LONG,
+    VOCAB,
+    WIDTH,
+    both_stages,
+    gathers,
+    partly,
+    shapes,
+    short_run,
+    small,
+    text,
+)
 
 NODE = 8
 MACHINE, MESH = "h100:2x8", "data:2,fsdp:4,tensor:2"
@@ -30,23 +42,15 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    run = small(tmp_path_factory.mktemp("model"))
-    run.max_prompt = 128
-    run.sft.batch, run.sft.micro_batches, run.sft.max_length = 16, 2, 256
-    run.grpo.prompts_per_step, run.grpo.micro_batch, run.grpo.max_new_tokens = 16, 32, 64
-    return run
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return short_run(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def plans(config: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+def plans(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """SFT and GRPO, and the compiled texts."""
     folder = tmp_path_factory.mktemp("hlo")
-    made = {
-        stage: planning.plan(config, parse_topology(MACHINE), MESH, stage, hlo_folder=str(folder))
-        for stage in ("sft", "grpo")
-    }
-    return made, folder
+    return both_stages(config, MACHINE, MESH, folder), folder
 
 
 def test_every_program_compiles_and_fits(plans: Any) -> None:
@@ -111,7 +115,7 @@ def test_decoding_gathers_no_weight(plans: Any) -> None:
     assert not [shape for shape in gathered if "bf16" in shape], gathered
 
 
-def test_adapters_take_less(config: Any, plans: Any) -> None:
+def test_adapters_take_less(config: RunConfig, plans: Any) -> None:
     lora = dataclasses.replace(config, lora=LoraConfig(rank=4))
     plan = planning.plan(lora, parse_topology(MACHINE), MESH, "sft")
     assert plan["fits"]
