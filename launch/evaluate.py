@@ -101,13 +101,7 @@ def _engine(config: RunConfig, trainer: Trainer, stage: str) -> Engine:
     model = trainer.after(stage)
     freeze_all(model)
     narrow(model, config.compute)
-    return Sampler(
-        model,
-        trainer.processor,
-        mesh=trainer.mesh,
-        slots=config.evaluate.batch,
-        threads=config.data.workers,
-    )
+    return Sampler(model, trainer.processor, mesh=trainer.mesh, slots=config.evaluate.batch)
 
 
 def _answers(

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 from PIL import Image
 
-from fundus_jax.data import ladder, round_up
+from fundus_jax.data import THREADS, ladder, round_up
 from fundus_jax.evaluation.engines import Asking, in_order
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.pictures import Images
@@ -48,7 +48,7 @@ class Sampler:
         slots: int,
         mesh: Mesh | None = None,
         groups: int = 4,
-        threads: int = 2,
+        threads: int = THREADS,
         facts: dict[str, Any] | None = None,
     ) -> None:
         if min(slots, groups, threads) < 1:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from fundus_jax import __version__, dialog
 from fundus_jax.chat import Chat, ChatConfig, ChatError
-from fundus_jax.data import read_stage
+from fundus_jax.data import THREADS, read_stage
 from fundus_jax.evaluation import by_server, minilm
 from fundus_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
 from fundus_jax.evaluation.complete import listed
@@ -80,7 +80,7 @@ def define_flags() -> None:
 def _define_engines() -> None:
     flags.DEFINE_integer("batch_size", 16, "Prompts that are decoded at a time.", lower_bound=1)
     flags.DEFINE_integer("groups", 4, "Padded lengths: more pad less and compile longer.", lower_bound=1)
-    flags.DEFINE_integer("threads", 2, "Threads that read images.", lower_bound=1)
+    flags.DEFINE_integer("threads", THREADS, "Threads that read images.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the weights.")
     flags.DEFINE_string("mesh", "data:-1,fsdp:1,tensor:1", "Devices by axis, as for launch/run.py.")
     flags.DEFINE_string("server", "", "Ask this server, which serves --model: its /v1, several with commas.")

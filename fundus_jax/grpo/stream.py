@@ -110,7 +110,8 @@ class Feed:
         self.waiting = 0.0  # seconds in which there was no row
         mine = np.arange(shards) if mesh is None else training.rows_here(shards, mesh)
         self._mine: list[int] = mine.tolist()
-        self._pool, self._depth = ThreadPoolExecutor(threads), 2 * self.refill + threads
+        self._pool = ThreadPoolExecutor(threads)
+        self._depth = 2 * self.refill + -(-threads // len(self._mine))  # of a shard: all threads have work
         self._coming: dict[tuple[int, int], Future[Batch]] = {}
         self._held: tuple[np.ndarray, Batch] | None = None  # the newest result, and what it is for
         self._blank: Batch | None = None
