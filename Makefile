@@ -4,6 +4,7 @@
 #   make test VENV=.venv312          another environment than .venv (with PYTHON=python3.12: both, side by side)
 #   make setup TORCH=                without torch: the comparisons with it skip
 #   make demo ARGS=--config.seed=1   more words for the command line of launch/run.py; make test ARGS=-x for pytest's
+#   make test WORKERS=8              in so many processes, of up to 3 GB each; 0: in this one, for --pdb
 #   make setup VENV=.venv-tpu EXTRA=tpu   with an optional part of pyproject.toml: tpu or gpu, each in its own environment
 
 PYTHON ?= python3
@@ -13,6 +14,7 @@ EXTRA ?=
 AOT ?= tpu
 VLLM ?= .venv-vllm
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -59,7 +61,7 @@ demo: setup
 	$(BIN)/python launch/run.py --config=configs/demo.py --workdir=runs/demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup --no-loadscope-reorder $(ARGS)
 
 # On any CPU host. The compilers stay out of .venv, where jax would look for their devices at every start. The
 # flag is for GPUs: to choose among Triton's products XLA would run them.

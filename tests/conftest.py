@@ -63,6 +63,15 @@ def _is_number(host: Any) -> bool:
     return True
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Side by side (`-n 2 --dist=loadgroup`), the tests of a file stay in one process, for what their fixtures
+    made; so do those of e2e/, whose files look at one run."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            folder = item.path.parent
+            item.add_marker(pytest.mark.xdist_group(str(folder if folder.name == "e2e" else item.path)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network() -> Iterator[None]:
     """Let sockets reach loopback only; tests that need an address elsewhere bring a fake of their own."""
