@@ -64,7 +64,7 @@ def _is_number(host: Any) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Side by side (`-n 2 --dist=loadgroup`), the tests of a file stay in one process, for what their fixtures
+    """Side by side (`-n 2 --dist=loadgroup`) the tests of a file stay in one process, with what its fixtures
     made; so do those of e2e/, whose files look at one run."""
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
