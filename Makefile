@@ -61,7 +61,7 @@ demo: setup
 	$(BIN)/python launch/run.py --config=configs/demo.py --workdir=runs/demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 # On any CPU host. The compilers stay out of .venv, where jax would look for their devices at every start. The
 # flag is for GPUs: to choose among Triton's products XLA would run them.

@@ -63,16 +63,6 @@ def _is_number(host: Any) -> bool:
     return True
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Side by side (`-n 2 --dist=loadgroup`) the tests of a file stay in one process, with what its fixtures
-    made; so do those of e2e/, whose files look at one run."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = item.path.parent if item.path.parent.name == "e2e" else item.path
-            item.add_marker(pytest.mark.xdist_group(group.relative_to(ROOT).as_posix()))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def no_network() -> Iterator[None]:
     """Let sockets reach loopback only; tests that need an address elsewhere bring a fake of their own."""
