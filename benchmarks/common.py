@@ -8,6 +8,7 @@ float32 or bfloat16 as asked. Nothing else should run on the machine; the load i
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same accelerator
 
@@ -38,6 +39,7 @@ from fundus_jax.models.qwen2_5_vl.config import Qwen2_5_VLConfig
 from fundus_jax.models.qwen2_5_vl.images import ImageConfig, image_patches
 from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from fundus_jax.models.qwen2_5_vl.rows import collate, expand
+from fundus_jax.records import ConfigError, DataError
 from launch.chips import CHIPS, DEVICE_KINDS, Chip
 
 IMAGE, VIDEO, START, END, PAD, FIRST = (
@@ -60,14 +62,15 @@ def define_model_flags(changes: Mapping[str, Any] = MappingProxyType({})) -> Non
     16, 3420."""
     values: dict[str, Any] = {**dict(zip(SIZES, _DEFAULTS, strict=True)), **changes}
     for name in (*MODEL, *VISION):
-        flags.DEFINE_integer(name, values[name], f"The model's {name.replace('_', ' ')}.", lower_bound=1)
+        least = FIRST + 1 if name == "vocab" else 1
+        flags.DEFINE_integer(name, values[name], f"The model's {name.replace('_', ' ')}.", lower_bound=least)
     flags.DEFINE_enum("dtype", values["dtype"], ["float32", "bfloat16"], "Type of the weights.")
 
 
 def define_row_flags(prompts: int) -> None:
     """Declares the sizes of rows with an image, and of rows without one."""
     flags.DEFINE_integer("prompts", prompts, "Rows of a batch.", lower_bound=1)
-    flags.DEFINE_integer("image_side", 32, "Patches along a side of the image; even.", lower_bound=4)
+    flags.DEFINE_integer("image_side", 32, "Patches along a side of the image; even, 4 to 70.", lower_bound=4)
     flags.DEFINE_integer("text_tokens", 128, "Tokens after an image.", lower_bound=2)
     flags.DEFINE_integer("text_length", 384, "Tokens of a row without an image.", lower_bound=2)
 
@@ -114,7 +117,10 @@ def make_config(args: Any) -> Qwen2_5_VLConfig:
 
 
 def make_model(args: Any) -> Qwen2_5_VL:
-    """The model of the flags with random weights, and with the attention of the devices here."""
+    """The model of the flags with random weights, and with the attention of the devices here. Its float32 is
+    torch's: on an accelerator JAX would multiply in less."""
+    if args.dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
     model = Qwen2_5_VL(make_config(args), rngs=nnx.Rngs(0), dtype=jnp.dtype(args.dtype))
     model.options = options()
     return model
@@ -132,16 +138,23 @@ def chip() -> Chip | None:
 
 
 def in_torch(model: Qwen2_5_VL) -> Any:
-    """transformers' model with the same weights, which it reads from a directory that we wrote."""
+    """transformers' model with the same weights, which it reads from a directory that we wrote, on such a
+    device as JAX has. Raises ConfigError where this torch has none."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    platform = jax.devices()[0].platform
+    if platform != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"JAX is on a {platform} and torch {torch.__version__} on the CPU: they are not compared; "
+            "install a torch for CUDA, or measure this side alone with --nohf"
+        )
     with tempfile.TemporaryDirectory() as folder:
         write_hf(Path(folder) / "hf", model)
         loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             Path(folder) / "hf", dtype=getattr(torch, model.config.dtype), local_files_only=True
         ).eval()
-    loaded = loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = loaded.to(torch.device("cpu" if platform == "cpu" else "cuda"))
     if loaded.config._attn_implementation != "sdpa":
         raise RuntimeError(f"transformers took {loaded.config._attn_implementation} attention, not sdpa")
     return loaded
@@ -172,7 +185,10 @@ class Inputs:
 
 def make_inputs(args: Any, rows: int, text: int, image: int, answer: int = 0) -> Inputs:
     """Rows of equal length: an image of image x image patches (0: none) between its two marks, then `text`
-    random tokens, of which the last `answer` are learned."""
+    random tokens, of which the last `answer` are learned. Raises ConfigError for an image that the processor
+    would take in another size, and for more learned tokens than text."""
+    if answer > text:
+        raise ConfigError(f"--answer_tokens={answer} of {text} tokens of text; take at most so many")
     random = np.random.default_rng(0)
     settings = ImageConfig()
     side = image * settings.patch_size
@@ -184,6 +200,11 @@ def make_inputs(args: Any, rows: int, text: int, image: int, answer: int = 0) ->
             marks = np.asarray([START, IMAGE, END], np.int32)
             images = [Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8))]
             patches, grid = image_patches(images[0], settings)
+            if tuple(grid) != (1, image, image):
+                raise ConfigError(
+                    f"--image_side={image}: the processor makes {grid[1]} x {grid[2]} patches of such an "
+                    "image; take an even number from 4 to 70"
+                )
             pixels.append(patches)
             grids.append(grid)
         ids = np.concatenate([marks, words])
@@ -197,36 +218,60 @@ def make_inputs(args: Any, rows: int, text: int, image: int, answer: int = 0) ->
     return Inputs(batch, learned, named)
 
 
+class Spent(NamedTuple):
+    """Seconds by the clock, and those of the processor, all threads together."""
+
+    clock: float
+    processor: float
+
+
+def now() -> Spent:
+    """Where both clocks stand."""
+    return Spent(time.perf_counter(), time.process_time())
+
+
+def since(begun: Spent) -> Spent:
+    """What was spent since `now` gave `begun`."""
+    clock, processor = now()
+    return Spent(clock - begun.clock, processor - begun.processor)
+
+
 def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
     """Seconds of each call: the median, the least and the most of `repeats` runs in turns, after one that
     compiles, and the median of what the processor spent on it.
 
-    A call returns None, when its work is done, or the seconds of its phases by name, which then are called
-    NAME/PHASE. On a busy machine time by the clock favours who waits best for a core that is taken; seconds
-    of the processor, all threads together, are nearly the same as on one at rest.
+    A call returns None, when its work is done, or its phases by name, each what it `Spent` or its seconds
+    alone, which then are called NAME/PHASE. On a busy machine time by the clock favours who waits best for a
+    core that is taken; seconds of the processor, all threads together, are nearly the same as on one at rest.
     """
-    times: dict[str, list[float]] = {}
-    processor: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[Spent]] = {}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
             time.sleep(PAUSE)
-            begun, used = time.perf_counter(), time.process_time()
+            begun = now()
             phases = call()
-            spent = {name: time.perf_counter() - begun}
-            spent |= {f"{name}/{phase}": seconds for phase, seconds in (phases or {}).items()}
-            if repeat:
-                processor[name].append(time.process_time() - used)
-                for key, seconds in spent.items():
-                    times.setdefault(key, []).append(seconds)
-    found = {key: spread(values) for key, values in times.items()}
-    for name, values in processor.items():
-        found[name]["processor"] = statistics.median(values)
+            spent = {name: since(begun)}
+            for phase, one in (phases or {}).items():
+                spent[f"{name}/{phase}"] = one if isinstance(one, Spent) else Spent(one, math.nan)
+            for key, one in spent.items() if repeat else ():
+                times.setdefault(key, []).append(one)
+    found = {key: spread([run.clock for run in runs]) for key, runs in times.items()}
+    for key, runs in times.items():
+        used = statistics.median(run.processor for run in runs)
+        found[key] |= {} if math.isnan(used) else {"processor": used}
     return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """What a report says of repeated measurements."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def numbers(name: str, values: Sequence[str]) -> list[int]:
+    """The whole numbers, from 1, of the list flag `name`. Raises ConfigError where they are none."""
+    if not values or not all(value.isascii() and value.isdigit() and int(value) for value in values):
+        raise ConfigError(f"--{name}={','.join(values)}: give whole numbers from 1, with commas between them")
+    return [int(value) for value in values]
 
 
 def silent(call: Callable[[], Any]) -> Callable[[], None]:
@@ -294,13 +339,16 @@ def short(value: Any) -> Any:
 
 
 def command(define_flags: Callable[[], None], run: Callable[[Any], dict[str, Any]]) -> None:
-    """Parse the flags, run the benchmark, write its report."""
+    """Parse the flags, run the benchmark, write its report; a ConfigError or a DataError is one line."""
 
     def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"arguments without a name: {' '.join(argv[1:])}")
         logging.set_verbosity(logging.WARNING)
-        finish(run(flags.FLAGS), flags.FLAGS.out)
+        try:
+            finish(run(flags.FLAGS), flags.FLAGS.out)
+        except (ConfigError, DataError) as error:
+            sys.exit(str(error))
 
     define_flags()
     app.run(main)

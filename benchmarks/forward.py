@@ -51,14 +51,23 @@ def theirs(model: Any, inputs: common.Inputs) -> Passes:
 
     def logits() -> Any:
         with torch.inference_mode():
-            return model(**named, use_cache=False).logits.float().cpu()
+            return waited(model(**named, use_cache=False).logits.float())
 
     def logprobs() -> Any:
         with torch.inference_mode():
             logits = model(**named, use_cache=False).logits.float()
-            return next_logprobs(logits, named["input_ids"]).cpu()
+            return waited(next_logprobs(logits, named["input_ids"]))
 
     return {"logits": logits, "logprobs": logprobs}
+
+
+def waited(x: Any) -> Any:
+    """A tensor, when it is there."""
+    import torch
+
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return x
 
 
 def next_logprobs(logits: Any, tokens: Any) -> Any:
@@ -80,7 +89,7 @@ def run(args: Any) -> dict[str, Any]:
         for name in ("logits", "logprobs"):
             row: dict[str, Any] = {"rows": kind, "result": name, "shape": list(inputs.batch.tokens.shape)}
             if reference is not None:
-                found, expected = (sides[side][name]() for side in ("ours", "hf"))
+                found, expected = sides["ours"][name](), sides["hf"][name]().cpu()
                 row["difference"] = common.agree(f"{kind}: {name}", found, expected, BOUND[args.dtype])
             row |= common.in_turns(
                 {key: common.silent(side[name]) for key, side in sides.items()}, args.repeats

@@ -10,6 +10,7 @@ must be equal, bit for bit, before anything is timed. `torchvision` is not used 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from benchmarks import common
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.qwen2_5_vl.images import ImageConfig, window_layout
 from fundus_jax.models.qwen2_5_vl.rows import collate, expand
+from fundus_jax.records import ConfigError
 
 SETTINGS = ("sizes", "count", "repeats")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".bmp")
@@ -66,13 +68,15 @@ def groups(args: Any) -> dict[str, Pictures]:
     random = np.random.default_rng(0)
     found: dict[str, Pictures] = {}
     for size in args.sizes:
+        if not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size):
+            raise ConfigError(f"--sizes: {size!r} is not WIDTHxHEIGHT in pixels, as 224x224")
         width, height = map(int, size.split("x"))
         pixels = random.integers(0, 256, (height, width, 3), np.uint8)
         found[size] = [Image.fromarray(pixels)] * args.count
-    paths = sorted(path for path in Path(args.images or "").rglob("*") if path.suffix.lower() in SUFFIXES)
-    if args.images and not paths:
-        raise RuntimeError(f"there is no picture under {args.images}")
     if args.images:
+        paths = sorted(path for path in Path(args.images).rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise ConfigError(f"--images={args.images}: nothing under it ends with {' '.join(SUFFIXES)}")
         pictures = [Image.open(path) for path in paths[:: max(1, len(paths) // args.count)]]
         for picture in pictures:
             picture.load()

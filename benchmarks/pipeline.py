@@ -96,9 +96,13 @@ def job(out: Path, address: str, model: str, items: range, size: int, concurrenc
 
 
 def fill(folder: Path, records: int, size: int) -> None:
-    """Two stages of so many records, the second made from the first and without its last shard."""
+    """Two stages of so many records, the second made from the first."""
     jobs.run(jobs.Job("first", {}), shards(range(records), size), _records, folder / "first")
     jobs.run(jobs.Job("second", {}), stages.shards(folder / "first", Findings), _again, folder / "second")
+
+
+def cut(folder: Path) -> None:
+    """Take the last shard from the second stage."""
     path = folder / "second" / manifest.MANIFEST
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
@@ -159,7 +163,9 @@ def throughput(args: Any, address: str, folder: Path) -> Iterator[dict[str, Any]
     def ours(out: Path, level: int) -> tuple[float, float]:
         return apart(functools.partial(job, out, address, args.model, items(), args.shard_size, level))
 
-    levels = [int(one) for one in args.sweep]
+    from benchmarks import common
+
+    levels = common.numbers("sweep", args.sweep)
     server(max(levels))  # its first answers count nowhere
     rates: dict[int, float] = {}
     for level in levels:
@@ -189,7 +195,11 @@ def scans(args: Any, folder: Path) -> Iterator[dict[str, Any]]:
     for records in map(int, args.records):
         place = folder / f"{records}"
         fill(place, records, 500)
-        seconds, memory = apart(functools.partial(resume, place))
+        runs: list[tuple[float, float]] = []
+        for _ in range(args.repeats):
+            cut(place)
+            runs.append(apart(functools.partial(resume, place)))
+        seconds, memory = (statistics.median(values) for values in zip(*runs, strict=True))
         yield {"what": "resume", "items": records, "seconds": seconds, "memory_mb": memory}
 
 
@@ -197,7 +207,7 @@ def run(args: Any) -> dict[str, Any]:
     """The whole measurement, as it is written to --out."""
     from benchmarks import common  # here, since the children that are measured import this file
 
-    report = common.new_report(args, None, SETTINGS if args.address else (*SETTINGS, *FAKE))
+    report = common.new_report(args, None, (*SETTINGS, *(("model",) if args.address else FAKE)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.address:

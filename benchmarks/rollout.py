@@ -15,7 +15,6 @@ group, and every rollout's own (half of its tokens, on average). One device.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +31,7 @@ from fundus_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 
 SETTINGS = (*common.SIZES, "prompts", "text_tokens", "image_side", "new_tokens", "repeats")
 BOUND = {"float32": 1e-4, "bfloat16": 5e-2}  # of the lowest log-probability
+READS = 50  # of the memory, before and after everything else
 Draw = Callable[[int, int], Any]  # (new tokens, rollouts of each prompt) -> tokens, when they are there
 
 
@@ -102,28 +102,27 @@ def extended(named: dict[str, Any], more: Any) -> dict[str, Any]:
 
 def bandwidth() -> tuple[float, str]:
     """(GB/s of memory, where the number is from): the maker's for a known accelerator, else measured here by
-    reading and writing 256 MB in place."""
+    reading and writing 256 MB in place, the best of READS."""
     if chip := common.chip():
         return chip.bandwidth / chip.devices / 1e9, f"published for {jax.devices()[0].device_kind}"
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jax.block_until_ready(step(jnp.zeros(2**26, jnp.float32)))
     best = float("inf")
-    for _ in range(10):
-        begun = time.perf_counter()
+    for _ in range(READS):
+        begun = common.now()
         x = jax.block_until_ready(step(x))
-        best = min(best, time.perf_counter() - begun)
-    return 2 * x.nbytes / best / 1e9, "measured: x + 1 in place, 256 MB, the best of 10"
+        best = min(best, common.since(begun).clock)
+    return 2 * x.nbytes / best / 1e9, f"measured: x + 1 in place, 256 MB, the best of {2 * READS}"
 
 
-def step_bytes(model: Qwen2_5_VL, args: Any, group: int) -> dict[str, int]:
-    """What one decoding step must read, by kind."""
+def step_bytes(model: Qwen2_5_VL, args: Any, prompt: int, group: int) -> dict[str, int]:
+    """What one decoding step must read, by kind; a prompt has `prompt` tokens."""
     config, text = model.config, nnx.state(model.text)
     item = jnp.dtype(args.dtype).itemsize
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
-    image = (args.image_side // 2) ** 2 + 2 if args.image_side else 0
     return {
         "weights": item * sum(leaf.size for leaf in jax.tree.leaves(text)),  # the tied head is in it
-        "prompts": args.prompts * (args.text_tokens + image) * token,
+        "prompts": args.prompts * prompt * token,
         "rollouts": args.prompts * group * args.new_tokens // 2 * token,
     }
 
@@ -131,14 +130,14 @@ def step_bytes(model: Qwen2_5_VL, args: Any, group: int) -> dict[str, int]:
 def measure(draws: dict[str, Draw], args: Any, group: int) -> dict[str, dict[str, float]]:
     """Seconds, tokens a second and the time of a step of both sides."""
 
-    def call(draw: Draw) -> Callable[[], dict[str, float]]:
-        def both() -> dict[str, float]:
-            begun = time.perf_counter()
-            draw(args.new_tokens, group)
-            between = time.perf_counter()
-            draw(1, group)
-            ended = time.perf_counter()
-            return {"all": between - begun, "first": ended - between}
+    def call(draw: Draw) -> Callable[[], dict[str, common.Spent]]:
+        def both() -> dict[str, common.Spent]:
+            spent = {}
+            for name, count in (("all", args.new_tokens), ("first", 1)):
+                begun = common.now()
+                draw(count, group)
+                spent[name] = common.since(begun)
+            return spent
 
         return both
 
@@ -147,7 +146,7 @@ def measure(draws: dict[str, Draw], args: Any, group: int) -> dict[str, dict[str
     for name in draws:
         whole, first = (times[f"{name}/{part}"] for part in ("all", "first"))
         found[name] = {
-            "seconds": whole | {"processor": times[name]["processor"]},  # of both calls
+            "seconds": whole,
             "first_seconds": first,
             "tokens_per_second": args.prompts * group * args.new_tokens / whole["median"],
             "step_ms": 1e3 * (whole["median"] - first["median"]) / (args.new_tokens - 1),
@@ -157,6 +156,7 @@ def measure(draws: dict[str, Draw], args: Any, group: int) -> dict[str, dict[str
 
 def run(args: Any) -> dict[str, Any]:
     """The whole measurement, as it is written to --out."""
+    groups = common.numbers("groups", args.groups)
     model = common.make_model(args)
     report = common.new_report(args, model, SETTINGS)
     inputs = common.make_inputs(args, args.prompts, args.text_tokens, args.image_side)
@@ -164,19 +164,19 @@ def run(args: Any) -> dict[str, Any]:
     if args.hf:
         reference = common.in_torch(model)
         draws["hf"] = theirs(reference, inputs)
-        report["difference"] = check(draws["ours"], reference, inputs, int(args.groups[0]), args)
-    speed, source = bandwidth()
+        report["difference"] = check(draws["ours"], reference, inputs, groups[0], args)
+    before, source = bandwidth()
+    report["rows"] = [{"group_size": group, **measure(draws, args, group)} for group in groups]
+    speed = max(before, bandwidth()[0])  # too low a speed would flatter
     report["bandwidth"] = {"gb_per_second": speed, "source": source}
     print(f"{'G':>5} {'tokens/s':>10} {'ms/step':>9} {'HF tok/s':>10} {'HF ms':>9} {'ratio':>7} {'bound':>7}")
-    for group in map(int, args.groups):
-        found: dict[str, Any] = {"group_size": group, **measure(draws, args, group)}
-        needed = step_bytes(model, args, group)
+    for row in report["rows"]:
+        needed = step_bytes(model, args, inputs.batch.tokens.shape[1], row["group_size"])
         ideal = sum(needed.values()) / speed / 1e6
-        found |= {"step_bytes": needed, "bound_ms": ideal, "share": ideal / found["ours"]["step_ms"]}
+        row |= {"step_bytes": needed, "bound_ms": ideal, "share": ideal / row["ours"]["step_ms"]}
         if args.hf:
-            found["ratio"] = found["ours"]["tokens_per_second"] / found["hf"]["tokens_per_second"]
-        report["rows"].append(found)
-        print(line(found), flush=True)
+            row["ratio"] = row["ours"]["tokens_per_second"] / row["hf"]["tokens_per_second"]
+        print(line(row))
     print(f"bandwidth {speed:.1f} GB/s ({source})")
     return report
 

@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 from urllib.parse import urlsplit
 
+from fundus_jax.records import ConfigError, DataError
+
 SAID = '{"findings": ["drusen"]}'
 
 
@@ -52,8 +54,10 @@ async def _serve(slots: int, latency: float, ready: Connection) -> None:
 async def _read(reader: asyncio.StreamReader) -> bytes:
     """One message of HTTP, its body; raises IncompleteReadError where the other side has gone."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-    length = next(line for line in head.split("\r\n") if line.startswith("content-length:"))
-    return await reader.readexactly(int(length.split(":")[1]))
+    lengths = [line.split(":")[1] for line in head.split("\r\n") if line.startswith("content-length:")]
+    if not lengths:
+        raise DataError(f"a message without a Content-Length, which is all that is read here: {head[:300]}")
+    return await reader.readexactly(int(lengths[0]))
 
 
 def _process(slots: int, latency: float, ready: Connection) -> None:
@@ -75,18 +79,21 @@ def server(slots: int, latency: float) -> Iterator[str]:
 
 
 async def _send(address: str, bodies: Sequence[dict[str, Any]], concurrency: int) -> float:
-    parts, waiting = urlsplit(address), iter(bodies)
+    parts, waiting = urlsplit(address), iter([json.dumps(body).encode() for body in bodies])
+    if parts.scheme != "http":
+        raise ConfigError(f"--address={address} must begin with http://: this client speaks nothing else")
     host, port = parts.hostname or "", parts.port or 80
     head = f"POST {parts.path}/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\n"
     head += "Content-Type: application/json\r\n"
 
     async def work() -> None:
         reader, writer = await asyncio.open_connection(host, port)
-        for body in waiting:
-            text = json.dumps(body).encode()
+        for text in waiting:
             writer.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
-            if b'"choices"' not in await _read(reader):
-                raise RuntimeError(f"{address} answers something else than a completion to {body}")
+            answer = await _read(reader)
+            if b'"choices"' not in answer:
+                said = answer[:300].decode(errors="replace")
+                raise DataError(f"{address} answers no completion; look at --model and the server: {said}")
         writer.close()
 
     begun = time.perf_counter()

@@ -19,15 +19,17 @@ FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 Report = dict[str, Any]
 HEAD = """# How fast it is
 
-Made by `python -m benchmarks.table` from the JSON files beside it, which the benchmarks wrote. Each ran this
-project and transformers in one process, in turns, on the same weights and inputs, after checking that both
-compute the same (the pipeline's jobs stand beside what their server gives without them). A ratio above 1 says
-that this project is faster:
+Made by `python -m benchmarks.table` from the JSON files beside it, which the benchmarks wrote. Where there is
+a column for transformers, both ran in one process, in turns, on the same weights and inputs, after checking
+that both compute the same (of images: its processor on PIL). Tasks on checkpoints had a process each, in
+turns; evaluation stands beside a simple loop, and the pipeline's jobs beside what their server gives without
+them. A ratio above 1 says that this project is faster:
 
 * **ratio**: of the medians, by the clock;
 * **by least**: of each side's least time, which other programs on the machine disturb least;
 * **by processor**: of the seconds that all threads together used. Where the three are far apart, the machine
   was busy (its load is told), and the last one is the fairest.
+* **of the bound**: of the speed at which memory would give a decoding step what it must read.
 
 """
 
@@ -169,7 +171,8 @@ def _size(report: Report) -> str:
     if "largest_shard" in report:
         total, largest = report["bytes"] / 1e6, report["largest_shard"] / 1e6
         return f"{total:.0f} MB in {report['shards']} shards, the largest of {largest:.0f} MB; "
-    return f"{report['parameters'] / 1e6:.1f} M parameters; " if "parameters" in report else ""
+    memory = f"memory {report['bandwidth']['gb_per_second']:.0f} GB/s; " if "bandwidth" in report else ""
+    return f"{report['parameters'] / 1e6:.1f} M parameters; {memory}" if "parameters" in report else ""
 
 
 def _plain(value: Any) -> str:

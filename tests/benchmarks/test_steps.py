@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import common, convert, evaluation, forward, grpo_step, images, sft_step, table
+from benchmarks import (
+    common,
+    convert,
+    evaluation,
+    forward,
+    grpo_step,
+    images,
+    pipeline,
+    rollout,
+    sft_step,
+    table,
+)
+from fundus_jax.records import ConfigError
 from tests.benchmarks import run
 
 ROWS = run.MODEL | {"prompts": 2, "image_side": 8, "text_tokens": 8, "text_length": 12}
@@ -94,6 +108,43 @@ def test_turns_and_phases() -> None:
     assert found.keys() == {"ours", "hf", "hf/first", "hf/second"}
     assert found["hf/second"] == {"median": 2.0, "least": 2.0, "most": 2.0}
     assert all(found[side].keys() == {"median", "least", "most", "processor"} for side in ("ours", "hf"))
+    found = common.in_turns(sides(first=common.Spent(1.0, 3.0)), repeats=3)
+    assert found["hf/first"] == {"median": 1.0, "least": 1.0, "most": 1.0, "processor": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("module", "more", "message"),
+    [
+        (rollout, {"groups": "1,a"}, "--groups=1,a: give whole numbers from 1"),
+        (rollout, {"groups": ""}, "--groups=: give whole numbers"),
+        (
+            rollout,
+            {"image_side": 96},
+            "--image_side=96: the processor makes 70 x 70 patches of such an image",
+        ),
+        (rollout, {"image_side": 7}, "--image_side=7: the processor makes 8 x 8"),
+        (sft_step, {"answer_tokens": 200}, "--answer_tokens=200 of 128 tokens of text; take at most so many"),
+        (images, {"sizes": "224"}, "--sizes: '224' is not WIDTHxHEIGHT"),
+        (images, {"images": "/nowhere"}, "--images=/nowhere: nothing under it ends with"),
+        (pipeline, {"sweep": "0"}, "--sweep=0: give whole numbers from 1"),
+        (pipeline, {"address": "https://host/v1"}, "must begin with http://"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    monkeypatch: pytest.MonkeyPatch, module: Any, more: dict[str, Any], message: str
+) -> None:
+    model = {} if module in (images, pipeline) else run.MODEL | {"hf": False}
+    args = run.arguments(monkeypatch, module, **model | more)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        module.run(args)
+
+
+def test_an_accelerator_is_not_compared_with_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")])
+    with pytest.raises(ConfigError, match=r"JAX is on a gpu and torch .* on the CPU.*--nohf"):
+        common.in_torch(None)  # type: ignore[arg-type]
 
 
 def test_what_differs_is_not_compared() -> None:
