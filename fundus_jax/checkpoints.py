@@ -216,12 +216,15 @@ class Checkpoints:
         path = self._path(step)
         try:
             self._orbax.wait_until_finished()
-            own: files.Digests = {}
+            own: files.Digests | None = None
             try:
                 own = files.digests(path, f"{STATE}/ocdbt.process_{jax.process_index()}/")
             finally:  # the first one waits for it
                 parts = hosts.to_first(own)
             if parts:
+                lost = [process for process, part in enumerate(parts) if part is None]
+                if lost:
+                    raise OSError(f"processes {lost} could not make sure of what they wrote: see their logs")
                 known = {name: digest for part in parts for name, digest in part.items()}
                 files.write_manifest(path, {"step": step, "final": final}, known)
                 self._prune(spared)

@@ -2,7 +2,8 @@
 
 A run is one process, or several that `launch/distributed.py` has joined: one a host, or one an accelerator.
 With several, all of them call each function here, at the same point of the program; one that does not leaves
-the others waiting. Only `tell` and `told` wait for nobody. With one process nothing is exchanged. Neighbours:
+the others waiting. Only `tell` and `told` wait for nobody. With one process nothing is exchanged, but what
+`on_first` runs is watched there too: what asks the others from within it would wait for ever. Neighbours:
 `checkpoints`, `stop` and the loops.
 """
 
@@ -13,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import jax
@@ -30,11 +32,19 @@ DAY = 24 * 3600  # seconds that processes wait for those at work, as while the f
 LARGE = 1 << 30  # bytes that `fetch` brings onto a device at once, or a row where one is larger
 _waits = itertools.count()  # a barrier's name is used once; all processes count alike
 _gifts = itertools.count()  # a name is used once; all processes count alike
+_alone: ContextVar[bool] = ContextVar("alone", default=False)  # within `on_first`
+
+
+def _all_are_here() -> None:
+    """Raises RuntimeError within `on_first`, which only one process runs."""
+    if _alone.get():
+        raise RuntimeError("hosts.on_first ran what all processes have to call: the others would not come")
 
 
 def wait() -> None:
     """Wait until all processes are here, up to a day. Not on the devices: what waits there for long is taken
     for dead."""
+    _all_are_here()
     if jax.process_count() > 1:
         ocp.multihost.get_barrier_sync_fn()(key=f"wait_{next(_waits)}", timeout_ms=1000 * DAY)
 
@@ -46,6 +56,7 @@ def is_first() -> bool:
 
 def highest(value: int) -> int:
     """The largest of the processes' numbers."""
+    _all_are_here()
     return (
         value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).max())
     )
@@ -94,6 +105,7 @@ def to_first(value: Any) -> list[Any]:
 
 def gather(value: Any) -> list[Any]:
     """The JSON values that the processes give, by process; a tuple comes back as a list."""
+    _all_are_here()
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -107,6 +119,7 @@ def gather(value: Any) -> list[Any]:
 def deal(items: Sequence[T], work: Callable[[Sequence[T]], list[Any]]) -> list[Any]:
     """`work(items)`, a JSON value for each item, with the items dealt out to the processes; a tuple comes
     back as a list where there are several. If it fails on one of them, every one raises (as `on_first`)."""
+    _all_are_here()
     count = jax.process_count()
     mine: list[Any] = []
     failure: BaseException | None = None
@@ -142,16 +155,20 @@ def on_first(action: Callable[[], Any]) -> None:
     """
     failure: BaseException | None = None
     if is_first():
+        token = _alone.set(True)
         try:
             action()
         except BaseException as error:  # raised again below, once the others know
             failure = error
+        finally:
+            _alone.reset(token)
     wait()
     raise_everywhere(failure)
 
 
 def raise_everywhere(failure: BaseException | None) -> None:
     """Raise `failure` where it happened, and tell the other processes, which raise too (as `on_first`)."""
+    _all_are_here()
     code = 0 if failure is None else 1
     if isinstance(failure, ConfigError | DataError):
         code = REFUSED

@@ -8,13 +8,16 @@ the others do nothing. Neighbours: the loops log here; `report.py` reads the fil
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import math
+import os
 import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +108,7 @@ class Metrics:
             return
         numbers = {name: _number(value) for name, value in values.items()}
         line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), **numbers}
-        self._file.write(_line(line))  # unbuffered: one write, whole
+        _append(self._file, _line(line))
         self._show(stage, step, numbers)
 
     def amend(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
@@ -265,6 +268,15 @@ class Progress:
 
 def _line(entry: Mapping[str, Any]) -> bytes:
     return (json.dumps(entry, allow_nan=False) + "\n").encode()
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """One unbuffered write. A disk that fills up may take a part of the line, which is taken back: the next
+    one must not follow it."""
+    written = file.write(line)
+    if written != len(line):
+        file.truncate(os.fstat(file.fileno()).st_size - written)
+        raise OSError(errno.ENOSPC, "there was no room for a whole line", str(file.name))
 
 
 def _number(value: Any) -> float | int | None:

@@ -7,13 +7,16 @@ fields that differ. The loops own their state and call `resume`, `save` and `log
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from absl import logging
@@ -24,7 +27,12 @@ from fundus_jax.files import write_atomic
 from fundus_jax.metrics import Metrics, Progress
 from fundus_jax.records import ConfigError
 
+LOCK, PATIENCE = ".lock", 60  # seconds to wait for a run that is about to leave
 BEST_BY = "exam/accuracy"  # the metric by which a stage's best bundle is kept (evaluation/exam.py)
+
+
+class BusyError(OSError):
+    """Another process runs in this directory."""
 
 
 class Workdir:
@@ -38,37 +46,44 @@ class Workdir:
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
+        if "://" in str(path):
+            raise ConfigError(f"--workdir={path} is no path here: mount the bucket, and give its local path")
         self.path = Path(path)
+        self._lock: IO[bytes] | None = None
         self.stages: dict[str, int] = {}
-        text = json.dumps(config, indent=1, sort_keys=True)
-        self.config_hash = hashlib.sha256(text.encode()).hexdigest()
-        hosts.on_first(lambda: self._claim(config, text))
+        hosts.on_first(lambda: self._claim(config))
         if not (self.path / "config.json").is_file():
             raise ConfigError(
                 f"process {jax.process_index()} does not see {self.path}, which the first one writes; "
                 "give a --workdir on a file system that all hosts share"
             )
+        # of the text that was written: a field given as 2 the first time and as 2.0 now is the same
+        self.config_hash = json.loads((self.path / "config.json").read_text(encoding="utf-8"))["hash"]
         self.checkpoints = Checkpoints(self.path / "checkpoints", config_hash=self.config_hash)
         self.metrics = Metrics(self.path)
         self._best: dict[str, tuple[float, int]] = {}  # stage -> its best measurement, and after which step
 
-    def _claim(self, config: Mapping[str, Any], text: str) -> None:
-        """Write config.json, or refuse when another configuration stands there."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        path = self.path / "config.json"
+    def _claim(self, config: Mapping[str, Any]) -> None:
+        """Lock the directory and write config.json, or refuse when another configuration stands there."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise ConfigError(
+                f"--workdir={self.path} can not be made or written to ({error}); choose another"
+            ) from error
+        path, text = self.path / "config.json", json.dumps(config, indent=1, sort_keys=True)
         if path.exists():
             there = json.loads(path.read_text(encoding="utf-8"))
-            mine = json.loads(text)
-            changed = differences(there["config"], mine)
+            changed = differences(there["config"], json.loads(text))
             if changed:
                 raise ConfigError(
                     f"{self.path} was made with another configuration ({'; '.join(changed[:8])}); "
                     "go on with that one, or choose another --workdir"
                 )
             return
-        write_atomic(
-            path, json.dumps({"hash": self.config_hash, "config": config}, indent=1, sort_keys=True) + "\n"
-        )
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        write_atomic(path, json.dumps({"hash": digest, "config": config}, indent=1, sort_keys=True) + "\n")
 
     def offset(self, stage: str) -> int:
         """Number of the bundle before the first step of `stage`."""
@@ -184,9 +199,39 @@ class Workdir:
         return Progress(self.stages[stage], stage, start=start)
 
     def close(self) -> None:
-        """Wait for the save under way and close the metrics."""
+        """Wait for the save under way, close the metrics, and let another run have the directory."""
         self.checkpoints.close()
         self.metrics.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def lock(folder: Path) -> IO[bytes] | None:
+    """Hold the directory of a run until the file that is returned is closed; the kernel lets go of it where
+    this process dies. None, with a warning, where its file system knows no locks.
+
+    Raises BusyError where another process holds it for longer than PATIENCE: one that is stopping may still
+    write its last bundle.
+    """
+    file, began = open(folder / LOCK, "ab"), time.monotonic()  # noqa: SIM115 - the caller closes it
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, also on NFS
+            return file
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                logging.warning("%s can not be locked (%s): let no second run write there", folder, error)
+                file.close()
+                return None
+            if time.monotonic() - began > PATIENCE:
+                file.close()
+                raise BusyError(
+                    f"another run writes to {folder}: stop that one, or choose another --workdir; where none "
+                    f"lives, remove {folder / LOCK}"
+                ) from error
+        if time.monotonic() - began < 1:
+            logging.info("waiting up to %d s for another run to leave %s", PATIENCE, folder)
+        time.sleep(1)
 
 
 def best_step(lines: Iterable[Mapping[str, Any]]) -> int | None:

@@ -215,6 +215,10 @@ class RunConfig:
             )
         if self.remat not in REMAT:
             raise ConfigError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT)}")
+        if self.unroll < 1:
+            raise ConfigError(
+                f"unroll is {self.unroll}; it must be at least 1, the layers of a turn of the loop"
+            )
         self.lora.validate()
         if self.lora.rank and self.freeze:
             raise ConfigError(

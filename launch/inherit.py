@@ -19,7 +19,7 @@ from fundus_jax import hosts
 from fundus_jax.files import copy_tree, read_manifest
 from fundus_jax.metrics import RESERVED
 from fundus_jax.records import ConfigError
-from fundus_jax.workdir import Workdir, differences
+from fundus_jax.workdir import Workdir, best_step, differences
 
 # Stage -> what its result does not depend on: names, and what comes later. A field that does not stand here
 # has to agree, so that a new one is on the safe side until somebody has thought about it.
@@ -41,6 +41,10 @@ _DATA = (
     *_REVIEW,
 )
 INDEPENDENT = {"data": _DATA, "base": _BASE, "sft": _SFT}
+# Of these, what a stage's result depends on all the same: boxes are written into traces, and an exam in SFT
+# asks as GRPO does.
+BUT = {"data": ("prompt.boxes",), "base": (), "sft": ()}
+EXAMINED = ("grpo.max_new_tokens", "data.probe_tasks")
 # What the answers after a stage depend on besides.
 ASKED = ("evaluate", "prompt", "grpo.max_new_tokens", *_ASKS)
 JOBS = ("examples", "knowledge", "findings", "traces", "reviewed", "clean")  # of the data, in their order
@@ -54,6 +58,7 @@ class Heir:
         if not (parent / "config.json").is_file():
             raise ConfigError(f"--parent={parent} is no workdir: it has no config.json")
         self.work, self.parent, self.reviewed = work, parent, "decided" in config
+        self.but = BUT | ({"sft": EXAMINED} if config["exam"]["every"] else {})
         there = json.loads((parent / "config.json").read_text(encoding="utf-8"))["config"]
         lines = differences(there, json.loads(json.dumps(config)))
         self.differing = {line.partition(":")[0] for line in lines}
@@ -97,13 +102,15 @@ class Heir:
                 there = self.parent / "evaluation" / kind
                 if (there / "report.json").is_file():  # written last
                     copy_tree(there, self.work.path / "evaluation" / kind)
-        best = self.work.best(stage)
+        best = best_step(self.work.metrics.here(stage))
         for step in sorted({self.work.offset(stage) + best, last} if best else {last}):
             self.work.checkpoints.adopt(step, self.parent / "checkpoints")
 
     def _agree(self, stage: str, besides: tuple[str, ...] = ()) -> bool:
-        ours = [field for field in self.differing if not _within(field, INDEPENDENT[stage])]
-        return not ours and not any(_within(field, besides) for field in self.differing)
+        needed = (*self.but[stage], *besides)
+        return not any(
+            _within(field, needed) or not _within(field, INDEPENDENT[stage]) for field in self.differing
+        )
 
     def _has(self, stage: str, last: int) -> bool:
         """Whether the other run's bundle `last` ends this stage there too."""

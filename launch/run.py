@@ -29,7 +29,7 @@ from fundus_jax import hosts, sharding, stop
 from fundus_jax.chat import LostError
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
-from fundus_jax.workdir import Workdir
+from fundus_jax.workdir import BusyError, Workdir
 from launch import auto, distributed, evaluate, inherit, stages
 from launch.config import RunConfig, as_json, check_mesh, names, read_flags, refuse
 
@@ -160,13 +160,14 @@ def quiet(record: python_logging.LogRecord) -> bool:
 @contextmanager
 def ending():
     """Around a program: what the user has to change ends it with one line and exit code 78, so that no
-    scheduler starts it again; a server that stays away with one and 1; and a stop at once."""
+    scheduler starts it again; a server that stays away, or another run in the workdir, with one and 1; and a
+    stop at once."""
     try:
         yield
     except (ConfigError, DataError) as error:
         refuse(error)
-    except LostError as error:
-        print(f"LostError: {error}", file=sys.stderr)
+    except (LostError, BusyError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except SystemExit as stopped:  # by fundus_jax.stop, here or on another process
         distributed.leave()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fundus_jax import files
+from fundus_jax import files, hosts
 from fundus_jax.bundle import Bundle
 from fundus_jax.checkpoints import Checkpoints, SaveError
 from fundus_jax.records import ConfigError, DataError
@@ -291,6 +291,21 @@ def test_failure_in_the_background_is_raised_by_the_next_save_once(
     checkpoints.save(3, make_state(3), data_state={}, counters={})
     checkpoints.wait()
     assert checkpoints.steps() == [1, 3]
+
+
+def test_nothing_is_sealed_that_another_process_could_not_make_sure_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk says at fsync that it is full: the first process must not hash what happens to lie there."""
+    checkpoints = saved(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "to_first", lambda own: [own, None])
+        checkpoints.save(2, make_state(2), data_state={}, counters={})
+        checkpoints._thread.join()
+    with pytest.raises(SaveError, match=r"processes \[1\] could not make sure of what they wrote"):
+        checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    assert not (tmp_path / "2").exists()
 
 
 def test_disk_that_takes_no_more_bytes(tmp_path: Path) -> None:

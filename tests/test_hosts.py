@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +143,25 @@ def test_one_process_exchanges_nothing() -> None:
     assert np.array_equal(hosts.fetch([1, 2]), [1, 2])
     with pytest.raises(KeyError, match="missing"):
         hosts.on_first(lambda: {}["missing"])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        hosts.wait,
+        lambda: hosts.highest(1),
+        lambda: hosts.of_first(1),
+        lambda: hosts.gather(1),
+        lambda: hosts.deal([1], list),
+        lambda: hosts.on_first(lambda: None),
+        lambda: hosts.raise_everywhere(None),
+    ],
+)
+def test_what_one_process_does_asks_no_other(call: Callable[[], Any]) -> None:
+    """With several it would wait for ever; one process is told, so that its tests are those of several."""
+    with pytest.raises(RuntimeError, match="the others would not come"):
+        hosts.on_first(call)
+    call()
 
 
 def test_what_is_exchanged_has_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:

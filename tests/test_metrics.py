@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,27 @@ def test_half_written_last_line_is_dropped(
     metrics.log("sft", 3, {"loss": 9.0})
     metrics.close()
     assert [(entry["step"], entry["loss"]) for entry in lines(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> None:
+    """The disk takes a part of a line and says so; later there is room again."""
+
+    class Full(FileIO):
+        def write(self, line: Any, /) -> int:
+            return super().write(line[:7])
+
+    train(tmp_path, 0, 2)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    metrics = Metrics(tmp_path)
+    with Full(tmp_path / "metrics.jsonl", "ab") as full:
+        metrics._file, usual = full, metrics._file
+        with pytest.raises(OSError, match=r"no room for a whole line: .*metrics\.jsonl"):
+            metrics.log("sft", 3, {"loss": 9.0})
+        metrics._file = usual
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    metrics.log("sft", 3, {"loss": 9.0})
+    metrics.close()
+    assert [entry["step"] for entry in lines(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -338,3 +338,8 @@ def test_the_mesh_names_the_back_end_of_attention(trainer: Trainer, source: Path
     assert chosen.start().options.attention == "splash"
     with pytest.raises(ConfigError, match="attention is 'flash'; it must be one of auto, xla, splash, cudnn"):
         small.config(attention="flash").validate()
+
+
+def test_a_loop_has_a_layer_a_turn() -> None:
+    with pytest.raises(ConfigError, match="unroll is 0; it must be at least 1"):
+        small.config(unroll=0).validate()

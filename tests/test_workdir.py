@@ -3,8 +3,13 @@ step."""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fundus_jax import hosts
+from fundus_jax import hosts, workdir
 from fundus_jax.data import batches
 from fundus_jax.records import ConfigError, DataError
-from fundus_jax.workdir import BEST_BY, Workdir, differences
+from fundus_jax.workdir import BEST_BY, BusyError, Workdir, differences
 
 CONFIG = {"name": "run", "sft": {"steps": 5, "optim": {"lr": 1e-3}}, "tags": ["a", "b"]}
 STAGES = {"sft": 5, "grpo": 4}
@@ -161,6 +166,67 @@ def test_another_configuration_is_refused_naming_the_fields(
     with pytest.raises(ConfigError, match=message + "; go on with that one, or choose another --workdir"):
         Workdir(tmp_path, CONFIG | changes)
     assert Workdir(tmp_path, CONFIG).config_hash, "the refused one has changed nothing"
+
+
+def test_a_number_written_otherwise_is_the_same_configuration(tmp_path: Path) -> None:
+    """A recipe says 2 epochs and a command line 2.0: what was saved under the one is read under the other."""
+    work = open_work(tmp_path)
+    work.save("sft", 2, {"params": {"w": jnp.ones(3)}}, batches(11, 2, lambda index: index, seed=1))
+    work.close()
+    again = Workdir(tmp_path, json.loads(json.dumps(CONFIG).replace('"steps": 5', '"steps": 5.0')))
+    assert again.config_hash == work.config_hash
+    assert (
+        again.checkpoints.restore(2, {"params": {"w": jnp.zeros(3)}}).state["params"]["w"].tolist()
+        == [1.0] * 3
+    )
+    again.close()
+
+
+def test_a_bucket_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="--workdir=gs://bucket/run is no path here: mount the bucket"):
+        Workdir("gs://bucket/run", CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_can_not_be_a_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match=f"--workdir={path} can not be made or written to"):
+            Workdir(path, CONFIG)
+
+
+HOLDER = """import sys; from pathlib import Path; from fundus_jax import workdir
+held = workdir.lock(Path(sys.argv[1])); print("held", flush=True); sys.stdin.read()"""
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that leaves is waited for; one that stays is named; one that was killed holds nothing."""
+    words = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with monkeypatch.context() as patch:
+            patch.setattr(workdir, "PATIENCE", 0)
+            with pytest.raises(
+                BusyError, match=f"another run writes to {tmp_path}: stop that one, or choose"
+            ):
+                Workdir(tmp_path, CONFIG)
+        assert not (tmp_path / "config.json").exists()
+        threading.Timer(0.5, other.kill).start()
+        Workdir(tmp_path, CONFIG).close()
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdir.fcntl, "lockf", none)
+    with caplog.at_level(logging.WARNING):
+        Workdir(tmp_path, CONFIG).close()
+    assert f"{tmp_path} can not be locked ([Errno {errno.ENOLCK}] No locks available)" in caplog.text
 
 
 def test_differences_are_named_by_their_path() -> None:

@@ -62,6 +62,11 @@ class JudgeConfig:
             raise ConfigError(f"judge.answer_tokens is {self.answer_tokens}; it must be at least 1")
         if self.kind == "server":
             self.server.validate("judge.server")
+        elif (self.server, self.answer_tokens) != (ChatConfig(), type(self)().answer_tokens):
+            raise ConfigError(
+                f"judge.kind is {self.kind!r}, which asks no server, but judge.server or judge.answer_tokens "
+                "is set; set judge.kind to server, or leave them"
+            )
 
 
 def make_judge(config: JudgeConfig) -> Judge:

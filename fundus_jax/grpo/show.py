@@ -48,7 +48,10 @@ class Diary:
         path = work.path / "alarms.jsonl"
         if hosts.is_first() and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_atomic(path, "".join(line for line in lines if json.loads(line)["step"] <= done))
+            whole = [
+                line for line in lines if line.endswith("\n")
+            ]  # a kill or a full disk tears the last one
+            write_atomic(path, "".join(line for line in whole if json.loads(line)["step"] <= done))
 
     def write(
         self,

@@ -222,7 +222,11 @@ def test_bytes_are_bounded_as_they_come_and_as_they_are_unpacked(how: str) -> No
         (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000 + b"\r\n\r\n", "malformed", "LineTooLong"),
         (b"ICY 200\r\n\r\n", "malformed", "BadStatusLine"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "failed|malformed", "Error|Read"),
-        (answer(gzip.compress(b"abc" * 100, mtime=0)[:-9], Content_Encoding="gzip"), "malformed", "one whole gzip"),
+        (
+            answer(gzip.compress(b"abc" * 100, mtime=0)[:-9], Content_Encoding="gzip"),
+            "malformed",
+            "one whole gzip",
+        ),
         (answer(b"abc", Content_Encoding="gzip"), "malformed", "error"),
         (answer(b"abc", Content_Encoding="br"), "malformed", "not asked for"),
         (answer(b"", "404 Not Found"), "status", "answers 404"),

@@ -230,6 +230,7 @@ def test_what_a_resumed_run_will_see_again_is_taken_back(source: Path, tmp_path:
     with (tmp_path / "run" / "alarms.jsonl").open("w") as file:
         for step in (2, 9):
             file.write(json.dumps({"name": "kl", "step": step, "reason": "far away"}) + "\n")
+        file.write('{"name": "kl", "st')  # the power went
     for step in range(1, 4):
         trainer.work.metrics.log("grpo", step, {"reward/broken_abstained": 32.0})
     alarms = Diary(trainer.work, stage, None, own_rewards.load(stage.rewards), 3).alarms

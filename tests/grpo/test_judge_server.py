@@ -180,6 +180,11 @@ def test_the_judge_is_chosen_by_its_name() -> None:
     JudgeConfig().validate()
     with pytest.raises(ConfigError, match=r"judge\.kind is 'oracle'; it must be one of rules, server"):
         JudgeConfig(kind="oracle").validate()
+    for unasked in (JudgeConfig(answer_tokens=9), JudgeConfig(server=ChatConfig(model="judge"))):
+        with pytest.raises(
+            ConfigError, match=r"judge\.kind is 'rules', which asks no server.*set judge\.kind to"
+        ):
+            unasked.validate()
     with pytest.raises(ConfigError, match=r"judge\.server\.model is ''"):
         JudgeConfig(kind="server").validate()
     with pytest.raises(ConfigError, match=r"judge\.server\.address is 'nowhere'"):

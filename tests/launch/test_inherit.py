@@ -117,6 +117,7 @@ def test_a_stage_is_taken_as_if_it_had_been_run_here(parent: Path) -> None:
         ({"data": dataclasses.replace(small.config().data, sft_part=0.5)}, ["base"]),
         ({"policy": dataclasses.replace(small.config().policy, mlp=32)}, []),
         ({"attention": "splash"}, []),
+        ({"grpo": dataclasses.replace(small.config().grpo, max_new_tokens=3)}, ["base", "sft"]),
     ],
 )
 def test_what_a_stage_depends_on_has_to_agree(parent: Path, fields: dict[str, Any], taken: list[str]) -> None:
@@ -159,6 +160,37 @@ def test_the_best_bundle_is_taken_beside_the_last(tmp_path: Path) -> None:
     taken.checkpoints.wait()
     assert np.array_equal(weights(best=True), WEIGHT + 2)
     taken.close()
+
+
+def test_an_exam_in_sft_asks_as_grpo_does(tmp_path: Path) -> None:
+    """What it measured with other questions, or longer answers, is not what this run would have measured."""
+    exam = ExamConfig(every=1)
+    work = open_work(tmp_path / "parent", small.config(exam=exam))
+    for stage in ("base", "sft"):
+        work.save(stage, PLAN[stage], state(), Place(0))
+    work.close()
+    told = small.config()
+    for name, fields in {
+        "longer": {"grpo": dataclasses.replace(told.grpo, max_new_tokens=told.grpo.max_new_tokens + 1)},
+        "others": {"data": dataclasses.replace(told.data, probe_tasks="grading")},
+    }.items():
+        child = Heir(
+            open_work(tmp_path / name, changed(exam=exam, **fields)),
+            as_json(changed(exam=exam, **fields)),
+            work.path,
+        )
+        assert [bool(child.take(stage)) for stage in ("base", "sft")] == [True, False], name
+        child.work.close()
+
+
+def test_data_with_other_boxes_in_their_traces_are_not_taken(parent: Path) -> None:
+    (parent / "data" / JOBS[-1] / "summary.json").write_text("{}")
+    prompt = small.config().prompt
+    for name, fields, taken in (("boxes", {"boxes": 2}, False), ("plain", {"instruct": False}, True)):
+        config = changed(prompt=dataclasses.replace(prompt, **fields))
+        work = Workdir(parent.parent / name, as_json(config))
+        assert bool(Heir(work, as_json(config), parent).take_data()) is taken, name
+        work.close()
 
 
 @pytest.mark.parametrize("field", ["questions", "sampled"])
