@@ -125,7 +125,7 @@ def test_two_processes(repo_root: Path) -> None:
         for rank in ("0", "1")
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in ranks]
+        outputs = [process.communicate(timeout=300)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

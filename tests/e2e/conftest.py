@@ -41,7 +41,7 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
     return os.environ | known | kept
 
 
-def run(words: list[str], env: dict[str, str], *, timeout: int = 280) -> subprocess.CompletedProcess[str]:
+def run(words: list[str], env: dict[str, str], *, timeout: int = 540) -> subprocess.CompletedProcess[str]:
     """Run a command of the project to its end."""
     return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 

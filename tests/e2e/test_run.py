@@ -127,6 +127,7 @@ def test_the_mesh_does_not_change_the_loss(finished: Path, tmp_path: Path, cache
 KILLS = (("sft", 3), ("sft", 21), ("grpo", 3))
 
 
+@pytest.mark.timeout(1800)  # five runs, of a quarter to a whole one
 def test_kill_9_leaves_no_trace(finished: Path, tmp_path: Path, cache: Path) -> None:
     """A run that is killed three times, and once more while it evaluates, ends with the bytes of one that
     never was."""

@@ -28,7 +28,7 @@ KILLS = [
 def run(repo_root: Path, directory: Path, point: str, at: int) -> int:
     """Run the worker to its end, which may be its death; returns the exit code."""
     command = [sys.executable, "-m", "tests.faults.checkpoint_worker", str(directory), point, str(at)]
-    return subprocess.run(command, cwd=repo_root, timeout=120).returncode
+    return subprocess.run(command, cwd=repo_root, timeout=300).returncode
 
 
 def test_killed_runs_end_with_the_same_bytes(

@@ -16,7 +16,7 @@ def mounted(folder: Path, command: str, repo_root: Path) -> subprocess.Completed
     """Run a command where `folder` is a disk of 2 MB, in a user namespace of its own."""
     mount = f"mount -t tmpfs -o size=2m none {shlex.quote(str(folder))}"
     words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f"{mount} && exec {command}"]
-    return subprocess.run(words, cwd=repo_root, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, cwd=repo_root, capture_output=True, text=True, timeout=300)
 
 
 def test_the_job_stops_and_resumes(tmp_path: Path, repo_root: Path) -> None:

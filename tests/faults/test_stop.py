@@ -55,7 +55,7 @@ def complete(workdir: Path, cache: Path) -> Path:
     return workdir
 
 
-@pytest.mark.timeout(600)  # about two minutes of processor time, which others may want too
+@pytest.mark.timeout(1800)  # about two minutes of processor time, which others may want too
 def test_a_run_that_is_stopped_everywhere_ends_with_the_same_bytes(tmp_path: Path, cache: Path) -> None:
     stopped, base, sft = tmp_path / "stopped", 2, 10
     assert stop(stopped, cache, "data") == []

@@ -122,7 +122,7 @@ def test_slurm(here: Path) -> None:
     assert covered == [f"{i}/{count}" for i in range(count)]
 
     process = start(text, here, "0.5", SLURM_JOB_ID="4711", SLURM_GPUS_ON_NODE="2")
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     check(here, gpus=2)
     assert left(process.pid) == [], "the servers end with the stage"
 
@@ -134,7 +134,7 @@ def test_slurm_asks_for_another_turn_when_time_is_up(here: Path) -> None:
     while len(calls(here)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     assert any(line.startswith("scontrol requeue 4711 ") for line in calls(here))
     assert left(process.pid) == []
 
@@ -148,6 +148,6 @@ def test_skypilot(here: Path) -> None:
     ]
     assert [parts.chosen("", node) for node in nodes] == [f"{i}/{len(nodes)}" for i in range(len(nodes))]
     process = start(task["run"], here, "0.5", SKYPILOT_NUM_GPUS_PER_NODE="2", **nodes[1])
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     check(here, gpus=2)
     assert left(process.pid) == []

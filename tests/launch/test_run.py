@@ -89,7 +89,7 @@ def test_what_is_wrong_with_the_command_is_said_in_short(
 ) -> None:
     line = [sys.executable, f"launch/{words[0]}", *words[1:]]
     environment = os.environ | {"PYTHONPATH": str(repo_root)}
-    done = subprocess.run(line, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=300)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == hosts.REFUSED

@@ -26,7 +26,6 @@ with stop.deferred():
 """
 
 
-@pytest.mark.timeout(400)
 def test_a_process_does_not_wait_for_a_frozen_one_to_be_told(tmp_path: Path) -> None:
     """As where the first host hangs, or the network between them is gone."""
     with socket.socket() as free:

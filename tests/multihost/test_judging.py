@@ -30,7 +30,7 @@ def start(cache: Path, addresses: list[list[str]]) -> list[list[dict[str, Any]]]
         for number, mine in enumerate(addresses)
     ]
     try:
-        said = [process.communicate(timeout=250)[0] for process in started]
+        said = [process.communicate(timeout=500)[0] for process in started]
         assert [process.returncode for process in started] == [0] * len(started)
     finally:
         for process in started:
@@ -38,7 +38,6 @@ def start(cache: Path, addresses: list[list[str]]) -> list[list[dict[str, Any]]]
     return [[json.loads(line) for line in text.splitlines() if line.startswith("{")] for text in said]
 
 
-@pytest.mark.timeout(600)
 def test_two_processes_judge_together(tmp_path: Path) -> None:
     servers = Server(stand_in.reply), Server(stand_in.reply), Server(lambda body, number: Reply(status=401))
     with servers[0] as server, servers[1] as gone, servers[2] as closed:
