@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.chat_server import Reply, Server
 from tests.e2e.conftest import ROOT, environment
 from tests.grpo import stand_in
