@@ -30,7 +30,7 @@ from flax import nnx
 from PIL import Image
 
 from fundus_jax.files import write_atomic
-from fundus_jax.models import weights
+from fundus_jax.models import exact, weights
 from fundus_jax.models.attention import backend_for
 from fundus_jax.models.batch import Batch
 from fundus_jax.models.layers import REMAT, Options
@@ -119,8 +119,7 @@ def make_config(args: Any) -> Qwen2_5_VLConfig:
 def make_model(args: Any) -> Qwen2_5_VL:
     """The model of the flags with random weights, and with the attention of the devices here. Its float32 is
     torch's: on an accelerator JAX would multiply in less."""
-    if args.dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
+    exact(args.dtype)
     model = Qwen2_5_VL(make_config(args), rngs=nnx.Rngs(0), dtype=jnp.dtype(args.dtype))
     model.options = options()
     return model

@@ -129,6 +129,7 @@ def _write(prints: Prints, folder: Path) -> None:
     )
     place = np.empty(len(cell), np.int64)
     place[np.argsort(cell, kind="stable")] = np.arange(len(cell))
+    files.require_free(folder, 132 * len(cell))  # a map of a full disk ends with a signal and no word
     temporary = {name: folder / f".{name}.{os.getpid()}.npy" for name in ("descriptors", "pictures")}
     descriptors = open_memmap(temporary["descriptors"], "w+", np.uint8, (len(cell), 128))
     pictures = open_memmap(temporary["pictures"], "w+", np.int32, (len(cell),))

@@ -124,7 +124,13 @@ def _look(
     if not alike:
         return prints, pairs, unreadable
     entries = manifest.complete(made)
-    whole = files.digest([[entry.name, entry.files[_side(entry.name)]["sha256"]] for entry in entries])
+    # the prints, and the names that pictures have in them
+    whole = files.digest(
+        [
+            [entry.name, sorted((name, one["sha256"]) for name, one in entry.files.items())]
+            for entry in entries
+        ]
+    )
     inputs = [jobs.ShardInput(entry.name, files.digest([entry.name, whole]), (entry,)) for entry in entries]
     table = out / f"table-{whole[:16]}"
     process = functools.partial(_compare, made=made, table=table)

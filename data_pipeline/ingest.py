@@ -9,10 +9,14 @@ image as "NAME.array_record#INDEX". An image that can not be decoded, or whose m
 quarantined with the reason. Neighbours: `datasets` lists, `images` decodes, `questions` asks, `jobs` runs.
 """
 
+import errno
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from array_record.python.array_record_module import ArrayRecordWriter  # pyright: ignore
@@ -91,6 +95,7 @@ def run(
             f"kind {kind!r} (JPEG or PNG), quality {quality} (1-100), max_side {max_side} and limit {limit} "
             f"(>= 0), shard_size {shard_size} (>= 1): one of these is out of its bounds"
         )
+    diseases: dict[str, int] = {}
     if dataset == "phantom":
         phantom = phantom or PhantomConfig()
         shards = phantom_shards(phantom, shard_size=shard_size)
@@ -101,7 +106,9 @@ def run(
         found = registry.lister(dataset)(source, partial=partial_copy)
         if benchmarks:
             found = heldout.moved(dataset, found, heldout.names(benchmarks))
-        shards = _shards(found, limit=limit, shard_size=shard_size)
+        told = Counter(sample.labels.get("disease") for sample in found)
+        diseases = {name: told[name] for name in registry.diseases(dataset)}
+        shards = _shards(found, diseases, limit=limit, shard_size=shard_size)
     options = {"max_side": max_side, "kind": kind, "quality": quality}
     config = {
         "dataset": dataset,
@@ -112,14 +119,16 @@ def run(
         "shard_size": shard_size,
         "phantom": asdict(phantom) if phantom else None,
     }
-    diseases = registry.diseases(dataset)
     process = partial(_process, dataset=dataset, tasks=rates, diseases=diseases, options=options)
     job = jobs.Job("ingest", config)
     return jobs.run(job, shards, process, out, limit=quarantine, workers=workers, shard=shard)
 
 
-def _shards(samples: Sequence[Sample], *, limit: int, shard_size: int) -> list[jobs.ShardInput]:
-    """Samples by split, mixed by a hash of their key, so that each shard is like the whole."""
+def _shards(
+    samples: Sequence[Sample], diseases: Mapping[str, int], *, limit: int, shard_size: int
+) -> list[jobs.ShardInput]:
+    """Samples by split, mixed by a hash of their key, so that each shard is like the whole; their questions
+    depend on the `diseases` too."""
     shards = []
     for split in sorted({sample.split for sample in samples}):
         here = sorted(
@@ -130,7 +139,8 @@ def _shards(samples: Sequence[Sample], *, limit: int, shard_size: int) -> list[j
         here = here[: limit or len(here)]
         for number, start in enumerate(range(0, len(here), shard_size)):
             items = here[start : start + shard_size]
-            shards.append(jobs.ShardInput(f"{split}-{number:05d}", fingerprint(items), items))
+            key = files.digest([fingerprint(items), diseases])
+            shards.append(jobs.ShardInput(f"{split}-{number:05d}", key, items))
     return shards
 
 
@@ -140,7 +150,7 @@ def _process(
     *,
     dataset: str,
     tasks: Mapping[str, float],
-    diseases: Sequence[str],
+    diseases: Mapping[str, int],
     options: Mapping[str, int | str],
 ) -> Iterator[Example | jobs.Quarantine]:
     """Write a shard's images, then yield the questions about those that are sound."""
@@ -157,13 +167,23 @@ def _process(
             except DataError as error:
                 yield jobs.Quarantine(f"{dataset}/{sample.split}/{sample.key}", str(error))
                 continue
-            writer.write(data)
+            _write(writer, data, scratch)
             sound.append(replace(sample, image=b""))
     finally:
         writer.close()
     asked = questions.ask(sound, tasks, diseases=diseases)
     for index, (sample, about) in enumerate(zip(sound, asked, strict=True)):
         yield from _examples(sample, about, f"{name}#{index}", dataset)
+
+
+def _write(writer: Any, data: bytes, folder: Path) -> None:
+    """Its library says that a disk is full in words alone; `files.room` reads the number."""
+    try:
+        writer.write(data)
+    except RuntimeError as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def _encoded(image: Path | bytes, options: Mapping[str, int | str]) -> bytes:

@@ -21,12 +21,13 @@ from data_pipeline.writer import (
     asked,
     everywhere,
     regions,
+    spread_is_known,
 )
 from fundus_jax import dialog, findings
 from fundus_jax.findings import Mentions
 from fundus_jax.records import Box, DataError, Example, Findings, Knowledge
 
-VERSION = 2  # raise it when a rule changes: shards that were checked by the old one are made again
+VERSION = 3  # raise it when a rule changes: shards that were checked by the old one are made again
 
 MALFORMED = "malformed"
 NO_FINDINGS = "no findings"
@@ -100,7 +101,7 @@ def check(
     form = tuple(_form(think, answer, most_words + PLACE_WORDS * len({box.finding for box in there})))
     if form:
         return form  # nothing else can be said of what is no trace
-    mentions = findings.parse_mentions(plain)
+    mentions = findings.parse_mentions(findings.observations(plain))  # a conclusion has seen nothing
     reasons = [
         *_claims(example, found, plain, mentions),
         *(_label(example, found, knowledge, plain, mentions) if example.task in LABEL_TASKS else ()),
@@ -186,9 +187,8 @@ def _label(
     if not any(_connects(sentence, knowledge) for sentence in _SENTENCE.findall(think)):
         yield f"{KNOWLEDGE}: no sentence connects the findings to {CONCEPTS.get(label, label)}"
     spread = EVERYWHERE in think.lower()
-    # Votes do not say how far a finding spreads.
-    seen = found is not None and found.origin != "votes" and "haemorrhage" not in found.votes
-    if label == SEVERE and seen and not spread and mentions.present.isdisjoint(BESIDE_SPREAD):
+    known = found is not None and spread_is_known(found)
+    if label == SEVERE and known and not spread and mentions.present.isdisjoint(BESIDE_SPREAD):
         yield f"{LABEL}: {label} needs {_MANY}, or {' or '.join(BESIDE_SPREAD)}"
     if label in ("No DR", "Mild NPDR", "Moderate NPDR") and spread:
         yield f"{LABEL}: {_MANY} fit {SEVERE}, not {label}"
@@ -198,7 +198,7 @@ def _connects(sentence: str, knowledge: Knowledge) -> bool:
     """Whether a sentence names what the label stands for together with a finding that matters for it."""
     if not any(_says(sentence, name) for name in (knowledge.label, CONCEPTS.get(knowledge.label, ""))):
         return False
-    mentions = findings.parse_mentions(sentence)
+    mentions = findings.parse_mentions(findings.observations(sentence))
     if not knowledge.required and not knowledge.supportive:
         return "without lesion" in sentence.lower() or bool(mentions.absent & set(knowledge.excluded))
     proofs = {name for one in knowledge.required for name in findings.proofs(knowledge.label, one)}

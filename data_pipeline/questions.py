@@ -16,7 +16,7 @@ from data_pipeline.datasets.base import Sample
 from fundus_jax.findings import FINDINGS
 from fundus_jax.records import GRID, ConfigError
 
-VERSION = 2
+VERSION = 3
 
 DR = ("Mild NPDR", "Moderate NPDR", "Severe NPDR", "PDR")
 FUNDUS = ("Normal", *DR, "Glaucoma", "AMD")
@@ -77,7 +77,7 @@ def check_tasks(tasks: Mapping[str, float]) -> None:
 
 
 def ask(
-    samples: Sequence[Sample], tasks: Mapping[str, float], *, diseases: Sequence[str] = ()
+    samples: Sequence[Sample], tasks: Mapping[str, float], *, diseases: Mapping[str, int] | None = None
 ) -> list[list[Question]]:
     """Questions about each of some samples (a shard of them, with their findings read).
 
@@ -85,7 +85,8 @@ def ask(
       samples: the samples; `lesion_presence` and `disease_presence` are balanced over all of them.
       tasks: task -> how many of its questions to ask about an image, where that many can be answered; a
         fraction is a probability (1.5: one, and every other time two).
-      diseases: options of the task `disease`; by default those of the modality.
+      diseases: options of the task `disease`, and of how many images of the data set each is the answer; by
+        default those of the modality.
 
     Returns:
       A list for each sample, in the order of `tasks`.
@@ -100,7 +101,7 @@ def ask(
         if task in _SIDES:
             found = _balanced(samples, rooms, task)
         else:
-            found = [_CANDIDATES[task](sample, tuple(diseases)) for sample in samples]
+            found = [_CANDIDATES[task](sample, diseases or {}) for sample in samples]
         for sample, one, more, room in zip(samples, asked, found, rooms, strict=True):
             more.sort(key=lambda question: _chance(sample, task, question.question))  # noqa: B023
             one += more[:room]
@@ -129,28 +130,38 @@ def _question(sample: Sample, task: str, options: Sequence[str], answer: str, fi
     return Question(task=task, question=text, options=tuple(options), answer=answer)
 
 
-def _disease(sample: Sample, diseases: tuple[str, ...]) -> list[Question]:
+def _disease(sample: Sample, diseases: Mapping[str, int]) -> list[Question]:
     if "disease" not in sample.labels:
         return []
-    options = diseases or DISEASES[sample.modality]
+    options = diseases or dict.fromkeys(DISEASES[sample.modality], 1)
     return [_question(sample, "disease", _drawn(sample, options), sample.labels["disease"])]
 
 
-def _drawn(sample: Sample, options: tuple[str, ...]) -> tuple[str, ...]:
-    """The options if they are few; else `DRAWN` of them, the answer among them, in their order."""
+def _drawn(sample: Sample, options: Mapping[str, int]) -> tuple[str, ...]:
+    """The options if they are few; else `DRAWN` of them, the answer among them, in their order.
+
+    The others are drawn without putting back, each as likely as it is an answer of the data set: were they
+    all alike, the most frequent of the options offered would nearly always be the answer.
+    """
     answer = sample.labels["disease"]
     if len(options) <= MOST_OPTIONS or answer not in options:
-        return options
-    others = sorted((o for o in options if o != answer), key=lambda o: _chance(sample, "option", o))
+        return tuple(options)
+
+    def late(option: str) -> tuple[bool, float]:  # an exponential clock of each; the first to ring are taken
+        chance = _chance(sample, "option", option)
+        often = options[option]
+        return (not often, -math.log1p(-chance) / often if often else chance)
+
+    others = sorted((o for o in options if o != answer), key=late)
     return tuple(o for o in options if o == answer or o in others[: DRAWN - 1])
 
 
-def _graded(task: str, sample: Sample, _: tuple[str, ...]) -> list[Question]:
+def _graded(task: str, sample: Sample, _: Mapping[str, int]) -> list[Question]:
     grade = sample.labels.get(task)
     return [_question(sample, task, GRADED[task], grade)] if grade else []
 
 
-def _progression(sample: Sample, _: tuple[str, ...]) -> list[Question]:
+def _progression(sample: Sample, _: Mapping[str, int]) -> list[Question]:
     stated = {name: sample.labels.get(f"progression_{name.lower()}") for name in CRITERIA}
     return [
         _question(sample, "progression", labels.PROGRESSION, answer, name)
@@ -159,17 +170,17 @@ def _progression(sample: Sample, _: tuple[str, ...]) -> list[Question]:
     ]
 
 
-def _modality(sample: Sample, _: tuple[str, ...]) -> list[Question]:
+def _modality(sample: Sample, _: Mapping[str, int]) -> list[Question]:
     return [_question(sample, "modality", tuple(MODALITIES.values()), MODALITIES[sample.modality])]
 
 
-def _laterality(sample: Sample, _: tuple[str, ...]) -> list[Question]:
+def _laterality(sample: Sample, _: Mapping[str, int]) -> list[Question]:
     if sample.modality == "OCT" or not sample.eye:
         return []
     return [_question(sample, "laterality", tuple(EYES.values()), EYES[sample.eye])]
 
 
-def _location(sample: Sample, _: tuple[str, ...]) -> list[Question]:
+def _location(sample: Sample, _: Mapping[str, int]) -> list[Question]:
     questions = []
     for finding in sorted({box.finding for box in sample.boxes}):
         shares = _shares(sample, finding)
@@ -238,7 +249,7 @@ def _of_diseases(samples: Sequence[Sample], modality: str) -> dict[str, tuple[li
 
 
 _SIDES = {"lesion_presence": _of_findings, "disease_presence": _of_diseases}
-_CANDIDATES: dict[str, Callable[[Sample, tuple[str, ...]], list[Question]]] = {
+_CANDIDATES: dict[str, Callable[[Sample, Mapping[str, int]], list[Question]]] = {
     "disease": _disease,
     **{task: partial(_graded, task) for task in GRADED},
     "progression": _progression,

@@ -249,6 +249,9 @@ def _possible(case: Case) -> bool:
     known, seen = case.knowledge, case.found.present
     if known is None or findings.missing(known, seen):
         return False
+    severe = writer.everywhere(case.example.boxes) or not set(seen).isdisjoint(writer.BESIDE_SPREAD)
+    if case.example.answer == writer.SEVERE and writer.spread_is_known(case.found) and not severe:
+        return False  # nothing that the image is known to show makes it severe
     return bool(known.required) or not known.supportive or not set(seen).isdisjoint(known.supportive)
 
 

@@ -151,13 +151,18 @@ def connection(example: Example, found: Findings, knowledge: Knowledge | None) -
         return f"Haemorrhages beyond microaneurysms{without} fit {concept}."
     if label == SEVERE and everywhere(example.boxes):
         return f"Haemorrhages {EVERYWHERE}{without} fit {concept}."
-    if label == SEVERE:
+    if label == SEVERE and spread_is_known(found):
         proof = BESIDE_SPREAD
     others = [name for one in proof for name in findings.proofs(label, one)]
     signs = [name for name in found.present if name in (*proof, *others)]
     if not signs:
         return ""
     return f"{_capital(findings.phrase(signs))}{without} {_verb_of(signs, 'fit')} {concept}."
+
+
+def spread_is_known(found: Findings) -> bool:
+    """Whether boxes say how far haemorrhages spread; votes do not."""
+    return found.origin != "votes" and "haemorrhage" not in found.votes
 
 
 def derivation(answer: str) -> str:

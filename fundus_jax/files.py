@@ -7,14 +7,17 @@ that no flipped bit in it passes. Neighbours: `checkpoints.py` seals bundles, `m
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,24 @@ Piece = tuple[slice, ...]  # an index of consecutive rows
 Digests = dict[str, dict[str, Any]]  # name -> {"sha256", "size"}
 
 
+def scratch_name(path: Path) -> Path:
+    """A name beside `path` that no other process takes, not even one of the same number on another host."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def append_line(file: FileIO, line: bytes) -> None:
+    """One unbuffered write of a line. A disk that fills up may take a part of it, which is taken back: the
+    next one must not follow it."""
+    written = file.write(line)
+    if written != len(line):
+        file.truncate(os.fstat(file.fileno()).st_size - written)
+        raise OSError(errno.ENOSPC, "there was no room for a whole line", str(file.name))
+
+
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Write a file that appears whole or not at all: temporary name in the same directory, fsync, rename."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = scratch_name(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -82,7 +99,7 @@ def copy_tree(source: Path, target: Path, *, linked: tuple[str, ...] = ("*",)) -
                 logging.log_first_n(logging.INFO, "copying, not linking: %s", 1, error)
         shutil.copy2(old, new)
 
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    scratch = scratch_name(target)
     try:
         shutil.copytree(source, scratch, ignore=shutil.ignore_patterns(".*"), copy_function=copy)
         os.replace(scratch, target)

@@ -101,7 +101,8 @@ def open_array(path: Path, name: str) -> Any:
     """The array `name` of a directory that Orbax wrote: what is sliced and then read, where it lies in plain
     chunks; its values where it lies in one or is compressed, as a training run's is: slices would read and
     unpack its chunks again and again."""
-    place = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
+    base = {"driver": "file", "path": f"{path}/"}  # as a URL a name with % or # would be another
+    place = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     array = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True, read=True).result()
     packed = array.spec().to_json()["metadata"]["compressor"] is not None
     return array.read().result() if packed or array.chunk_layout.read_chunk.shape == array.shape else array

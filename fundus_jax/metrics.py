@@ -8,16 +8,13 @@ the others do nothing. Neighbours: the loops log here; `report.py` reads the fil
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import math
-import os
 import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from fundus_jax import hosts
-from fundus_jax.files import write_atomic
+from fundus_jax.files import append_line, write_atomic
 from fundus_jax.records import ConfigError, DataError
 
 STAGES = ("data", "base", "sft", "grpo", "evaluate")
@@ -108,7 +105,7 @@ class Metrics:
             return
         numbers = {name: _number(value) for name, value in values.items()}
         line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), **numbers}
-        _append(self._file, _line(line))
+        append_line(self._file, _line(line))
         self._show(stage, step, numbers)
 
     def amend(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
@@ -268,15 +265,6 @@ class Progress:
 
 def _line(entry: Mapping[str, Any]) -> bytes:
     return (json.dumps(entry, allow_nan=False) + "\n").encode()
-
-
-def _append(file: FileIO, line: bytes) -> None:
-    """One unbuffered write. A disk that fills up may take a part of the line, which is taken back: the next
-    one must not follow it."""
-    written = file.write(line)
-    if written != len(line):
-        file.truncate(os.fstat(file.fileno()).st_size - written)
-        raise OSError(errno.ENOSPC, "there was no room for a whole line", str(file.name))
 
 
 def _number(value: Any) -> float | int | None:

@@ -18,7 +18,7 @@ from fundus_jax.models.qwen2_5_vl.params import table
 from fundus_jax.records import ConfigError
 from fundus_jax.sft import PATCH_ROOM
 from launch.chips import CHIPS, GIB, Chip, kind_of
-from launch.config import RunConfig, model_config
+from launch.config import RunConfig, model_config, undivided
 
 BUDGET = 0.9  # of a device's memory is planned for
 AGAIN = {"none": 0.0, "dots": 0.05, "block": 0.65}  # of a forward pass is computed twice, by the compiler
@@ -104,6 +104,8 @@ class Sizes:
     def lasting(self, fsdp: int, tensor: int) -> float:
         """Masters, moments, frozen weights, and the copy of what is trained that GRPO's reference is."""
         reference = "grpo" in self.stages and self.config.grpo.kl_coef
+        if not self.stages:  # nothing is trained: the weights, as they are read
+            return 4 * self.total / self.spread(fsdp, tensor)
         own = (12 + (2 if reference else 0)) * self.trained
         spread = self.spread(fsdp, tensor)
         # half of an adapter is whole over fsdp
@@ -200,9 +202,11 @@ def choose(config: RunConfig, devices: Sequence[Any], wanted: Collection[str] | 
     """
     name = f"{len(devices)} x {devices[0].device_kind}"
     stages = [stage for stage in config.trained if wanted is None or stage in wanted]
-    if devices[0].platform == "cpu" or not config.model:
+    only_data = wanted is not None and set(wanted) <= {"data"}
+    if devices[0].platform == "cpu" or not config.model or only_data:
         return _spread(config, stages, len(devices), name)
     chip, sizes = CHIPS[kind_of(devices[0].device_kind)], Sizes(config, model_config(config), stages)
+    chip = dataclasses.replace(chip, memory=memory(devices[0], chip))
     apart, tried = together(devices), []
     for groups in (apart,) if chip.platform == "tpu" else dict.fromkeys((apart, 1)):
         for tensor in TENSOR:
@@ -218,6 +222,16 @@ def choose(config: RunConfig, devices: Sequence[Any], wanted: Collection[str] | 
         f"planned) for {config.name}: {'; '.join(tried)}; use more chips, LoRA (lora.rank), no reference "
         "(grpo.kl_coef=0), shorter lengths, or batches that the devices divide"
     )
+
+
+def memory(device: Any, chip: Chip) -> float:
+    """GiB of the chip's memory; where the device has much less, as a part of a GPU (MIG) does, that."""
+    stats = getattr(device, "memory_stats", lambda: None)
+    try:
+        limit = (stats() or {}).get("bytes_limit", 0) * chip.devices / GIB
+    except RuntimeError:  # one to compile for, which is not there
+        limit = 0
+    return limit if 0 < limit < 0.8 * chip.memory else chip.memory
 
 
 def _spread(config: RunConfig, stages: Sequence[str], count: int, name: str) -> Choice:
@@ -266,6 +280,9 @@ def _fitting(
     batches = {stage: batches[stage] for stage in sizes.stages}
     if sizes.model.num_attention_heads % tensor:
         tried.append(f"{mesh} does not divide {sizes.model.num_attention_heads} heads")
+        return []
+    if narrow := undivided(sizes.model, fsdp):
+        tried.append(f"{mesh} does not divide {narrow}")
         return []
     if any(rows % parts for rows in batches.values()):
         tried.append(f"{mesh} does not divide {tuple(batches.values())} rows")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fundus_jax.evaluation import scores
+from fundus_jax.evaluation import paper, scores
 from fundus_jax.records import ConfigError
 
 FOLDERS = {"FunBench": "funbench", "Omni-Fundus": "omnimedvqa", "GMAI-Fundus": "gmai"}
@@ -83,7 +83,7 @@ def notes(rows: Mapping[str, Reports]) -> list[str]:
         for name, report in reports.items():
             published = report["published"]
             told = [f"extraction {published['extraction']}, {published['unparsed']} answers named no option"]
-            told += [f"PARTIAL: {reason}" for reason in report["partial"]]
             told += [f"no question of {group}" for group in published["lacking"]]
+            told += paper.notes_of(report)
             found.append(f"* {letter}, {name}: {'; '.join(told)}")
     return found

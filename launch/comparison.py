@@ -138,6 +138,8 @@ def row_of(workdir: Path, setup: Setup, reports: benchmarked.Reports) -> dict[st
     held_out = {
         f"{benchmark} {name}": _figure(entry.get("greedy"), path) for benchmark, name, path in COLUMNS
     }
+    if any(held_out[f"FunBench {level}"] is None for level in ("L1", "L2", "L3", "L4")):
+        held_out["Overall FunBench"] = None  # a mean of other levels
     more = {name: _figure(entry.get(kind), path) for kind, name, path in MORE}
     columns = [(benchmark, name) for benchmark, name, _ in COLUMNS]
     return {

@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # recipes import each
 
 from fundus_jax import hosts  # noqa: E402
 from fundus_jax.files import write_atomic  # noqa: E402
+from fundus_jax.models import exact  # noqa: E402
 from fundus_jax.records import ConfigError, DataError  # noqa: E402
 from launch import planning, scaling  # noqa: E402
 from launch.chips import parse_topology  # noqa: E402
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
             scaling.make(Path(values.table), values.only)
             return
         topology = parse_topology(values.topology)
+        exact(values.config.compute)
         stages = ("sft", "grpo") if values.stage == "all" else (values.stage,)
         plans = [
             planning.plan(values.config, topology, values.mesh, stage, hlo_folder=values.hlo)

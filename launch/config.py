@@ -112,8 +112,8 @@ class DataConfig:
 class EvaluateConfig:
     """How the policy is measured after each stage, on the test split.
 
-    questions: at most so many greedy questions (0: all). sampled: questions that are also answered `samples`
-    times at temperature 1, among `data.grpo_tasks`. batch: prompts decoded together; they take as
+    questions: at most so many greedy questions (0: all). sampled: questions (0: all) that are also answered
+    `samples` times at temperature 1, among `data.grpo_tasks`. batch: prompts decoded together; they take as
     much memory as as many of a GRPO step, with `samples` in the place of `grpo.group_size`, and where
     --mesh=auto plans the memory they are not more than it decodes together there. before: greedy questions
     for the policy before all training, where it is trained then.
@@ -255,8 +255,14 @@ def check_warmup(config: RunConfig, steps: Mapping[str, int]) -> None:
 
 def check_mesh(config: RunConfig, mesh: Mesh, stages: Collection[str]) -> None:
     """Raises ConfigError where the mesh does not divide the rows of a piece of a batch, or the slots, of one
-    of the training `stages`. Called before anything runs, and not when the stage begins."""
+    of the training `stages`, or the model's widths. Called before anything runs, and not when the stage
+    begins."""
     grpo = config.grpo
+    if stages and config.model and (narrow := undivided(model_config(config), mesh.shape["fsdp"])):
+        raise ConfigError(
+            f"fsdp:{mesh.shape['fsdp']} of the mesh does not divide {narrow} of the model, and every device "
+            "would hold all of its weights; change the mesh, or leave it to --mesh=auto"
+        )
     cut = {
         "base": [("base.batch", config.base.batch, 1)],
         "sft": [("sft.batch", config.sft.batch, config.sft.micro_batches)],
@@ -268,6 +274,12 @@ def check_mesh(config: RunConfig, mesh: Mesh, stages: Collection[str]) -> None:
     for stage in stages:
         for name, count, pieces in cut[stage]:
             training.check_rows(name, count, mesh, pieces)
+
+
+def undivided(model: Qwen2_5_VLConfig, fsdp: int) -> str:
+    """The widths that an fsdp axis cuts and does not divide, in words; "" where it divides them."""
+    widths = {"hidden_size": model.hidden_size, "vision hidden_size": model.vision.hidden_size}
+    return " and ".join(f"{name} {width}" for name, width in widths.items() if width % fsdp)
 
 
 def model_config(config: RunConfig) -> Qwen2_5_VLConfig:

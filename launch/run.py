@@ -27,6 +27,7 @@ from ml_collections import config_flags
 
 from fundus_jax import hosts, sharding, stop
 from fundus_jax.chat import LostError
+from fundus_jax.models import exact
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.report import write_report
 from fundus_jax.workdir import BusyError, Workdir
@@ -105,6 +106,7 @@ def run(
     config.validate()
     if stage in ("sft", "grpo") and stage not in names(config.stages):
         raise ConfigError(f"--stage={stage}, but --config.stages is {config.stages!r}, which leaves it out")
+    exact(config.compute)
     resolved = as_json(config)
     wanted = STAGES if stage == "all" else (stage,)
     if mesh_text == "auto":

@@ -70,6 +70,22 @@ def test_canonical(text: str, name: str | None) -> None:
     [
         ("The image shows microaneurysms and haemorrhages.", {MA, RH}, set()),
         ("No microaneurysms, haemorrhages or exudates.", set(), {MA, RH, HE}),
+        ("It shows microaneurysms and haemorrhages, and neovascularisation is not seen.", {MA, RH}, {NV}),
+        ("The image shows drusen, and haemorrhages are absent.", {"drusen"}, {RH}),
+        ("Microaneurysms, haemorrhages, and hard exudates are absent.", set(), {MA, RH, HE}),
+        (
+            "Microaneurysms without haemorrhages, hard exudates, and cotton-wool spots fit.",
+            {MA},
+            {RH, HE, CWS},
+        ),
+        (
+            "Microaneurysms without haemorrhages, hard exudates and cotton-wool spots fit.",
+            {MA},
+            {RH, HE, CWS},
+        ),
+        ("In the absence of microaneurysms, haemorrhages, and exudates it fits.", set(), {MA, RH, HE}),
+        ("Without haemorrhages, microaneurysms and exudates fit mild disease.", {MA, HE}, {RH}),
+        ("A haemorrhagic pigment epithelial detachment fits.", set(), set()),
         ("No microaneurysms, haemorrhages, or exudates are seen.", set(), {MA, RH, HE}),
         ("Microaneurysms without haemorrhages or exudates.", {MA}, {RH, HE}),
         ("There is an absence of drusen.", set(), {DR}),

@@ -123,3 +123,11 @@ def test_pieces_are_rows_of_about_one_size(
     assert [piece.stop - piece.start for (piece,) in found] == rows
     assert [index for (piece,) in found for index in range(shape[0])[piece]] == list(range(shape[0]))
     assert files.pieces((), 4) == [()]
+
+
+def test_a_path_is_no_address(tmp_path: Path) -> None:
+    """In one, %41 would be A, and what follows # or ? no part of the place."""
+    for name in ("a%41b", "a#b", "a?b"):
+        later.save_later(tmp_path / name, promised())
+        for key, value in VALUES.items():
+            assert np.array_equal(later.read(later.open_array(tmp_path / name, key)), value), name

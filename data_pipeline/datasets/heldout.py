@@ -92,7 +92,10 @@ def _paths(file: Path) -> list[str]:
 
 
 def _name(dataset: str, path: PurePosixPath | Path) -> str:
-    return "/".join(path.with_suffix("").parts[-PARTS.get(dataset, 1) :]).lower()
+    name = "/".join(path.with_suffix("").parts[-PARTS.get(dataset, 1) :]).lower()
+    # its wide-field photographs are numbered anew
+    wide = dataset == "deepdrid" and any("ultra-widefield" in part.lower() for part in path.parts)
+    return f"wide/{name}" if wide else name
 
 
 def moved(dataset: str, samples: Sequence[Sample], held: Mapping[str, frozenset[str]]) -> list[Sample]:

@@ -54,9 +54,14 @@ def _page(cache: Cache, title: str) -> list[Article]:
 
 def _ask(cache: Cache, query: dict) -> dict:
     address = f"{_INTERFACE}?{urlencode({**query, 'format': 'json'})}"
-    try:
-        return json.loads(cache.get(address))
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{address}: no JSON ({error})") from None
+
+    def read(body: bytes) -> dict:
+        try:
+            answer = json.loads(body)
+        except ValueError as error:
+            raise DataError(f"{address}: no JSON ({error})") from None
+        if not isinstance(answer, dict) or "query" not in answer:  # an error, such as too many requests
+            raise DataError(f"{address}: another answer ({str(answer)[:200]})")
+        return answer
+
+    return read(cache.get(address, check=read))

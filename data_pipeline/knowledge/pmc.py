@@ -9,6 +9,7 @@ Neighbours: `jats.py` reads the articles, `cache.py` keeps them.
 
 import json
 from collections.abc import Collection, Mapping
+from typing import Any
 from urllib.parse import urlencode
 
 from data_pipeline.knowledge import jats
@@ -93,11 +94,14 @@ def article(cache: Cache, number: str, licences: Collection[str], private: Mappi
     query = {"db": "pmc", "id": number, "retmode": "xml", "tool": TOOL}
     address = f"{_UTILITIES}/efetch.fcgi?{urlencode(query)}"
     name = f"PMC{number}"
-    body = cache.get(address, private)
-    try:
-        found = jats.read(body, name)
-    except DataError as error:
-        raise SkippedError("another answer", str(error)) from None
+
+    def read(body: bytes) -> Any:
+        try:
+            return jats.read(body, name)
+        except DataError as error:
+            raise SkippedError("another answer", str(error)) from None
+
+    found = read(cache.get(address, private, read))  # what is no answer of PMC is not kept
     if len(found) != 1:
         raise SkippedError("another answer", f"{name}: {len(found)} articles where one was asked for")
     [one] = found

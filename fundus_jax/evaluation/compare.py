@@ -26,7 +26,7 @@ from fundus_jax.evaluation import funbench_pair, scores
 from fundus_jax.evaluation.benchmarks import open_benchmark
 from fundus_jax.evaluation.extract import Mode
 from fundus_jax.evaluation.items import Selection
-from fundus_jax.evaluation.slices import DIAGNOSIS
+from fundus_jax.evaluation.slices import DIAGNOSIS, UNNAMED
 from fundus_jax.evaluation.table import line
 from fundus_jax.files import write_atomic
 from fundus_jax.records import ConfigError, DataError
@@ -64,8 +64,9 @@ def read(folder: Path) -> Lines:
 
 
 def disease(one: Mapping[str, Any]) -> str:
-    """The right answer to a question on the diagnosis; "" for others."""
-    return ", ".join(one["answers"]) if {one["level"], one["task"]} & set(DIAGNOSIS) else ""
+    """The right answer to a question on the diagnosis; "" for others, those on its risk or presence too."""
+    named = one["task"] not in UNNAMED and {one["level"], one["task"]} & set(DIAGNOSIS)
+    return ", ".join(one["answers"]) if named else ""
 
 
 def compare(
@@ -82,7 +83,7 @@ def compare(
     Keys:
         all, and by_modality, by_level, by_task, by_disease (name -> the same): first, second, difference
         (figures; n counts questions), gained and lost (questions whose majority of samples is right on one
-        side only), p (McNemar's exact test of these two counts). In all, by_level and by_task also funbench:
+        side only), p (`flip_test` of the flips, by patient). In all, by_level and by_task also funbench:
         first, second, difference of the score, by the reading of answers that accuracy rests on.
         published: FunBench's score by the rules of the mode `rules` alone (`funbench_pair.published`); None
         without `rules`.
@@ -116,7 +117,10 @@ def compare(
         }
         right = part > 0.5
         gained, lost = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
-        return found | {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+        nets = dict.fromkeys(units, 0)
+        for unit, before, after in zip(units, *right.tolist(), strict=True):
+            nets[unit] += after - before
+        return found | {"gained": gained, "lost": lost, "p": flip_test(list(nets.values()))}
 
     report: dict[str, Any] = {"partial": list(partial), "all": entry(range(len(ids)))}
     for group in GROUPS:
@@ -142,18 +146,23 @@ def _entry_at(report: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
     return report[("all", "by_level", "by_task")[len(place)]][place[-1]] if place else report["all"]
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """The chance of a split of the flips at least as uneven, if both ways were as likely (two-sided, exact).
+def flip_test(nets: Sequence[int]) -> float:
+    """The chance of a sum at least as far from 0, if each of `nets` had either sign as likely: exact.
 
-    >>> mcnemar(5, 0), mcnemar(3, 3)
-    (0.0625, 1.0)
+    nets: of each unit, a patient, the questions gained less those lost: several of one patient are no
+    independent evidence. Of units with one question each it is McNemar's exact test.
+
+    >>> flip_test([1] * 5), flip_test([1, 1, 1, -1, -1, -1]), flip_test([5])
+    (0.0625, 1.0, 1.0)
     """
-    flips, fewer = gained + lost, min(gained, lost)
-    term, tail = 1, 1  # binomials of `flips`, from 0 on
-    for k in range(fewer):
-        term = term * (flips - k) // (k + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**flips)
+    sizes = [abs(net) for net in nets if net]
+    reach = sum(sizes)
+    chance = np.zeros(2 * reach + 1)  # of the sums -reach, ..., reach
+    chance[reach] = 1.0
+    for size in sizes:
+        chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2  # nothing reaches the ends
+    far = abs(sum(nets))
+    return min(1.0, float(chance[np.abs(np.arange(-reach, reach + 1)) >= far].sum()))
 
 
 def _means(lines: Lines) -> dict[str, float]:

@@ -74,6 +74,10 @@ def choose(
         raise ConfigError(f"{title}: none of {len(keys)} images can be shown: {'; '.join(reasons)}")
     if selection.tasks:
         reasons.append(f"of its tasks only {', '.join(selection.tasks)}")
+    if selection.modalities:
+        reasons.append(f"of its modalities {', '.join(selection.modalities)}")
+    if selection.emode != 3:
+        reasons.append(f"asked in E-mode{selection.emode}, of questions that have it")
     chosen = len([item for item in read if not selection.tasks or item.task in selection.tasks])
     if len(asked) < chosen:
         reasons.append(f"{len(asked)} of {chosen} questions, drawn")

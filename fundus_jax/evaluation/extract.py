@@ -43,7 +43,7 @@ _PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _TAIL_TOKENS = 4
 # Only A to D, and no word boundary behind the letter: "the answer is Drusen" gives D. Both are upstream's.
 _PHRASE = re.compile(r"answer\s+is\s+\**([A-D])", re.IGNORECASE)
-_SEPARATOR = re.compile(r"[,;\n]|\band\b", re.IGNORECASE)
+_SEPARATOR = re.compile(r"[,;\n]|\band\b|(?<=\b[A-Z])\s*[&/]\s*(?=[A-Z]\b)", re.IGNORECASE)
 _MARK = re.compile(r"\(?([A-Z])(?:[.):]|$)")  # a letter in front of its text: "B.", "(B)", "B:"
 
 
@@ -156,7 +156,8 @@ def match_answers(response: str, options: Sequence[str]) -> tuple[str, ...] | No
 
     FunBench's reading of such answers (commas, semicolons, new lines and "and" separate; a piece is a letter,
     a letter with its text, an option text, or holds exactly one option text) without its last resort, the
-    nearest sentence embedding, and without its quirks. Pieces that name no option are ignored.
+    nearest sentence embedding, and without its quirks. A piece may lead in to a letter, its last word: "The
+    answers are A". Pieces that name no option are ignored.
     """
     answer = answer_text(response)
     whole = dialog.choose(answer, options)
@@ -172,8 +173,11 @@ def _piece(piece: str, options: Sequence[str]) -> str | None:
     if named is not None or not piece:
         return named
     mark = _MARK.match(piece)
-    letter = mark.group(1) if mark else piece.strip("().")
+    letter = mark.group(1) if mark else piece.strip("().*[]{}")
     if letter in (table := dialog.lettered(options)):
         return table[letter]
     inside = [option for option in options if _stands_in(piece.lower(), option, whole_words=True)]
-    return inside[0] if len(inside) == 1 else None
+    if inside:
+        return inside[0] if len(inside) == 1 else None
+    words = piece.translate(_PUNCTUATION).split()
+    return table.get(words[-1]) if words else None

@@ -23,7 +23,7 @@ from fundus_jax.evaluation.engines import Asking, Engine
 from fundus_jax.evaluation.items import Item
 from fundus_jax.evaluation.pictures import Images
 from fundus_jax.evaluation.report import Prediction
-from fundus_jax.files import write_atomic
+from fundus_jax.files import append_line, write_atomic
 from fundus_jax.records import ConfigError, DataError
 from fundus_jax.workdir import differences
 
@@ -92,7 +92,7 @@ class Journal:
         for number, answers in engine.answer(self.items, wanted, images, self.asking):
             self._append(self.items[number], answers)
             found[number] = answers
-        return found
+        return self.known() | found if self.shard[1] > 1 else found  # others may have gone on meanwhile
 
     def _append(self, item: Item, answers: Iterable[Prediction]) -> None:
         if not hosts.is_first():
@@ -100,7 +100,7 @@ class Journal:
         facts = [{name: getattr(one, name) for name in _FIELDS} for one in answers]
         line = json.dumps({"id": item.id, "answers": facts}, ensure_ascii=False) + "\n"
         with open(self.path, "ab", buffering=0) as file:
-            file.write(line.encode("utf-8", errors="replace"))
+            append_line(file, line.encode("utf-8", errors="replace"))
 
     def _claim(self, told: dict[str, Any]) -> None:
         """Write asked.json, or refuse where another evaluation stands there; mend the file of this host."""

@@ -114,6 +114,15 @@ def _value(published: Published | None, part: str) -> str:
     return f"**{value:.1f}** [{low:.1f}, {high:.1f}] n {figure['n']}"
 
 
+def notes_of(report: Mapping[str, Any]) -> list[str]:
+    """What has to be known of a report's scores beside others: why they are not of the whole benchmark, and
+    how its questions were asked."""
+    benchmark = report.get("benchmark", {})
+    unlike = benchmark.get("unlike", [])
+    asked = [f"asked with {' '.join(unlike)}"] if unlike else []
+    return [*(f"PARTIAL: {reason}" for reason in report["partial"]), *benchmark.get("notes", []), *asked]
+
+
 def _told(published: Published) -> list[str]:
     lines = [f"extraction {published['extraction']}: {published['unparsed']} answers named no option"]
     return lines + [f"no question of {part}" for part in published["lacking"]]
@@ -148,7 +157,7 @@ def of_folders(folders: Sequence[Path], name: str) -> str:
             )
             raise ConfigError(f"{folder} is {what}; give at most one of each of {', '.join(BENCHMARKS)}")
         measured[published["benchmark"]] = published
-        notes += [f"{published['benchmark']}: PARTIAL, {reason}" for reason in report["partial"]]
+        notes += [f"{published['benchmark']}: {note}" for note in notes_of(report)]
     return render(measured, name, notes)
 
 

@@ -33,8 +33,7 @@ def write(out: Path, predictions: Sequence[Prediction], report: Report, mode: Mo
     write_atomic(out / "report.txt", text_of(report))
     if report.get("published"):
         published = report["published"]
-        notes = [f"PARTIAL: {reason}" for reason in report["partial"]]
-        page = paper.render({published["benchmark"]: published}, "this run", notes)
+        page = paper.render({published["benchmark"]: published}, "this run", paper.notes_of(report))
         write_atomic(out / "paper.md", page)
     rows = vlmevalkit.rows(predictions)
     if len(rows) > 1:

@@ -12,6 +12,7 @@ Stopped, the same command goes on; --shard=i/n deals the questions out to n host
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from fundus_jax.evaluation.predict import Sampler
 from fundus_jax.evaluation.report import Prediction, Report, evaluate, outcome_of
 from fundus_jax.evaluation.results import text_of, write
 from fundus_jax.evaluation.served import PLAIN, Served
-from fundus_jax.models import load_pretrained, read_config
+from fundus_jax.models import exact, load_pretrained, read_config
 from fundus_jax.models.attention import backend_for
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import SPLITS, ConfigError, DataError, Findings
@@ -131,24 +132,29 @@ def _ask_and_write() -> None:
     mesh = parse_mesh(args.mesh)
     with jax.set_mesh(mesh):
         engine = _engine(args, mesh)
-        journal = Journal(Path(args.out), benchmark.items, engine.facts, asking, _shard(args.shard))
+        facts = engine.facts | {"pictures": _shown(selection)}
+        journal = Journal(Path(args.out), benchmark.items, facts, asking, _shard(args.shard))
         found = journal.ask(engine, benchmark)
     if len(found) < len(benchmark.items) and not _settled(journal, engine, found, args.allow_partial):
         return
     predictions = [one for index in sorted(found) for one in found[index]]
     votes = _votes(args.findings) if args.findings else None
-    scoring = {"mode": args.extraction, "seed": args.seed, "reader": reader, "votes": votes}
-    report = report_of(benchmark, predictions, **scoring)
     failures = {benchmark.items[index].id: reason for index, reason in engine.failures.items()}
-    if failures:
-        report["partial"].append(
-            f"{len(failures)} of {len(benchmark.items)} questions have no answer: {listed([*failures])}"
-        )
     notes, missing = list(benchmark.notes), list(benchmark.missing)
     told = {"name": benchmark.name, "notes": notes, "missing_images": missing, "unanswered": failures}
-    report["benchmark"] = {**told, "flags": given}
-    report["run"] = {"config": journal.hash, **engine.facts, "work": engine.work()}
-    write(Path(args.out), predictions, report, args.extraction)
+    unlike = [f"--{name}={given[name]}" for name in (*_PROMPT, *_LISTS) if given[name] != args[name].default]
+    told |= {"unlike": unlike, "flags": given}
+    run = {"config": journal.hash, **engine.facts, "work": engine.work()}
+    # the rules' report is there before a reader is asked, which may stay away or take hours
+    for readers in (None, reader) if reader else (None,):
+        scoring = {"mode": args.extraction, "seed": args.seed, "reader": readers, "votes": votes}
+        report = report_of(benchmark, predictions, **scoring)
+        report["benchmark"], report["run"] = told, run
+        if failures:
+            report["partial"].append(
+                f"{len(failures)} of {len(benchmark.items)} questions have no answer: {listed([*failures])}"
+            )
+        write(Path(args.out), predictions, report, args.extraction)
     print(f"{text_of(report)}written to {args.out}")  # the command's result; progress goes to the log
 
 
@@ -156,6 +162,7 @@ def _engine(args: Any, mesh: Mesh) -> Engine:
     """The engine that the flags name."""
     facts = {"model": identity(args.model), "versions": {"fundus_jax": __version__, "jax": jax.__version__}}
     if not args.server:
+        exact(args.dtype)
         model, processor = load_pretrained(args.model, dtype=args.dtype, mesh=mesh)
         attention = backend_for(mesh.devices.flat[0].platform)
         model.options = dataclasses.replace(model.options, attention=attention)
@@ -174,6 +181,12 @@ def _engine(args: Any, mesh: Mesh) -> Engine:
         fields = json.loads(args.server_fields)
     except ValueError as error:
         raise ConfigError(f"--server_fields={args.server_fields!r} is no JSON object: {error}") from None
+    ours = {"model", "messages", "n"}
+    if not isinstance(fields, dict) or ours & fields.keys():
+        raise ConfigError(
+            f"--server_fields={args.server_fields!r} must be a JSON object ({{}} says nothing) without "
+            f"{', '.join(sorted(ours))}"
+        )
     return Served(
         config,
         Processor.from_pretrained(args.model),
@@ -182,6 +195,13 @@ def _engine(args: Any, mesh: Mesh) -> Engine:
         logprobs=args.server_logprobs,
         facts=facts,
     )
+
+
+def _shown(selection: Selection) -> dict[str, Any]:
+    """In what size and from where in the originals the pictures are shown."""
+    crops = Path(selection.preprocess)
+    digest = hashlib.sha256(crops.read_bytes()).hexdigest() if crops.is_file() else ""
+    return {"side": selection.side, "preprocess": digest}
 
 
 def _votes(folder: str) -> dict[str, Findings]:
@@ -209,7 +229,10 @@ def _settled(journal: Journal, engine: Engine, found: Mapping[int, Any], allow_p
             "alone, or go on without with --allow_partial"
         )
     if lacking:
-        print(f"{len(found)} of {len(journal.items)} questions are answered; other shards have the others")
+        print(
+            f"{len(found)} of {len(journal.items)} questions are answered; the report is written by whoever "
+            "finds all: when the other shards have ended, give the command once more, without --shard"
+        )
     return not lacking
 
 

@@ -105,7 +105,11 @@ _TOKEN = re.compile(r"[^\W\d_]+(?:['’]t)?|[&/]+|(?:[,;!?\n]|\.(?!\d))+")
 _WORD = ("word", "", 1)  # what is not in the trie
 
 # Words that contain a finding's name and mean a disease or normal anatomy.
-_NO_FINDING = ("choroidal neovascularisation", "macular neovascularisation")
+_NO_FINDING = (
+    "choroidal neovascularisation",
+    "macular neovascularisation",
+    "haemorrhagic pigment epithelial detachment",
+)
 
 _ABBREVIATIONS = frozenset(item for row in FINDINGS.values() for item in row.abbreviations)
 
@@ -206,7 +210,8 @@ class _Scope:
     found: list[Mention] = field(default_factory=list)
     items: list[tuple[tuple[str, int, int], str]] = field(default_factory=list)
     cue: str = ""  # "", "deny" or "deny before": what opened the negation that `items` stands under
-    joined: str = ""  # "", "comma", "and" or "or": what came since the last finding
+    joined: str = ""  # "", "comma", "and", "comma and" or "or": what came since the last finding
+    subject: bool = False  # whether the clause named something before the negation
     touching: bool = False  # whether nothing but joints came since the last finding or cue
 
     def read(self, kind: str, value: str, start: int, end: int) -> None:
@@ -220,7 +225,7 @@ class _Scope:
         if kind in ("and", "or"):
             if value == "nor" and not self.cue:
                 self._deny("deny")
-            self.joined = kind
+            self.joined = "comma and" if (self.joined, kind) == ("comma", "and") else kind
             return
         if kind in ("deny", "deny before"):
             self._deny(kind)
@@ -240,21 +245,26 @@ class _Scope:
         self.touching = False
 
     def _deny(self, cue: str) -> None:
+        subject = bool(self.items) and not self.cue
         self.end()
-        self.cue, self.touching = cue, True
+        self.cue, self.touching, self.subject = cue, True, subject
 
     def end(self) -> None:
         """The clause is over: its items count as what they stand under."""
         self._settle(len(self.items), denied=bool(self.cue))
-        self.cue, self.joined = "", ""
+        self.cue, self.joined, self.subject = "", "", False
 
     def _settle(self, count: int, *, denied: bool) -> None:
         self.found += [Mention(*place, denied) for place, _ in self.items[:count]]
         del self.items[:count]
 
     def _flip(self) -> None:
-        """Denies the list before "are absent"; of a list without "and", only what follows the last comma."""
-        if self.items and not self.cue and all(joint == "comma" for _, joint in self.items[1:]):
+        """Denies the list before "are absent"; of a list without "and", only what follows the last comma. In
+        "X and Y, and Z is absent" the last comma begins another clause; in "X, Y, and Z" it does not."""
+        joints = [joint for _, joint in self.items[1:]]
+        *before, last = joints or [""]
+        clause = last == "comma and" and "comma" not in before
+        if self.items and not self.cue and (clause or all(joint == "comma" for joint in joints)):
             self._settle(len(self.items) - 1, denied=False)
         was_empty = not self.items
         self.cue = "deny"
@@ -262,11 +272,14 @@ class _Scope:
             self.end()
 
     def _end_list(self) -> None:
-        """A verb ends a denied list. In "without X, Y fits" it ended at the comma, and Y is the subject."""
+        """A verb ends a denied list. In "without X, Y fits" it ended at the comma, and Y is the subject; not
+        so in "without X, Y, and Z", nor where the clause has one already: "W without X, Y and Z fits"."""
         if not self.cue or not self.items:
             return
         joints = [joint for _, joint in self.items[1:]]
-        one_list = "or" in joints or (self.cue == "deny" and "and" in joints)
+        joined = "and" in joints or "comma and" in joints
+        one_list = "or" in joints or (joined and (self.cue == "deny" or self.subject))
+        one_list = one_list or joints[-1:] == ["comma and"]
         if self.touching and not one_list and "comma" in joints:
             self._settle(joints.index("comma") + 1, denied=True)
             self.cue = ""

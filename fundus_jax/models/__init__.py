@@ -1,5 +1,5 @@
 """Models: `load_pretrained` and `save_pretrained` for any Hugging Face directory of a known family."""
 
-from fundus_jax.models.registry import load_pretrained, read_config, save_adapter, save_pretrained
+from fundus_jax.models.registry import exact, load_pretrained, read_config, save_adapter, save_pretrained
 
-__all__ = ["load_pretrained", "read_config", "save_adapter", "save_pretrained"]
+__all__ = ["exact", "load_pretrained", "read_config", "save_adapter", "save_pretrained"]

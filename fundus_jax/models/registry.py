@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from fundus_jax.models import weights
@@ -20,6 +21,13 @@ from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError
 
 FAMILIES = {"qwen2_5_vl": (Qwen2_5_VLConfig, qwen2_5_vl, Processor)}
+
+
+def exact(dtype: str) -> None:
+    """Let products of float32 be float32 where a program computes in `dtype` "float32": accelerators would
+    take bfloat16 (TPU) or TF32 (GPU) for them. On a CPU nothing changes."""
+    if dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def read_config(hf_dir: str | Path) -> Qwen2_5_VLConfig:
@@ -53,8 +61,11 @@ def load_pretrained(
     misshapen.
     """
     config = read_config(hf_dir)
-    _, params, processor = FAMILIES["qwen2_5_vl"]
-    return params.load(hf_dir, config, dtype, mesh), processor.from_pretrained(hf_dir)
+    _, params, processor_kind = FAMILIES["qwen2_5_vl"]
+    processor = processor_kind.from_pretrained(hf_dir)
+    if not config.eos_ids:  # then both know the end from the tokenizer
+        config = config.ending_with(processor.eos_ids)
+    return params.load(hf_dir, config, dtype, mesh), processor
 
 
 def save_pretrained(model: Qwen2_5_VL, processor: Processor, out_dir: str | Path) -> Path:
@@ -69,6 +80,7 @@ def save_pretrained(model: Qwen2_5_VL, processor: Processor, out_dir: str | Path
             "eos_token_id": list(model.config.eos_ids),
             "pad_token_id": processor.pad_id,
             "do_sample": False,
+            "temperature": 1e-6,  # as in Qwen's own: vLLM reads this one, and samples at 1 without it
         }
         weights.write_json(scratch / "generation_config.json", generation)
         processor.save_pretrained(scratch)

@@ -85,6 +85,18 @@ def test_two_parts_find_what_one_run_finds(folders: tuple[Path, Path], looked: P
         assert (tmp_path / name).read_bytes() == (looked / name).read_bytes()
 
 
+def test_pictures_that_have_other_names_now_are_paired_anew(tmp_path: Path) -> None:
+    """Equal pictures, asked about otherwise, have another first question, and that is their name."""
+    source = mini_idrid.write(tmp_path / "idrid")
+    for name, tasks in (("first", {"disease": 1.0}), ("second", {"modality": 1.0})):
+        ingest.run("idrid", source, tmp_path / name, partial_copy=True, tasks=tasks, benchmarks=[])
+        (tmp_path / "examples").unlink(missing_ok=True)
+        (tmp_path / "examples").symlink_to(tmp_path / name, target_is_directory=True)
+        decontaminate.look([tmp_path / "examples"], tmp_path / "looked")
+        told = rows(tmp_path / "looked" / "pairs.tsv")
+        assert all(one[side].endswith("/" + [*tasks][0]) for one in told for side in "ab"), told
+
+
 def test_what_another_part_made_of_an_older_picture_is_not_taken(tmp_path: Path) -> None:
     """The prints, and then the pairs, of the other part are of the picture that stood here before."""
     ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "out"

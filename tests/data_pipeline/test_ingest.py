@@ -13,7 +13,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from data_pipeline import images, ingest, jobs, manifest
+from data_pipeline import files, images, ingest, jobs, manifest
 from data_pipeline.datasets.phantom_source import PhantomConfig
 from fundus_jax.records import ConfigError, DataError, Example
 from tests.data_pipeline import mini_idrid
@@ -203,3 +203,14 @@ def test_real_idrid(tmp_path, shared_data):
     assert len({one.image for one in found if one.task == "disease"}) > 60
     small = {picture(out, one).size for one in found}
     assert small == {(224, 149)}
+
+
+def test_a_full_disk_is_one_by_its_number(tmp_path):
+    """The library of the images says it in words; `files.room` makes one line of the number."""
+
+    class Full:
+        def write(self, data):
+            raise RuntimeError("write() failed: No space left on device; writing")
+
+    with pytest.raises(ConfigError, match="the disk is full.*make room"), files.room(tmp_path):
+        ingest._write(Full(), b"image", tmp_path)

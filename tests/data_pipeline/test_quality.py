@@ -9,7 +9,7 @@ from data_pipeline.composing import Case, compose
 from data_pipeline.pixels import from_masks
 from data_pipeline.quality import check
 from data_pipeline.votes import merged
-from data_pipeline.writer import RuleWriter
+from data_pipeline.writer import SEVERE, RuleWriter
 from fundus_jax import findings
 from fundus_jax.findings import vocabulary
 from fundus_jax.grpo.judge import Request, RulesJudge
@@ -69,6 +69,33 @@ def test_a_free_text_of_another_writer_passes_too() -> None:
 )
 def test_each_fault_in_the_text_is_found(kind: str, think: str) -> None:
     assert kind in kinds(check(example(), FOUND, MODERATE, think, "Moderate NPDR"))
+
+
+def test_the_conclusion_is_no_evidence() -> None:
+    """Drusen are a finding and a label: who only says that the answer is Drusen has seen none."""
+    one = example(answer="Drusen", options=("Normal", "Drusen"), modality="OCT")
+    found = replace(FOUND, present=("drusen",), searched=None)
+    known = NOTES["Drusen", "OCT"]
+    bare = check(one, found, known, "The layers look even. So the answer is Drusen.", "Drusen")
+    assert kinds(bare) == {quality.OMITTED, quality.KNOWLEDGE}
+    seen = "The image shows drusen. Drusen fit the label Drusen. So the answer is Drusen."
+    assert check(one, found, known, seen, "Drusen") == ()
+
+
+def test_severe_disease_from_votes_alone() -> None:
+    """Votes say no spread: the rule writer names what the note requires, and the check takes it."""
+    seen = ("haemorrhage", "microaneurysm")
+    found = Findings(example="made/0", present=seen, votes=dict.fromkeys(seen, 5), n=5, origin="votes")
+    trace = compose(example(answer=SEVERE), found, NOTES[SEVERE, "CFP"], RuleWriter())
+    assert trace.kept, trace.reasons
+    assert "aemorrhages" in trace.think.split(". ")[1]
+
+
+def test_masks_that_do_not_reach_severe_disease_are_not_asked_about() -> None:
+    case = masked(SEVERE, "haemorrhage", "microaneurysm")
+    assert not written(case).kept
+    assert not trace_server._possible(case), "no text could pass"
+    assert trace_server._possible(voted(case, "venous beading"))
 
 
 def test_each_fault_in_the_records_is_found() -> None:

@@ -49,7 +49,7 @@ def test_answers_and_options(modality):
     assert found["dr_grade"].options == ("No DR", "Mild NPDR", "Moderate NPDR", "Severe NPDR", "PDR")
     if modality != "OCT":
         assert found["laterality"].answer == "Right eye"
-    few = asked(sample(modality=modality, labels={"disease": "Normal"}), diseases=("Normal", "PDR"))
+    few = asked(sample(modality=modality, labels={"disease": "Normal"}), diseases={"Normal": 3, "PDR": 1})
     assert few["disease"].options == ("Normal", "PDR")
 
 
@@ -88,7 +88,28 @@ def test_diseases_of_images_with_several_are_asked_for_in_equal_numbers():
 
 def test_labels_outside_the_options_stop():
     with pytest.raises(ConfigError, match="disease is 'Glaucoma', which is not among the options"):
-        asked(sample(labels={"disease": "Glaucoma"}), diseases=("Normal", "PDR"))
+        asked(sample(labels={"disease": "Glaucoma"}), diseases={"Normal": 3, "PDR": 1})
+
+
+def test_the_options_do_not_say_which_is_right():
+    """Of 40 diseases, one of them a third of all answers: who takes the most frequent of the options offered
+    is not much better than chance, and the frequent one is offered nearly always."""
+    often = {"Normal": 400, **{f"disease {i:02d}": 1 + 800 // (i + 2) ** 2 for i in range(39)}}
+    answers = [name for name, count in often.items() for _ in range(count)]
+    drawn = [
+        asked(sample(f"k{i}", labels={"disease": answer}), {"disease": 1}, diseases=often)["disease"]
+        for i, answer in enumerate(answers)
+    ]
+    assert all(len(one.options) == questions.DRAWN and one.answer in one.options for one in drawn)
+    assert all(list(one.options) == sorted(one.options, key=list(often).index) for one in drawn)
+    guessed = sum(max(one.options, key=often.__getitem__) == one.answer for one in drawn) / len(drawn)
+    assert guessed < 0.45, "0.2 is chance; with others drawn alike it is 0.8"
+    offered = [one for one in drawn if "Normal" in one.options]
+    assert len(offered) > 0.8 * len(drawn)
+    never = asked(sample(labels={"disease": "Normal"}), {"disease": 1}, diseases=often | {"never": 0})[
+        "disease"
+    ]
+    assert "never" not in never.options
 
 
 @pytest.mark.parametrize("tasks", [{}, {"age": 1.0}, {"disease": -1.0}, {"disease": float("nan")}])

@@ -283,6 +283,28 @@ def test_eyewiki_with_permission(tmp_path, monkeypatch) -> None:
     assert {one.metadata["licence"] for one in found.documents} == {eyewiki.LICENCE}
 
 
+def test_an_error_of_the_site_is_not_kept(tmp_path, monkeypatch) -> None:
+    """MediaWiki says "too many requests" with status 200; asked again, it answers."""
+    busy = [True]
+
+    def handle(connection, request) -> None:
+        page = {"ns": 0, "pageid": 7, "title": "Drusen", "extract": "Made-up words about drusen. " * 9}
+        told = {"query": {"search": [page], "pages": {"7": page}}}
+        if busy:
+            told = {"error": {"code": "ratelimited"}}
+        connection.sendall(answer(json.dumps(told).encode()))
+
+    stated = f"{eyewiki.PERMISSION}: letter to the lab, 2026-11-01"
+    settings = config(tmp_path, sources="eyewiki", eyewiki_permission=stated)
+    with Server(handle) as server:
+        monkeypatch.setattr(eyewiki, "_INTERFACE", f"https://{eyewiki.HOST}:{server.port}/w/api.php")
+        with pytest.raises(DataError, match="another answer .*ratelimited"):
+            gather(settings, PAIRS, lambda _: server.fetcher())
+        assert not list((tmp_path / "cache").rglob("*.json"))
+        busy.clear()
+        assert gather(settings, PAIRS, lambda _: server.fetcher()).documents
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import operator
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fundus_jax.evaluation import compare as module
 from fundus_jax.evaluation.benchmarks import PhantomBenchmark
-from fundus_jax.evaluation.compare import compare, evaluations, mcnemar, read
+from fundus_jax.evaluation.compare import compare, evaluations, flip_test, read
 from fundus_jax.evaluation.items import Selection
 from fundus_jax.evaluation.report import evaluate
 from fundus_jax.evaluation.results import write
@@ -69,13 +72,31 @@ def test_samples_of_a_question_count_with_their_mean(runs: tuple[Path, Path]) ->
     assert found["flips"]["gained"] == []  # a half is no majority
 
 
-def test_mcnemar_against_counting() -> None:
+def test_flips_of_single_questions_are_tested_as_mcnemar_does() -> None:
     for gained in range(9):
         for lost in range(9):
             flips = gained + lost
             tail = sum(math.comb(flips, k) for k in range(min(gained, lost) + 1)) / 2**flips
-            assert mcnemar(gained, lost) == pytest.approx(min(1.0, 2 * tail))
-    assert mcnemar(5, 0) == 0.0625
+            assert flip_test([1] * gained + [-1] * lost + [0] * 3) == pytest.approx(min(1.0, 2 * tail))
+    assert flip_test([1] * 5) == 0.0625
+
+
+def test_flips_of_one_patient_are_one_piece_of_evidence() -> None:
+    """Against all choices of signs, written out."""
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        nets = random.integers(-4, 5, random.integers(0, 9)).tolist()
+        sums = [sum(map(operator.mul, signs, nets)) for signs in itertools.product((1, -1), repeat=len(nets))]
+        far = sum(abs(one) >= abs(sum(nets)) for one in sums) / len(sums)
+        assert flip_test(nets) == pytest.approx(far)
+    assert flip_test([10, 10]) == 0.5, "twenty questions of two patients"
+
+
+def test_patients_are_the_units_of_the_test(runs: tuple[Path, Path]) -> None:
+    first, second = (read(run) for run in runs)
+    together = [[{**one, "unit": "one patient"} for one in side] for side in (first, second)]
+    assert compare(*together)["all"]["p"] == 1.0
+    assert compare(first, second)["all"]["p"] <= 1.0
 
 
 def test_what_can_not_be_compared_is_refused(runs: tuple[Path, Path]) -> None:

@@ -91,6 +91,18 @@ def test_hosts_share_the_questions(tmp_path: Path) -> None:
         ask(tmp_path, Echo(), shard=(3, 3))
 
 
+def test_hosts_that_ask_at_the_same_time_find_each_others_answers(tmp_path: Path) -> None:
+    """The first to end lacks some; the last one, which began with it, has all."""
+    first, second = (Journal(tmp_path, ITEMS, FACTS, ASKING, shard=(number, 2)) for number in range(2))
+
+    class Waiting(Echo):
+        def answer(self, *args: Any) -> Iterator[tuple[int, list[Prediction]]]:
+            yield from super().answer(*args)
+            assert len(first.ask(Echo(), Pictures(lambda _: picture(1)))) == 7, "the other one ends meanwhile"
+
+    assert len(second.ask(Waiting(), Pictures(lambda _: picture(1)))) == 7
+
+
 def test_what_has_no_answer_is_asked_again(tmp_path: Path) -> None:
     assert sorted(ask(tmp_path, Echo(mute=[2, 4]))) == [0, 1, 3, 5, 6]
     again = Echo()

@@ -45,7 +45,7 @@ def test_our_row_stands_apart_in_the_columns_of_the_paper(tmp_path: Path) -> Non
     write(tmp_path / "omni", omni(), report)
     page = (tmp_path / "omni" / "paper.md").read_text()
     assert page == paper.of_folders([tmp_path / "omni"], "this run").replace(
-        "Omni-Fundus: PARTIAL,", "PARTIAL:"
+        "Omni-Fundus: PARTIAL:", "PARTIAL:"
     )
     lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     head = next(line for line in lines if "L1" in line)

@@ -118,6 +118,48 @@ def test_the_seconds_are_products_and_traffic() -> None:
     assert numbers.seconds(cuts(8, 4, 16, 8), "none", (2, 8, 1), chip) > one, "gradients cross the network"
 
 
+def test_an_axis_that_does_not_divide_the_widths_is_not_taken() -> None:
+    """Six GPUs: 2048 and 1280 are no multiples of 6, and every device would hold all weights."""
+    config = fundus_r1_3b.get_config()
+    config.sft.batch, config.grpo.prompts_per_step = 60, 120
+    with pytest.raises(
+        ConfigError, match="fsdp:6,tensor:1 does not divide hidden_size 2048 and vision hidden_size"
+    ):
+        choose(config, "NVIDIA H100 80GB HBM3", 6)
+    devices = np.asarray(machine("cpu", 6), dtype=object).reshape(1, 6, 1)
+    with pytest.raises(ConfigError, match="fsdp:6 of the mesh does not divide hidden_size 2048 and vision"):
+        check_mesh(config, Mesh(devices, sharding.AXES), ("sft",))
+    check_mesh(config, Mesh(devices, sharding.AXES), ())  # data and export take any
+
+
+def test_what_trains_nothing_needs_its_weights_alone() -> None:
+    config = fundus_r1_7b.get_config()
+    with pytest.raises(ConfigError, match="finds no mesh"):
+        choose(config, "NVIDIA H200", 1)
+    for stage in ("evaluate", "export"):
+        choice = auto.choose(config, machine("NVIDIA H200", 1), (stage,))
+        assert choice.estimate_gib is not None
+        assert 28 < choice.estimate_gib < 100
+    assert auto.choose(config, machine("NVIDIA A100", 3), ("data",)).estimate_gib is None
+
+
+def test_a_part_of_a_gpu_has_its_own_memory() -> None:
+    """A MIG slice has the name of the whole; a run claims 95 % of a whole one."""
+
+    @dataclass(frozen=True)
+    class Part(Device):
+        limit: float = 0
+
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": int(self.limit * 2**30)}
+
+    config = fundus_r1_3b.get_config("lora")
+    usual = auto.choose(config, machine("NVIDIA H100 80GB HBM3", 8))
+    assert auto.choose(config, [Part(i, limit=75.1) for i in range(8)]).memory_gib == usual.memory_gib
+    with pytest.raises(ConfigError, match=r"\(9\.5 GiB"):
+        auto.choose(config, [Part(i, "NVIDIA H100 80GB HBM3 MIG 1g.10gb", limit=9.5) for i in range(1)])
+
+
 def test_adapters_need_less() -> None:
     config = fundus_r1_7b.get_config()
     with pytest.raises(

@@ -98,6 +98,17 @@ class Qwen2_5_VLConfig:
     extras: str = "{}"
 
     def __post_init__(self) -> None:
+        vision = self.vision
+        counts = {name: getattr(self, name) for name in TEXT_FIELDS if name != "rms_norm_eps"}
+        counts |= {"vision num_heads": vision.num_heads, "vision depth": vision.depth}
+        wrong = [f"{name} {value!r}" for name, value in counts.items() if type(value) is not int or value < 1]
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)}: these must be whole numbers from 1")
+        if vision.hidden_size % (4 * vision.num_heads):
+            raise ConfigError(
+                f"vision hidden_size {vision.hidden_size} must be a multiple of 4 x num_heads "
+                f"{vision.num_heads}"
+            )
         channels, rest = divmod(self.hidden_size, self.num_attention_heads)
         if rest or self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -135,8 +146,21 @@ class Qwen2_5_VLConfig:
     def from_hf(cls, raw: dict[str, Any]) -> Qwen2_5_VLConfig:
         """Parse the dictionary of a config.json, flat or nested.
 
-        Raises ConfigError naming the fields that are missing or ask for what this port does not compute.
+        Raises ConfigError naming the fields that are missing or ask for what this port does not compute, and
+        for one of another type than the hub's.
         """
+        try:
+            return cls._from_hf(raw)
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"config.json has a field of another type than the hub's ({error}); use the checkpoint's "
+                "own file"
+            ) from error
+
+    @classmethod
+    def _from_hf(cls, raw: dict[str, Any]) -> Qwen2_5_VLConfig:
         if raw.get("model_type") != "qwen2_5_vl":
             raise ConfigError(
                 f"config.json has model_type {raw.get('model_type')!r}; this port reads 'qwen2_5_vl'"

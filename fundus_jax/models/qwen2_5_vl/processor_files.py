@@ -15,7 +15,7 @@ from typing import Any
 
 from fundus_jax.models.qwen2_5_vl.images import ImageConfig
 from fundus_jax.models.weights import read_json
-from fundus_jax.records import ConfigError
+from fundus_jax.records import ConfigError, DataError
 
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -42,13 +42,19 @@ class ProcessorFiles:
 def read_files(hf_dir: Path) -> ProcessorFiles:
     """Read all but the vocabulary. Raises ConfigError without image settings, DataError for bad JSON."""
     config = _optional(hf_dir / "config.json")
-    window = config.get("vision_config", {}).get("window_size", ImageConfig.window_size)
+    window = (config.get("vision_config") or {}).get("window_size", ImageConfig.window_size)
     eos = _optional(hf_dir / "generation_config.json").get("eos_token_id")
     template = _text(hf_dir / "chat_template.jinja")
     if template is None:
         template = _optional(hf_dir / "chat_template.json").get("chat_template")
+    try:
+        image = ImageConfig.from_hf(_image_settings(hf_dir), window_size=window)
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{hf_dir}: image settings of another form than the hub's ({error})") from error
     return ProcessorFiles(
-        image=ImageConfig.from_hf(_image_settings(hf_dir), window_size=window),
+        image=image,
         image_token_id=config.get("image_token_id"),
         chat_template=template,
         eos_ids=None if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
@@ -65,7 +71,10 @@ def _image_settings(hf_dir: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -82,7 +91,12 @@ def load_tokenizer(hf_dir: Path) -> Any:
         raise ConfigError(
             f"{hf_dir} has neither tokenizer.json nor vocab.json; give a Hugging Face directory"
         )
-    tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+        _optional(hf_dir / name)  # what is broken is named
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DataError(f"{hf_dir} has no tokenizer that can be read: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ConfigError(
             f"{hf_dir}: {type(tokenizer).__name__} is not a fast tokenizer; add a tokenizer.json"
@@ -104,7 +118,8 @@ def write_files(directory: Path, tokenizer: Any, tokenizer_config: str | None, i
             (Path(scratch) / "tokenizer_config.json").write_text(tokenizer_config, encoding="utf-8")
         settings = json.dumps(image.to_hf(), indent=2) + "\n"
         (Path(scratch) / "preprocessor_config.json").write_text(settings, encoding="utf-8")
-        for path in sorted(Path(scratch).iterdir()):
+        # a folder of further templates is left: tokenizer_config.json has them all
+        for path in sorted(one for one in Path(scratch).iterdir() if one.is_file()):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             path.replace(directory / path.name)

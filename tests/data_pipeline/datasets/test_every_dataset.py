@@ -68,14 +68,14 @@ def test_what_is_listed_keeps_the_contract(name, minis):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_names_the_tasks_that_can_be_asked(name, minis):
     found = [base.annotated(one) for one in listed(name, minis[name])]
-    asked = questions.ask(found, ALL_TASKS, diseases=registry.diseases(name))
+    asked = questions.ask(found, ALL_TASKS, diseases=dict.fromkeys(registry.diseases(name), 1))
     assert {one.task for about in asked for one in about} == set(registry.row(name).tasks)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_builder_reads_is_asked_for(name, minis):
     """Each label alone gives a question at the rates of `ingest`, and so do several diseases."""
-    found, diseases = listed(name, minis[name]), registry.diseases(name)
+    found, diseases = listed(name, minis[name]), dict.fromkeys(registry.diseases(name), 1)
     many = {task: max(1.0, rate) for task, rate in ingest.TASKS.items()}
     for task in {task for one in found for task in one.labels} - NOT_ASKED.keys():
         stated = next(one for one in found if task in one.labels)

@@ -1,12 +1,14 @@
 """Images that benchmarks use leave the training split, with all others of their patients."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_pipeline import ingest, jobs
 from data_pipeline.datasets import heldout, registry
+from data_pipeline.datasets.base import Sample
 from fundus_jax.records import ConfigError, DataError, Example
 from fundus_jax.workdir import Workdir
 from launch import stages
@@ -48,6 +50,16 @@ def test_names_of_both_benchmarks(tmp_path):
     (omni / "DR.json").write_text("{")
     with pytest.raises(DataError, match="DR.json: not JSON"):
         heldout.names([omni])
+
+
+def test_wide_photographs_are_numbered_apart(tmp_path):
+    """DeepDRiD counts its ultra-widefield patients anew: 58 there is not 58 of the regular ones."""
+    held = heldout.names([funbench(tmp_path, "DeepDRiD/ultra-widefield_images/u/58/58_l2.jpg")])
+    assert held == {"deepdrid": {"wide/58_l2"}}
+    one = Sample(key="", image=b"", split="train", patient="", modality="CFP")
+    paths = ("regular_fundus_images/r/Images/58/58_l2.jpg", "ultra-widefield_images/u/Images/58/58_l2.jpg")
+    samples = [replace(one, key=path, patient=path, image=tmp_path / path) for path in paths]
+    assert [sample.split for sample in heldout.moved("deepdrid", samples, held)] == ["train", "test"]
 
 
 CASES = {  # data set -> a path in a benchmark, the keys of its patient

@@ -138,6 +138,15 @@ def test_values_that_are_not_named_are_those_of_transformers() -> None:
         ({"vision_config": {"patch_size": [14, 14]}}, r"patch_size \[14, 14\]"),
         ({"vision_config": {"rope_parameters": {"rope_type": "yarn"}}}, "yarn"),
         ({"vision_config": {"out_hidden_size": 32}}, "out_hidden_size 32"),
+        ({"vision_config": {"num_heads": 7}}, "multiple of 4 x num_heads 7"),
+        ({"vision_config": {"num_heads": 0}}, "vision num_heads 0: these must be whole numbers from 1"),
+        ({"vision_config": {"fullatt_block_indexes": None}}, "another type than the hub's"),
+        ({"num_attention_heads": 0}, "another type than the hub's"),
+        ({"hidden_size": "2048"}, "another type than the hub's"),
+        ({"num_hidden_layers": None}, "num_hidden_layers None: these must be whole numbers"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1: these must be whole numbers"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": None}}, "another type than the hub's"),
+        ({"rope_theta": "x", "rope_scaling": {"mrope_section": [2, 3, 3]}}, "another type than the hub's"),
     ],
 )
 def test_what_is_not_computed_is_refused(change: dict[str, Any], message: str) -> None:
