@@ -170,14 +170,24 @@ class Sizes:
         return seconds
 
     def rollout(self, rows: int, fsdp: int, tensor: int) -> float:
-        """The policy and the sampler's weights, and the keys and values of `rows` prompts and their
-        responses."""
+        """The policy, the keys and values of `rows` prompts and their responses, and the larger of two: the
+        sampler's weights, gathered, with which it decodes; and what reading the prompts takes, all at once: a
+        second copy of their keys and values, what a layer computes with, and the pixels. The last is fitted
+        to the compiler's figures for one H200 (docs/log.md)."""
         model, grpo = self.model, self.config.grpo
         positions = self.config.max_prompt + grpo.group_size * grpo.max_new_tokens
         heads = model.num_key_value_heads / (1 if model.num_key_value_heads % tensor else tensor)
-        cache = 2 * 2 * model.num_hidden_layers * heads * model.head_dim * positions
-        weights = 2 * self.total / self.spread(1, tensor) + 2 * self.trained / self.spread(fsdp, tensor)
-        return weights + rows * cache + 4 * rows * grpo.group_size * model.vocab_size
+        token = 2 * 2 * model.num_hidden_layers * heads * model.head_dim
+        policy = 2 * self.trained / self.spread(fsdp, tensor)
+        decoding = 2 * self.total / self.spread(1, tensor)
+        pixels = self.patches * model.vision.patch_features
+        reading = self.config.max_prompt * (token + 2 * model.intermediate_size / tensor) + 4 * pixels
+        reading = rows * reading + 2 * self.total / self.spread(fsdp, tensor)
+        return (
+            policy
+            + max(decoding, reading)
+            + rows * (token * positions + 4 * grpo.group_size * model.vocab_size)
+        )
 
 
 def _activations(width: float, mlp: float, remat: str, layers: int, adapted: bool) -> float:

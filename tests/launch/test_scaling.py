@@ -111,6 +111,21 @@ def test_the_estimate_of_an_update_is_not_far_below_the_compilers(name: str) -> 
         assert estimate / GIB > 0.96 * update["total_gib"]
 
 
+@pytest.mark.parametrize("name", FITTING)
+def test_the_estimate_of_a_rollout_is_not_far_below_the_compilers(name: str) -> None:
+    """Reading the prompts and decoding, where they take much of the memory."""
+    recipe, machine = name.split(" ")
+    config, plan = scaling.config_of(recipe), PLANS[name][1]
+    sizes = auto.Sizes(config, auto.model_config(config))
+    choice = auto.choose(config, devices(parse_topology(machine)))
+    mesh = {axis: int(size) for axis, size in (part.split(":") for part in plan["mesh"].split(","))}
+    rows = (choice.grpo_slots or config.grpo.prompts_per_step) // (mesh["data"] * mesh["fsdp"])
+    axes = (mesh["fsdp"], mesh["tensor"])
+    estimate = (sizes.lasting(*axes) + sizes.rollout(rows, *axes)) / GIB
+    most = max(one["total_gib"] for one in plan["programs"] if one["program"] in ("fill", "decode"))
+    assert estimate > 0.96 * most or most < 0.2 * plan["memory_gib"]
+
+
 def test_what_fits_is_within_memory() -> None:
     for name, plans in PLANS.items():
         for plan in plans:
