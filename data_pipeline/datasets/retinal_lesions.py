@@ -34,7 +34,6 @@ GRADES: dict[str, int] = dict(zip(labels.GRADES, (166, 337, 929, 99, 62), strict
 EXCLUDED = 127
 IMAGES, MASKS, TABLE = "images_896x896", "lesion_segs_896x896", "dr_grades.csv"
 _NAME = re.compile(r"([0-9]+)_(left|right)", re.IGNORECASE)
-EYES = {"left": "OS", "right": "OD"}
 
 
 def samples(source: Path, *, partial: bool = False) -> list[Sample]:
@@ -54,7 +53,7 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
     masks = _masks(layout.entry(root, MASKS), {name.lower() for name in rows})
     files = by_stem(folder, layout.PICTURES)
     found = layout.joined(rows, files, table=table, folder=folder, partial=partial)
-    counts = Counter(labels.GRADES[grade] for _, (_, _, grade), _ in found)
+    counts = Counter(labels.GRADES[grade] for _, (_, grade), _ in found)
     layout.require_counts(source, counts, GRADES, partial=partial)
     return [
         Sample(
@@ -62,22 +61,23 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
             image=path,
             split=layout.hashed_split("retinal_lesions", patient),
             patient=patient,
-            eye=eye,
             modality="CFP",
             labels=labels.dr(grade),
             searched=tuple(LESIONS.values()),
             masks={finding: masks.get((name.lower(), lesion), ()) for lesion, finding in LESIONS.items()},
             excluded=EXCLUDED,
         )
-        for name, (patient, eye, grade), path in found
+        for name, (patient, grade), path in found
     ]
 
 
-def _row(row: tables.Row) -> tuple[str, str, int]:
+def _row(row: tables.Row) -> tuple[str, int]:
+    """Patient and grade. The name says which eye it is too, but EyePACS has images that are turned by half,
+    with nothing to tell them by: what is said of a side would be wrong in these."""
     name = _NAME.fullmatch(row["image id"].removesuffix(".jpg"))
     if name is None:
         raise DataError("no name NUMBER_left or NUMBER_right")
-    return name[1], EYES[name[2].lower()], tables.code(row, "our label", labels.ICDR)
+    return name[1], tables.code(row, "our label", labels.ICDR)
 
 
 def _masks(folder: Path, names: set[str]) -> dict[tuple[str, str], tuple[Path, ...]]:

@@ -93,7 +93,9 @@ def test_retinal_lesions(tmp_path):
     assert len(found["430_left"].searched) == 8
     assert found["10_right"].labels == {"disease": "PDR", "dr_grade": "PDR"}, "the publisher's, not Kaggle's"
     assert found["10_left"].patient == found["10_right"].patient == "10"
-    assert (found["10_left"].eye, found["10_right"].eye) == ("OS", "OD")
+    assert found["10_left"].eye == found["10_right"].eye == "", (
+        "some images are turned, and no name says which"
+    )
 
 
 def test_retinal_lesions_asks_nothing_about_what_was_excluded(tmp_path):
