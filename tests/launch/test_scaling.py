@@ -93,10 +93,10 @@ def test_the_estimate_of_what_stays_is_the_compilers(name: str) -> None:
     assert found < CHIPS[parse_topology(machine).kind].memory
 
 
-@pytest.mark.parametrize("name", [name for name in FITTING if parse_topology(name.split(" ")[1]).slices == 1])
+@pytest.mark.parametrize("name", FITTING)
 def test_the_estimate_of_an_update_is_not_far_below_the_compilers(name: str) -> None:
-    """What is planned is BUDGET of the memory; with 4 % more it still is within USABLE. Pieces on two slices
-    (3B, which fits) take more: their sums."""
+    """What is planned is BUDGET of the memory; with 4 % more it still is within USABLE. Of 3B in pieces on
+    two slices it is 5 %."""
     assert auto.BUDGET / 0.96 < planning.USABLE
     recipe, machine = name.split(" ")
     config = scaling.config_of(recipe)
@@ -106,9 +106,11 @@ def test_the_estimate_of_an_update_is_not_far_below_the_compilers(name: str) -> 
         mesh = {axis: int(size) for axis, size in (part.split(":") for part in plan["mesh"].split(","))}
         pieces, axes = plan["micro_batches"], (mesh["fsdp"], mesh["tensor"])
         rows = batch // (mesh["data"] * mesh["fsdp"] * pieces)
-        estimate = sizes.lasting(*axes) + sizes.update(rows, row, plan["remat"], *axes, cut=pieces > 1)
+        apart = mesh["data"] > 1
+        estimate = sizes.step(rows, row, plan["remat"], *axes, cut=pieces > 1, apart=apart)
         update = next(row for row in plan["programs"] if row["program"] == "update")
-        assert estimate / GIB > 0.96 * update["total_gib"]
+        least = 0.94 if apart and pieces > 1 else 0.96
+        assert estimate / GIB > least * update["total_gib"]
 
 
 @pytest.mark.parametrize("name", FITTING)
