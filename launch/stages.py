@@ -154,7 +154,8 @@ class Trainer:
         directory = self.work.path / "policy"
 
         def write() -> None:
-            texts = [trace.think + "\n" + trace.answer for trace in self.pool.traces.values() if trace.think]
+            kept = [self.pool.traces.get(example.id) for example in self.pool.examples]
+            texts = [trace.think + "\n" + trace.answer for trace in kept if trace is not None and trace.think]
             texts += [example.question for example in self.pool.examples]
             texts += [
                 f"<think></think> <answer>{option}</answer>"

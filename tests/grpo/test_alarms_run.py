@@ -33,13 +33,13 @@ from fundus_jax.report import write_report
 from tests import small
 
 GOOD = "<think>The image shows drusen.</think> <answer>Normal</answer>"
-STRAY = (" and", ".", "rusen")  # what it says now and then instead
+STRAY = (" the", ".", "rusen")  # what it says now and then instead, a token each
 TOKENS = 48
 REWARDS = '''"""What one should not reward."""
 
 
 def long(facts):
-    return facts.text.count(" and")
+    return facts.text.count(" the")
 
 
 def short(facts):
@@ -120,8 +120,10 @@ def script(trainer: Any) -> Script:
     tokenizer, (end,) = trainer.processor.tokenizer, trainer.processor.eos_ids
     config = read_config(trainer.hf_dir)
     says = np.full((config.vocab_size, TOKENS), -4.0)
-    stray = [tokenizer.encode(word, add_special_tokens=False)[-1] for word in STRAY]
+    stray = [token for word in STRAY for token in tokenizer.encode(word, add_special_tokens=False)]
+    assert len(stray) == len(STRAY), tokenizer.convert_ids_to_tokens(stray)
     says[[*stray, end]] = 1.0
+    says[stray[0]] = 2.0
     good = [*tokenizer.encode(GOOD, add_special_tokens=False), end]
     says[good, range(len(good))] = 6.0
     says[stray, len(good) - 1] = 4.0  # more often where it should end,
