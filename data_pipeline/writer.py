@@ -62,7 +62,7 @@ class RuleWriter:
     @property
     def config(self) -> dict:
         """The version of the wording, to be raised when that changes, and the boxes where there are any."""
-        return {"version": 1} | ({"boxes": self.boxes, "places": 1} if self.boxes else {})
+        return {"version": 2} | ({"boxes": self.boxes, "places": 1} if self.boxes else {})
 
     def write(self, example: Example, found: Findings | None, knowledge: Knowledge | None) -> str:
         """The think text, "" where there is nothing to write from. `found` is None for an unseen image."""
@@ -70,7 +70,7 @@ class RuleWriter:
             middle = [VIEWS[example.modality]]
         elif example.task == "laterality":
             side = SIDES.get(example.eye)
-            middle = [f"The optic disc lies on the {side} of the image."] if side else []
+            middle = [f"The optic disc lies to the {side} of the macula."] if side else []
         elif found is None:
             middle = []
         elif example.task in ("lesion_presence", "lesion_location"):

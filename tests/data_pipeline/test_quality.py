@@ -147,9 +147,9 @@ def test_npdr_does_not_say_pdr() -> None:
 
 def test_the_other_tasks() -> None:
     side = example(task="laterality", options=("Right eye", "Left eye"), answer="Right eye")
-    think = "The optic disc lies on the right of the image. So the answer is Right eye."
+    think = "The optic disc lies to the right of the macula. So the answer is Right eye."
     assert check(side, None, None, think, "Right eye") == ()
-    wrong = think.replace("on the right", "on the left")
+    wrong = think.replace("to the right", "to the left")
     assert kinds(check(side, None, None, wrong, "Right eye")) == {quality.PLACE}
     claims = think.replace("So", "Drusen are seen. So")
     assert kinds(check(side, None, None, claims, "Right eye")) == {quality.NO_FINDINGS}

@@ -125,7 +125,7 @@ def test_the_vocabulary_is_small_and_the_writer_is_deterministic() -> None:
                 "options": ("Right eye", "Left eye"),
                 "answer": "Right eye",
             },
-            "The optic disc lies on the right of the image. So the answer is Right eye.",
+            "The optic disc lies to the right of the macula. So the answer is Right eye.",
         ),
         (
             {
