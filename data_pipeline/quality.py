@@ -212,7 +212,7 @@ def _task(example: Example, think: str, mentions: Mentions) -> Iterator[str]:
     if example.task == "laterality":
         side = SIDES.get(example.eye)
         if side is None or words & {"left", "right"} != {side}:
-            yield f"{PLACE}: the optic disc of eye {example.eye or 'unknown'} lies to the {side} of the macula"
+            yield f"{PLACE}: the disc of eye {example.eye or 'unknown'} lies to the {side} of the macula"
     if example.task not in LESION_TASKS:
         return
     name = asked(example)
