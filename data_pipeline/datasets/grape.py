@@ -12,7 +12,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from data_pipeline.datasets import labels, layout, tables
-from data_pipeline.datasets.base import Sample, by_stem
+from data_pipeline.datasets.base import Sample
 from data_pipeline.datasets.builder import SampleBuilder
 from fundus_jax.records import DataError
 
@@ -29,7 +29,8 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
     """List GRAPE.
 
     Args:
-      source: the folder with the workbook and the folder CFPs, or one above both.
+      source: the folder with the workbook and the folder CFPs (which may hold another CFPs), or one above
+        both.
       partial: accept a copy that lacks images.
 
     Returns:
@@ -51,7 +52,7 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
     rows = tables.keyed(table, seen, lambda row: Path(row["Corresponding CFP"]).stem, _visit)
     if lost := sorted({eye for _, _, eye in rows.values()} - courses.keys()):
         raise DataError(f"{table}: {len(lost)} eyes are not in Baseline: {', '.join(lost)}")
-    found = layout.joined(rows, by_stem(folder, layout.PICTURES), table=table, folder=folder, partial=partial)
+    found = layout.joined(rows, layout.deep_stems(folder), table=table, folder=folder, partial=partial)
     layout.require_counts(source, {"all": len(found)}, {"all": COUNT}, partial=partial)
     return [
         Sample(

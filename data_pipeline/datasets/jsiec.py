@@ -58,6 +58,7 @@ CLASSES = {
 }
 DISEASES = tuple(CLASSES.values())
 COUNT = 1000
+COPY = "1000images"  # Kaggle's archive has all classes a second time in a folder of this name
 
 
 def samples(source: Path, *, partial: bool = False) -> list[Sample]:
@@ -69,7 +70,7 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
 
     Raises DataError naming folders that are missing or unknown, or the count that is wrong.
     """
-    found = layout.by_class(layout.root(source, "0.0.Normal"), CLASSES)
+    found = layout.by_class(layout.root(source, "0.0.Normal"), CLASSES, ignored=(COPY,))
     layout.require_counts(source, Counter(all=len(found)), {"all": COUNT}, partial=partial)
     return [
         Sample(

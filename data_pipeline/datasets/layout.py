@@ -22,13 +22,13 @@ MOST_FILES = 1_000_000
 
 
 def root(source: Path, *names: str) -> Path:
-    """The folder, `source` or up to two levels below it, that has an entry for each of `names` (any case).
+    """The folder, `source` or up to three levels below it, that has an entry for each of `names` (any case).
 
-    Archives unpack into one or two folders of their own name, and people point at any of them. DataError if
-    there is none.
+    Archives unpack into folders of their own name, three deep where UCSD comes from Mendeley, and people
+    point at any of them. DataError if there is none.
     """
     level = [source]
-    for _ in range(3):
+    for _ in range(4):
         level = [folder for folder in level if folder.is_dir()]
         for folder in level:
             here = {path.name.lower() for path in folder.iterdir()}
@@ -52,16 +52,18 @@ def entry(folder: Path, name: str) -> Path:
 
 
 def by_class(
-    folder: Path, classes: Mapping[str, T], *, suffixes: Sequence[str] = PICTURES
+    folder: Path, classes: Mapping[str, T], *, ignored: Sequence[str] = (), suffixes: Sequence[str] = PICTURES
 ) -> list[tuple[T, Path]]:
     """The files of a tree with one folder a class, each with what `classes` says of its folder (any case).
 
-    Raises DataError naming all folders that are missing, and all that the publisher does not have.
+    `ignored` folders (lower case) are not looked into. Raises DataError naming all folders that are missing,
+    and all that the publisher does not have.
     """
     here = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     known = {name.lower(): meaning for name, meaning in classes.items()}
     missing = [name for name in classes if name.lower() not in here]
-    strange = [path.name for name, path in here.items() if name not in known and _visible(path.name)]
+    others = here.keys() - known.keys() - set(ignored)
+    strange = sorted(here[name].name for name in others if _visible(here[name].name))
     if missing or strange:
         raise DataError(f"{folder}: folders missing: {missing}; folders that are no class: {strange}")
     return [(known[name], path) for name in known for path in files.listing(here[name], suffixes)]

@@ -3,8 +3,9 @@
 Layout: github.com/li-xirong/mmc-amd, its notebooks and scripts read there; the archive comes on request and
 was not checked. Of the two published splits the one by patients is taken (splitAP). A name says everything:
 modality, class, person, eye, as in "f-d-ICG-5579-r"; where the annotations are there too (class 0 to 3), both
-have to agree. Raw images are preferred to those with CLAHE or a median filter. The test part is never in
-"train": FunBench draws on it.
+have to agree. Raw images are preferred to those with CLAHE or a median filter, and of them those of 448 x
+448 pixels, which FunBench shows. The README counts one image of each modality less than the image sets name:
+where the archive lacks it, say `partial`. The test part is never in "train": FunBench draws on it.
 """
 
 import re
@@ -77,9 +78,13 @@ def _images(source: Path, kind: str) -> Path:
     home = layout.entry(layout.root(source, "ImageData"), "ImageData")
     folders = sorted(path for path in home.iterdir() if path.name.lower().startswith(kind))
     raw = [path for path in folders if not re.search("clahe|median", path.name.lower())] or folders
-    if len(raw) != 1:
-        raise DataError(f"{home}: {len(raw)} folders named {kind}...; one is expected")
-    return raw[0]
+    shown = [path for name in (f"{kind}-448x448", kind) for path in raw if path.name.lower() == name]
+    if not shown and len(raw) != 1:
+        raise DataError(
+            f"{home}: {len(raw)} folders named {kind}..., none of them {kind} or "
+            f"{kind}-448x448; leave one of them there"
+        )
+    return (shown or raw)[0]
 
 
 def _parts(name: str) -> tuple[str, str, str, str | None]:

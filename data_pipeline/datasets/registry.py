@@ -208,7 +208,7 @@ DATASETS: dict[str, Row] = {
         images="2000 CFP (1200 train, 400 val, 400 test); 256 UWF (154, 50, 52); less the ungradable",
         tasks=(*_GRADED, "laterality"),
         pixel_labels=_NONE,
-        licence="no licence file",
+        licence="no licence file; CC BY-SA by catalogues",
         citation="Liu et al. 2022, Patterns 3(6):100512",
         where="github.com/deepdrdoc/DeepDRiD",
     ),

@@ -30,7 +30,8 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
     """List RETOUCH.
 
     Args:
-      source: the folder with RETOUCH-TrainingSet-Cirrus, -Spectralis and -Topcon, or one above them.
+      source: the folder with RETOUCH-TrainingSet-Cirrus, -Spectralis and -Topcon, or with their parents
+        TrainingCirrus and so on, or one above.
       partial: accept another number of volumes and B-scans than the publisher's.
 
     Returns:
@@ -39,11 +40,10 @@ def samples(source: Path, *, partial: bool = False) -> list[Sample]:
     Raises DataError naming a volume without reference, a bad header, or the counts that are wrong.
     """
     names = {device: f"RETOUCH-TrainingSet-{device}" for device in VOLUMES}
-    root = layout.root(source, names["Cirrus"])
     found: list[Sample] = []
     volumes: Counter[str] = Counter()
     for device, name in names.items():
-        folder = layout.entry(root, name)
+        folder = layout.entry(layout.root(source, name), name)
         for case in sorted(path for path in folder.iterdir() if path.is_dir()):
             scans, truth = metaimage.header(case / "oct.mhd"), metaimage.header(case / "reference.mhd")
             sizes = [(one.width, one.height, one.depth) for one in (scans, truth)]

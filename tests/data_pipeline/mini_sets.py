@@ -57,14 +57,15 @@ def write_grape(root: Path) -> None:
     ]
     book(root / "VF and clinical information.xlsx", {"Baseline": baseline, "Follow-up": visits})
     for name in ("1_OD_1", "1_OD_2", "1_OS_1", "2_OD_1"):
-        photo(root / "CFPs" / f"{name}.jpg")
+        photo(root / "CFPs" / "CFPs" / f"{name}.jpg")
         photo(root / "Annotated Images" / f"{name}.jpg")
 
 
 def write_jsiec(root: Path) -> None:
-    """One image a class, with the double dot of the true names."""
+    """One image a class, with the double dot of the true names; and Kaggle's second copy of one."""
     for number, name in enumerate(jsiec.CLASSES):
         photo(root / "1000images" / name / f"1ff{number:05x}-8d87-11e8-9daf-6045cb817f5b..JPG")
+    photo(root / "1000images" / "1000images" / name / f"1ff{number:05x}-8d87-11e8-9daf-6045cb817f5b..JPG")
 
 
 def write_retinal_lesions(root: Path) -> None:
@@ -200,7 +201,7 @@ def write_oimhs(root: Path) -> None:
 def write_retouch(root: Path) -> None:
     """One volume a device, of three planes: no fluid, two kinds, all three; Spectralis in 16 bits."""
     for number, device in ((1, "Cirrus"), (25, "Spectralis"), (49, "Topcon")):
-        folder = root / f"RETOUCH-TrainingSet-{device}" / f"TRAIN{number:03d}"
+        folder = root / f"Training{device}" / f"RETOUCH-TrainingSet-{device}" / f"TRAIN{number:03d}"
         ramp = np.arange(3 * 32 * 48).reshape(3, 32, 48) * (14 if device == "Spectralis" else 1)
         volume(
             folder,
@@ -237,11 +238,12 @@ def write_neh(root: Path) -> None:
 
 def write_ucsd(root: Path) -> None:
     """Version 3: two images a class and split; patient 1001 stands on both sides."""
+    home = root / "ZhangLabData" / "CellData" / "OCT"
     for split, first in (("train", 1000), ("test", 1001)):
         for name in ("CNV", "DME", "DRUSEN", "NORMAL"):
             for patient in (first, first + 10):
-                photo(root / "CellData" / "OCT" / split / name / f"{name}-{patient}-1.jpeg", grey=True)
-    photo(root / "CellData" / "OCT" / "train" / "CNV" / "CNV-1001-2.jpeg", grey=True)
+                photo(home / split / name / f"{name}-{patient}-1.jpeg", grey=True)
+    photo(home / "train" / "CNV" / "CNV-1001-2.jpeg", grey=True)
 
 
 def write_top(root: Path) -> None:
@@ -262,7 +264,8 @@ def write_top(root: Path) -> None:
 
 
 def write_deepdrid(root: Path) -> None:
-    """Two views of each eye, grades by eye, one ungradable; evaluation tables as .xlsx."""
+    """Two views of each eye, grades by eye, one ungradable; evaluation tables as .xlsx. As published, two
+    names contradict the eye of their grade, and a wide-field patient has two left eyes."""
     regular, wide = root / "regular_fundus_images", root / "ultra-widefield_images"
     columns = (
         "patient_id,image_id,image_path,Overall quality,left_eye_DR_Level,right_eye_DR_Level,patient_DR_Level"
@@ -274,6 +277,10 @@ def write_deepdrid(root: Path) -> None:
                 f"{patient},{patient}_{view},\\{part}\\{patient}\\{patient}_{view}.jpg,0,{grades},4,4,8,10"
             )
             photo(regular / part / "Images" / str(patient) / f"{patient}_{view}.jpg")
+        if part == "regular-fundus-training":
+            for view, grades in (("r3", "0,"), ("l3", ",1")):
+                lines.append(f"56,56_{view},\\{part}\\56\\56_{view}.jpg,0,{grades},1,4,8,10")
+                photo(regular / part / "Images" / "56" / f"56_{view}.jpg")
         text(regular / part / f"{part}.csv", *lines)
     home = regular / "Online-Challenge1&2-Evaluation"
     book(
@@ -288,8 +295,10 @@ def write_deepdrid(root: Path) -> None:
             photo(wide / part / "Images" / str(patient) / f"{patient}_{view}.jpg")
         text(wide / part / f"{part}.csv", *lines)
     home = wide / "Online-Challenge3-Evaluation"
-    book(home / "Challenge3_labels.xlsx", {"Sheet1": [["image_id", "DR_level"], ["58_l2", 0]]})
-    photo(home / "Images" / "58" / "58_l2.jpg")
+    rows = [["image_id", "UWF_DR_Levels"], ["58_l2", 0], ["76_l1", 0], ["76_l2", 1]]
+    book(home / "Challenge3_labels.xlsx", {"Sheet1": rows})
+    for name in ("58_l2", "76_l1", "76_l2"):
+        photo(home / "Images" / name[:2] / f"{name}.jpg")
 
 
 def write_mmc_amd(root: Path) -> None:

@@ -55,7 +55,11 @@ def test_ucsd_as_kaggle_has_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "name", "folder"),
-    [(octid, "octid", "CSR"), (jsiec, "jsiec", "1000images/8.MH"), (ucsd, "ucsd", "CellData/OCT/test/DME")],
+    [
+        (octid, "octid", "CSR"),
+        (jsiec, "jsiec", "1000images/8.MH"),
+        (ucsd, "ucsd", "ZhangLabData/CellData/OCT/test/DME"),
+    ],
 )
 def test_missing_and_strange_class_folders_are_named(module, name, folder, tmp_path):
     path = mini_sets.write(name, tmp_path) / folder
@@ -65,7 +69,7 @@ def test_missing_and_strange_class_folders_are_named(module, name, folder, tmp_p
 
 
 def test_ucsd_images_in_the_wrong_folder_are_all_named(tmp_path):
-    home = mini_sets.write("ucsd", tmp_path) / "CellData" / "OCT" / "train"
+    home = mini_sets.write("ucsd", tmp_path) / "ZhangLabData" / "CellData" / "OCT" / "train"
     photo(home / "DME" / "CNV-3-1.jpeg")
     photo(home / "NORMAL" / "normal.jpeg")
     with pytest.raises(

@@ -262,7 +262,7 @@ def test_grape(tmp_path):
 
 def test_grape_broken(tmp_path):
     mini_sets.write("grape", tmp_path)
-    (tmp_path / "CFPs" / "1_OD_2.jpg").unlink()
+    (tmp_path / "CFPs" / "CFPs" / "1_OD_2.jpg").unlink()
     with pytest.raises(DataError, match="CFPs: 1 files are missing: 1_OD_2"):
         grape.samples(tmp_path)
     head = ["Subject Number", "Laterality", "Progression Status", "", ""], ["", "", "PLR2", "PLR3", "MD"]

@@ -62,7 +62,11 @@ def test_deepdrid(tmp_path):
     assert (found["regular/347_r1"].split, found["regular/347_r1"].labels["disease"]) == ("test", "Normal")
     wide = found["ultra-widefield/34_r1"]
     assert (wide.modality, wide.split, wide.eye) == ("UWF", "val", "OD")
-    assert found["ultra-widefield/58_l2"].split == "test"
+    assert (found["ultra-widefield/58_l2"].split, found["ultra-widefield/58_l2"].eye) == ("test", "OS")
+    assert found["ultra-widefield/76_l1"].eye == found["ultra-widefield/76_l2"].eye == "", "one is the right"
+    for name, grade in (("56_r3", "Normal"), ("56_l3", "Mild NPDR")):
+        one = found[f"regular/{name}"]
+        assert (one.labels["disease"], one.eye) == (grade, ""), "the grade stands under the other eye"
     assert found["regular/1_l1"].patient == found["regular/1_r1"].patient
     assert found["regular/1_l1"].patient != found["ultra-widefield/1_l2"].patient, "numbered anew"
 
@@ -70,15 +74,15 @@ def test_deepdrid(tmp_path):
 def test_deepdrid_broken(tmp_path):
     home = mini_sets.write("deepdrid", tmp_path)
     table = next(home.rglob("regular-fundus-training.csv"))
-    edit(table, "1_l1.jpg,0,3,,4", "1_l1.jpg,0,,3,4")
+    edit(table, "1_l1.jpg,0,3,,4", "1_l1.jpg,0,3,2,4")
     edit(table, "1,1_r2,", "1,1-r2,")
     with pytest.raises(
-        DataError, match=r"line 2 \(1_l1: a grade of the right eye .*line 5 \(1-r2: image_id is not"
+        DataError, match=r"line 2 \(1_l1: grades of left and right eye.*line 5 \(1-r2: image_id is not"
     ):
         keyed(deepdrid, tmp_path)
     mini_sets.write("deepdrid", tmp_path)
     book(next(home.rglob("Challenge3_labels.xlsx")), {"Sheet1": [["image_id", "grade"], ["58_l2", 0]]})
-    with pytest.raises(DataError, match="not one column named DR_level"):
+    with pytest.raises(DataError, match="not one column named DR_Levels or UWF_DR_Levels"):
         keyed(deepdrid, tmp_path)
 
 
@@ -186,6 +190,10 @@ def test_mmc_amd_broken(tmp_path):
     ):
         keyed(mmc_amd, tmp_path)
     mini_sets.write("mmc_amd", tmp_path)
-    photo(tmp_path / "mmc-amd" / "ImageData" / "cfp-again" / "x.jpg")
-    with pytest.raises(DataError, match="2 folders named cfp...; one is expected"):
+    pictures = tmp_path / "mmc-amd" / "ImageData"
+    photo(pictures / "cfp" / "x.jpg")
+    assert keyed(mmc_amd, tmp_path)["f-w-77-l"].image.parent.name == "cfp-448x448", "FunBench's"
+    (pictures / "cfp").rename(pictures / "cfp-again")
+    (pictures / "cfp-448x448").rename(pictures / "cfp-old")
+    with pytest.raises(DataError, match="2 folders named cfp..., none of them cfp or cfp-448x448"):
         keyed(mmc_amd, tmp_path)

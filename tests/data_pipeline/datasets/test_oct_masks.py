@@ -70,7 +70,8 @@ def test_a_cut_travels_to_a_worker_and_into_the_fingerprint(tmp_path):
 
 
 def test_retouch_broken(tmp_path):
-    case = mini_sets.write("retouch", tmp_path) / "RETOUCH-TrainingSet-Cirrus" / "TRAIN001"
+    home = mini_sets.write("retouch", tmp_path)
+    case = home / "TrainingCirrus" / "RETOUCH-TrainingSet-Cirrus" / "TRAIN001"
     truth = np.zeros((3, 32, 48), np.uint8)
     truth[1, 5, 5] = 4
     volume(case, "reference", truth)
