@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> RunConfig:
             micro_batches=4,
             max_length=2048,
             save_every=200,
-            optim=OptimConfig(name="adamw", lr=1e-5, warmup=10, final_fraction=0.1, b2=0.999),
+            optim=OptimConfig(name="adamw", lr=1e-5, warmup=0.03, final_fraction=0.1, b2=0.999),
         ),
         grpo=GrpoConfig(
             epochs=8,
@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> RunConfig:
             micro_batch=64,
             max_new_tokens=512,
             save_every=50,
-            optim=OptimConfig(name="adamw", lr=1e-6, warmup=10, decay="constant", b2=0.999),
+            optim=OptimConfig(name="adamw", lr=1e-6, warmup=0.03, decay="constant", b2=0.999),
         ),
         evaluate=EvaluateConfig(sampled=500, samples=4, batch=128),
     )

@@ -5,7 +5,7 @@ finding lies, GRPO rewards boxes that agree with the masks, the evaluation score
     python launch/run.py --config=configs/positioning.py:quick --workdir=runs/quick   minutes, learns little
 
 Everything but the boxes is configs/demo.py. Hardware: 2 CPU cores, 6 GiB; some hours (not timed yet), since a
-reply has up to 280 tokens where the demo's has 45. Two fields switch any recipe to such traces, here 3B's:
+reply has up to 350 tokens where the demo's has 45. Two fields switch any recipe to such traces, here 3B's:
 
     python launch/run.py --config=configs/fundus_r1_3b.py --config.prompt.boxes=4 \
         --config.grpo.localisation_weight=1 ...
@@ -25,9 +25,9 @@ def get_config(arg: str = "") -> RunConfig:
     config = demo(arg)
     config.name = "positioning"
     config.prompt.boxes = 2
-    config.sft.max_length = config.sft.row_length = 384  # packed: traces have 25 to 290 tokens
+    config.sft.max_length = config.sft.row_length = 384  # packed
     config.sft.batch = 6
-    config.grpo.max_new_tokens = 288
+    config.grpo.max_new_tokens = 352  # the longest right reply of a prompt has 350
     config.grpo.slots = 8
     config.grpo.localisation_weight = 1.0
     config.grpo.flat_groups = "keep"  # boxes differ within nearly every group

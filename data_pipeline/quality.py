@@ -27,7 +27,7 @@ from fundus_jax import dialog, findings
 from fundus_jax.findings import Mentions
 from fundus_jax.records import Box, DataError, Example, Findings, Knowledge
 
-VERSION = 3  # raise it when a rule changes: shards that were checked by the old one are made again
+VERSION = 4  # raise it when a rule changes: shards that were checked by the old one are made again
 
 MALFORMED = "malformed"
 NO_FINDINGS = "no findings"

@@ -127,12 +127,12 @@ def right_reply(example: Example, style: str) -> str:
 
 
 def meant(answer: str | None, example: Example, style: str) -> str | None:
-    """The answer in words that a reply says in this style: in "letters" the text of the option with that
-    letter, and None for everything but one letter; else as it stands."""
+    """The answer in words that a reply says in this style: in "letters" the option that it names (`choose`),
+    by its letter as it was asked to, or by its text, which the evaluation reads too; else as it stands."""
     if answer is None or style != "letters" or not example.options:
         return answer
     named = (text for letter, text in lettered(example.options).items() if same_answer(answer, letter))
-    return next(named, None)
+    return next(named, None) or choose(answer, example.options)
 
 
 def parse(text: str, *, think: bool = True) -> Parsed:

@@ -92,5 +92,6 @@ def score(text: str, there: Sequence[Box], unknown: Collection[str] = ()) -> flo
     if not there:
         return None
     said = read(text, unknown)
-    scores = agreements(said.boxes, there, [name for name, _ in said.malformed])
+    malformed = [name for name, _ in said.malformed if canonical(name) not in unknown]
+    scores = agreements(said.boxes, there, malformed)
     return sum(scores.values()) / len(scores)

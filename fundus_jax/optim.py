@@ -6,6 +6,7 @@ with them can be jitted, sharded and donated. The loops own the parameters and d
 `notfinite_count` grows; `checkpoints.py` stores the state.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class OptimConfig:
     Attributes:
         name: "adamw", or "muon" (matrices by Muon, the rest by Adam).
         lr: the peak learning rate.
-        warmup: steps in which the rate rises linearly to `lr`.
+        warmup: updates in which the rate rises linearly to `lr`; below 1, this share of all, one at least.
         decay: after that, "cosine" down to `final_fraction * lr` at the last step, or "constant".
         final_fraction: see `decay`.
         b1: Adam's decay of the mean gradient.
@@ -41,7 +42,7 @@ class OptimConfig:
 
     name: str = "adamw"
     lr: float = 1e-5
-    warmup: int = 0
+    warmup: float = 0
     decay: str = "cosine"
     final_fraction: float = 0.1
     b1: float = 0.9
@@ -58,7 +59,10 @@ class OptimConfig:
         bounds: dict[str, tuple[bool, str]] = {
             "name": (self.name in ("adamw", "muon"), '"adamw" or "muon"'),
             "lr": (0 < self.lr < inf, "a number above 0"),
-            "warmup": (self.warmup >= 0, "a number of steps, 0 or more"),
+            "warmup": (
+                0 <= self.warmup < 1 or float(self.warmup).is_integer() and self.warmup > 0,
+                "a number of updates, or a share of them below 1",
+            ),
             "decay": (self.decay in ("cosine", "constant"), '"cosine" or "constant"'),
             "final_fraction": (0 <= self.final_fraction <= 1, "between 0 and 1"),
             "b1": (0 <= self.b1 < 1, "at least 0 and below 1"),
@@ -72,6 +76,11 @@ class OptimConfig:
         for field, (good, wanted) in bounds.items():
             if not good:
                 raise ConfigError(f"optim.{field} is {getattr(self, field)!r}; it has to be {wanted}")
+
+    def warmup_of(self, total: int) -> int:
+        """The updates of the warm-up in a stage of `total`."""
+        share = min(math.ceil(self.warmup * total), total - 1)
+        return max(share, 0) if self.warmup < 1 else int(self.warmup)
 
 
 class GuardState(NamedTuple):
@@ -93,7 +102,8 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
 
     A step whose gradient holds a NaN or an infinity leaves parameters, moments and schedule as they are, bit
     for bit, and is counted. Unlike `optax.apply_if_finite` it is never let through: the loop has to compare
-    `notfinite_count(state)` with `config.skip_nonfinite` and give up.
+    `notfinite_count(state)` with `config.skip_nonfinite` and give up. A gradient of zero (a step in which no
+    rollout taught anything) leaves them too, uncounted: momentum alone would go on, by a whole step of Muon.
 
     Raises:
         ConfigError: a field is out of bounds, or the warm-up is longer than the stage.
@@ -121,15 +131,14 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
 
     The first of `warmup` updates has lr / warmup, the last has lr; the last of all has final_fraction * lr.
     """
-    if not 0 <= config.warmup < max(total_steps, 1):
-        raise ConfigError(
-            f"optim.warmup is {config.warmup} of {total_steps} steps; it has to be less than that"
-        )
+    warmup = config.warmup_of(total_steps)
+    if not 0 <= warmup < max(total_steps, 1):
+        raise ConfigError(f"optim.warmup is {warmup} of {total_steps} steps; it has to be less than that")
 
     def rate(count: Any) -> jax.Array:
         done = jnp.asarray(count, jnp.float32) + 1.0
-        rising = jnp.minimum(done / max(config.warmup, 1), 1.0)
-        progress = jnp.clip((done - config.warmup) / (total_steps - config.warmup), 0.0, 1.0)
+        rising = jnp.minimum(done / max(warmup, 1), 1.0)
+        progress = jnp.clip((done - warmup) / (total_steps - warmup), 0.0, 1.0)
         falling = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if config.decay == "cosine" else 1.0
         return config.lr * rising * (config.final_fraction + (1.0 - config.final_fraction) * falling)
 
@@ -172,7 +181,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def _guarded(inner: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
-    """`inner` behind clipping by the global norm; a gradient without a finite norm changes nothing."""
+    """`inner` behind clipping by the global norm; a gradient of norm 0, or of none, changes nothing."""
 
     def init(params: Any) -> GuardState:
         # Two arrays, not one twice: a state with a buffer in two places can not be donated.
@@ -182,12 +191,13 @@ def _guarded(inner: optax.GradientTransformation, clip_norm: float) -> optax.Gra
         squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(updates)]
         norm = jnp.sqrt(sum(squares, jnp.zeros(())))
         finite = jnp.isfinite(norm)
+        counts = finite & (norm > 0)
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
         clipped = jax.tree.map(lambda grad: (grad * scale).astype(grad.dtype), updates)
         moves, moved = inner.update(clipped, state.inner, params)
         # -0.0 and not 0.0: only p + (-0.0) gives back every p, itself -0.0 included.
-        moves = jax.tree.map(lambda new: jnp.where(finite, new, jnp.full_like(new, -0.0)), moves)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.inner)
+        moves = jax.tree.map(lambda new: jnp.where(counts, new, jnp.full_like(new, -0.0)), moves)
+        kept = jax.tree.map(lambda new, old: jnp.where(counts, new, old), moved, state.inner)
         skipped = 1 - finite.astype(jnp.int32)
         return moves, GuardState((state.notfinite_count + 1) * skipped, state.skipped + skipped, kept)
 

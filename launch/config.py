@@ -245,10 +245,8 @@ def check_warmup(config: RunConfig, steps: Mapping[str, int]) -> None:
     """Raises ConfigError for a warm-up that is longer than its stage. steps: of each stage. Called as soon
     as they are known, and not when the stage begins."""
     for name, count in steps.items():
-        warmup, updates = (
-            getattr(config, name).optim.warmup,
-            count * (config.grpo.mu if name == "grpo" else 1),
-        )
+        updates = count * (config.grpo.mu if name == "grpo" else 1)
+        warmup = getattr(config, name).optim.warmup_of(updates)
         if warmup >= updates:
             raise ConfigError(f"{name}.optim.warmup is {warmup} of {updates} updates; it must be less")
 

@@ -108,6 +108,8 @@ class Trainer:
         if not (work.path / "data" / "clean").is_dir():
             raise ConfigError(f"{work.path} has no data yet; run --stage=data first, or --stage=all")
         self.judge = make_judge(config.judge)  # here, and not after hours of SFT: its key may be missing
+        if config.judge.kind == "server" and not config.grpo.process_weight:
+            logging.warning("judge.server is never asked, since grpo.process_weight is 0")
         self.pool, self.held = _set_aside(open_pool(work.path / "data", "train"), config)
         self.hf_dir = Path(config.model) if config.model else self._policy_directory()
         bounds = {"min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
@@ -255,6 +257,8 @@ class Trainer:
             wanted = {"visual": params["visual"]}
             return self._with_options(skeleton.merge(params | self.work.params(stage, wanted)))
         config = read_config(self.hf_dir)
+        if not config.eos_ids:  # as `load_pretrained`: then both know the end from the tokenizer
+            config = config.ending_with(self.processor.eos_ids)
         skeleton = training.Skeleton(
             nnx.eval_shape(lambda: chosen(self.config, Qwen2_5_VL(config, rngs=nnx.Rngs(0))))
         )

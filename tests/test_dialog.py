@@ -193,9 +193,17 @@ def test_where_letters_are_asked_for_a_reply_is_a_letter() -> None:
     letter = dialog.right_reply(one, "letters")
     assert one.options["AB".index(letter)] == one.answer
     assert dialog.right_reply(one, "options") == dialog.right_reply(one, "open") == one.answer
-    for text in (letter, letter.lower(), f" {letter}. "):
+    for text in (
+        letter,
+        letter.lower(),
+        f" {letter}. ",
+        f"({letter})",
+        one.answer,
+        f"{letter}. {one.answer}",
+    ):
         assert dialog.meant(text, one, "letters") == one.answer
-    for text in (one.answer, f"{letter}. {one.answer}", "A, B", "Z", "", None):
+    other = "AB".replace(letter, "")
+    for text in (f"{other}. {one.answer}", "A, B", "Z", "", None):
         assert dialog.meant(text, one, "letters") is None
     for style in ("open", "options"):
         assert dialog.meant(letter, one, style) == letter

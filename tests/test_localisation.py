@@ -118,4 +118,5 @@ def test_malformed_boxes_are_never_worth_more_than_silence() -> None:
     assert localisation.score(good + bad.format("haemorrhage"), there) == 1 / 2
     assert localisation.score(render_boxes(there) + bad.format("haemorrhage"), there) == 1 / 2
     assert localisation.score(render_boxes(there) + bad.format("hard exudate"), there) == 2 / 3
+    assert localisation.score(render_boxes(there) + bad.format("hard exudate"), there, {"hard exudate"}) == 1
     assert localisation.score(render_boxes(there) + "<box>", there) == 2 / 3

@@ -120,6 +120,29 @@ def test_adamw_is_torchs(weight_decay: float) -> None:
         np.testing.assert_allclose(value, theirs[name].detach().numpy(), rtol=0, atol=1e-6, err_msg=name)
 
 
+def test_a_warmup_may_be_a_share_of_the_updates() -> None:
+    share = OptimConfig(warmup=0.03)
+    assert [share.warmup_of(total) for total in (1, 2, 5, 57, 1000)] == [0, 1, 1, 2, 30]
+    assert OptimConfig(warmup=10.0).warmup_of(5) == 10, "a number is not cut: it is refused"
+    assert OptimConfig().warmup_of(100) == 0
+    rates = make_schedule(dataclasses.replace(share, lr=1.0, decay="constant"), 100)(np.arange(4))
+    np.testing.assert_allclose(rates, [1 / 3, 2 / 3, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_gradient_of_zero_changes_nothing(name: str) -> None:
+    """Momentum would move the policy by what earlier steps had taught; with Muon by a whole step each."""
+    params = {"w": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(4)}
+    tx = make_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.1), 10)
+    state = tx.init(params)
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    params = optax.apply_updates(params, updates)
+    updates, after = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    same = jax.tree.map(np.array_equal, (optax.apply_updates(params, updates), after), (params, state))
+    assert all(jax.tree.leaves(same))
+    assert int(skipped_steps(after)) == 0
+
+
 @given(warmup=st.integers(0, 40), rest=st.integers(1, 100), last=st.sampled_from([0.0, 0.02, 0.5, 1.0]))
 @settings(max_examples=40, deadline=None)
 def test_schedule(warmup: int, rest: int, last: float) -> None:
@@ -299,6 +322,7 @@ def test_it_works_on_nnx_state() -> None:
         ("lr", math.inf),
         ("warmup", -1),
         ("warmup", 10),
+        ("warmup", 2.5),
         ("decay", "linear"),
         ("final_fraction", 1.5),
         ("b1", 1.0),

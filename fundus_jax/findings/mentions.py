@@ -56,10 +56,10 @@ def parse_mentions(text: str) -> Mentions:
 def find_mentions(text: str) -> list[Mention]:
     """Each place at which a text names a finding, in its order, in linear time.
 
-    A negation ("no", "without", "absence of", "neither") reaches over a list ("no X, Y or Z") to the end of
+    A negation ("no", "cannot", "absence of", "rules out") reaches over a list ("no X, Y or Z") to the end of
     the clause, to "but" or "however", or to the verb that ends the list ("no X is seen, Y is"). "X and Y are
-    absent" and "X is not seen" deny what stands before them. A line break ends a clause. What hedges
-    ("possible X") counts as a claim.
+    absent", "X could not be seen" and "X: no" deny what stands before them. A line break ends a clause. What
+    hedges ("possible X", "X cannot be excluded") or tells a degree ("X is not extensive") counts as a claim.
     """
     tokens = _TOKEN.findall(text)
     plain = {token: _plain(token) for token in set(tokens)}
@@ -100,8 +100,13 @@ def observations(text: str) -> str:
 
 # ---- words -------------------------------------------------------------------------------------------------
 
-# A word, a joint, or a run of commas and clause ends; the full stop of "0.7" ends nothing.
-_TOKEN = re.compile(r"[^\W\d_]+(?:['’]t)?|[&/]+|(?:[,;!?\n]|\.(?!\d))+")
+# A denial that answers for itself ("X: no", "X (none)", "X? No."), a word, a joint, or a run of commas and
+# clause ends; the full stop of "0.7" ends nothing.
+_TOKEN = re.compile(
+    r"[:(?|[=–—-]\s*+(?i:no|none|nil|absent|negative|not (?:seen|present))\b(?=[^\S\n]*+(?:[],;.!?)|\n]|$))"
+    r"|[^\W\d_]+(?:['’]t)?|[&/]+|(?:[,;!?\n]|\.(?!\d))+"
+)
+_ASIDE, _ANSWERED = ":(?|[=–—-", ":no"  # how a denial of that kind begins; what it is in `_plain`
 _WORD = ("word", "", 1)  # what is not in the trie
 
 # Words that contain a finding's name and mean a disease or normal anatomy.
@@ -113,36 +118,57 @@ _NO_FINDING = (
 
 _ABBREVIATIONS = frozenset(item for row in FINDINGS.values() for item in row.abbreviations)
 
+_SEEN = "seen | present | visible | observed | evident | identified | detected | noted | found"
+_BE = ("is", "are", "was", "were")
+_MODAL = ("cannot", "can't", "can not", "could not", "couldn't")
+
+
+def _each(starts: Iterable[str], ends: str) -> str:
+    return " | ".join(f"{start} {end}" for start in starts for end in ends.split(" | "))
+
+
 _KINDS = {
     # opens a scope that reaches forward; "before" marks those after whose list a verb has another subject
-    "deny": "no | not | neither | never | zero | rather than | instead of | does not | doesn't | don't",
+    "deny": (
+        "no | not | neither | never | zero | nothing | rather than | instead of | does not | doesn't | "
+        "don't | did not | didn't | unable to | fail to | failed to | rule out | ruling out | exclude | "
+        "excluding | " + " | ".join(_MODAL)
+    ),
     "deny before": (
         "without | absence of | lack of | lack | lacking | free of | free from | negative for | devoid of"
     ),
     "comma": ",",
     # denies what stands before it, or reaches forward when nothing does
     "flip": (
-        "not seen | not present | not visible | not observed | not evident | not identified | not detected | "
-        "not noted | not found | not apparent | not appear | not there | never seen | is not | are not | "
-        "was not | were not | isn't | aren't | wasn't | weren't | absent | missing | excluded | ruled out | "
-        "none | cannot be seen | can not be seen | can't be seen | not be seen"
+        "not apparent | not appear | not there | never seen | isn't | aren't | wasn't | weren't | absent | "
+        "missing | excluded | ruled out | none | "
+        + _each(("not", "not be", *(f"{modal} be" for modal in _MODAL)), f"{_SEEN} | made out | visualised")
+        + " | "
+        + _each(_BE, "not")
     ),
+    "answer": _ANSWERED,
     "seen": (
-        "seen | present | visible | observed | evident | identified | detected | noted | found | show | "
-        "fit | suggest | indicate | support | mean | make | point | confirm | appear | lie | has | have"
+        f"{_SEEN} | show | fit | suggest | indicate | support | mean | make | point | confirm | appear | "
+        "lie | has | have"
     ),
-    "be": "is | are | was | were",
+    "be": " | ".join(_BE),
     "or": "or | nor",
     "and": "and | as well as | plus | /",
-    "with": "with",
+    "with": "with | only | merely | presence of",  # ends a negation where a joint stands before it
     "stop": (
         ". | but | however | although | though | whereas | while | yet | except | other than | apart from | "
         "besides | beyond | so | therefore | thus | hence | because | since"
     ),
     # stand here only to keep "no", "not" and "or" in them from meaning what they mean elsewhere
     "word": (
-        "not only | is not only | are not only | not just | not merely | no more than | no doubt | "
-        "whether or not"
+        "no more than | no doubt | whether or not | "
+        + _each((*_MODAL, "not"), "be excluded | be ruled out")
+        + " | "
+        + _each(
+            ("not", *(f"{be} not" for be in _BE)),
+            "only | just | merely | extensive | severe | marked | many | numerous | widespread | large | "
+            "excluded",
+        )
     ),
 }
 
@@ -151,6 +177,8 @@ def _plain(token: str) -> str:
     """A token without case, plural and spelling variants; not English, only the same on both sides."""
     if token in _ABBREVIATIONS:
         return f"={token}"  # the mark keeps case-sensitive words apart from the others
+    if token[0] in _ASIDE and token[-1].isalpha():
+        return _ANSWERED
     if token[0] in ",.;!?\n":
         return "." if token.strip(",") else ","
     if token[0] in "&/":
@@ -212,10 +240,14 @@ class _Scope:
     cue: str = ""  # "", "deny" or "deny before": what opened the negation that `items` stands under
     joined: str = ""  # "", "comma", "and", "comma and" or "or": what came since the last finding
     subject: bool = False  # whether the clause named something before the negation
+    told: bool = False  # whether "X are" was read of a claimed list, which is over where more of it follows
     touching: bool = False  # whether nothing but joints came since the last finding or cue
 
     def read(self, kind: str, value: str, start: int, end: int) -> None:
         if kind == "finding":
+            if self.told and not self.touching:
+                self._settle(len(self.items), denied=False)
+            self.told = False
             self.items.append(((value, start, end), self.joined))
             self.joined, self.touching = "", True
             return
@@ -232,6 +264,8 @@ class _Scope:
             return
         if kind == "flip":
             self._flip()
+        elif kind == "answer":
+            self._flip() if self.items and not self.cue else self.end()
         elif kind == "seen":
             self._end_list()
             if self.items:  # else it stands in "does not show X", and X is still to come
@@ -240,7 +274,8 @@ class _Scope:
             self._end_list()
             if not self.items and not self.touching:  # "no other lesion is ...": the denial was of no finding
                 self.end()
-        elif kind == "stop" or (kind == "with" and self.joined):
+            self.told = bool(self.items)
+        elif kind == "stop" or (kind == "with" and self.joined not in ("", "or")):
             self.end()
         self.touching = False
 
@@ -252,7 +287,7 @@ class _Scope:
     def end(self) -> None:
         """The clause is over: its items count as what they stand under."""
         self._settle(len(self.items), denied=bool(self.cue))
-        self.cue, self.joined, self.subject = "", "", False
+        self.cue, self.joined, self.subject, self.told = "", "", False, False
 
     def _settle(self, count: int, *, denied: bool) -> None:
         self.found += [Mention(*place, denied) for place, _ in self.items[:count]]

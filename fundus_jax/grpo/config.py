@@ -222,6 +222,11 @@ class GrpoConfig:
                 self.flat_groups == "keep" or self.kl_in == "loss",
                 'must be "keep" with kl_in "reward", which leaves no group without variance',
             ),
+            (
+                "kl",
+                self.kl != "k1" or self.kl_in == "reward" or not self.kl_coef,
+                'must be "k2" or "k3" with kl_in "loss": there the gradient of k1 is 0 on average',
+            ),
             ("sampler_correction", not corrects or corrects >= 1, "must be 0 or at least 1"),
             (
                 "scale",

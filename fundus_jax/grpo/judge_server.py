@@ -14,13 +14,14 @@ Neighbours: `chat` (the client), `rewards.py` (what a rating is worth), `abstent
 import asyncio
 import hashlib
 import json
+import re
 import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from string import Template
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 
@@ -31,6 +32,7 @@ from fundus_jax.grpo.judge import Judge, JudgeError, Request, RulesJudge
 from fundus_jax.records import ConfigError, Findings, Verdict
 
 KINDS = ("rules", "server")
+Rated = TypeVar("Rated", "FindingsRating", "KnowledgeRating")
 GIVES_UP = {"down": LostError, "budget": JudgeError}  # kinds of ChatError that no other trace would escape
 GO_ON = "the same command, given again, goes on from here"
 LONGEST = 120  # characters of an error, which people read; the verdict does not depend on it
@@ -40,7 +42,20 @@ _Error = Annotated[
     pydantic.BeforeValidator(lambda said: said[:LONGEST] if isinstance(said, str) else said),
     pydantic.Field(max_length=LONGEST),
 ]
-_Errors = Annotated[list[_Error], pydantic.Field(max_length=4)]
+MOST = 4  # errors that are told; more make no other rating
+_NONE = re.compile(
+    r"\W*(none|n/?a|nothing|no errors?( (were |was |is )?(found|present|here))?)\W*", re.IGNORECASE
+)
+
+
+def _told_errors(said: Any) -> Any:
+    """The errors of an answer without those that say that there is none, and cut as long texts are."""
+    if not isinstance(said, list):
+        return said
+    return [one for one in said if not (isinstance(one, str) and _NONE.fullmatch(one))][:MOST]
+
+
+_Errors = Annotated[list[_Error], pydantic.BeforeValidator(_told_errors), pydantic.Field(max_length=MOST)]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,6 +96,10 @@ class FindingsRating(pydantic.BaseModel):
     errors: _Errors
     rating: Literal["plausible", "tenuous", "flawed"]
 
+    @pydantic.model_validator(mode="after")
+    def _agrees(self) -> Self:
+        return _agreeing(self, {"plausible": 0, "tenuous": 1, "flawed": MOST}[self.rating])
+
 
 class KnowledgeRating(pydantic.BaseModel):
     """What the model answers about a trace and the knowledge of a label."""
@@ -88,6 +107,18 @@ class KnowledgeRating(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
     errors: _Errors
     rating: Literal["plausible", "implausible"]
+
+    @pydantic.model_validator(mode="after")
+    def _agrees(self) -> Self:
+        return _agreeing(self, {"plausible": 0, "implausible": MOST}[self.rating])
+
+
+def _agreeing(answer: Rated, most: int) -> Rated:
+    """The answer; ValueError, by which it counts as malformed, where it lists more errors than its rating
+    allows: one of the two is wrong, and nobody knows which."""
+    if len(answer.errors) > most:
+        raise ValueError(f"{len(answer.errors)} errors are told, and the rating is {answer.rating}")
+    return answer
 
 
 SCHEMAS: dict[str, type[FindingsRating] | type[KnowledgeRating]] = {

@@ -108,7 +108,9 @@ def score_all(
         about = (example, prompts.pool.findings.get(example.id), prompts.pool.knowledge, config)
         group = [tokens[row, g][mask[row, g]] for g in range(tokens.shape[1])]
         ended = [len(one) > 0 and int(one[-1]) in prompts.processor.eos_ids for one in group]
-        texts.append([prompts.processor.decode(one) for one in group])
+        said = [one[:-1] if end else one for one, end in zip(group, ended, strict=True)]
+        # with control tokens, which a decoder hides: a reply that has any is not in the format
+        texts.append([prompts.processor.decode(one, skip_special_tokens=False) for one in said])
         found += [
             assess(text, *about, finished=end, **prompts.form)
             for text, end in zip(texts[-1], ended, strict=True)

@@ -2,8 +2,9 @@
 
 OphthaReason (Wu et al., arXiv 2508.16129) was trained with "Uncertainty-Aware Dynamic Thinking", of which
 its abstract says that it "estimates sample-level uncertainty via entropy and dynamically modulates the
-model's exploration depth using a shaped advantage mechanism". Neither formula nor code was published. What
-is computed here is ours and fits these words; results obtained with it are not OphthaReason's. We assume:
+model's exploration depth using a shaped advantage mechanism". Its repository has no code for it, and of the
+paper we had the abstract alone. What is computed here is ours and fits these words; results obtained with it
+are not OphthaReason's. We assume:
 
 * A sample is a question, not a token and not a rollout: all rollouts of a group share one uncertainty.
 * Its entropy is that of the policy's distribution over replies, per token. The mean of -log p over the tokens

@@ -117,8 +117,8 @@ def make_update(
     """Compile (state, samples, frozen parameters or nothing) -> (state, metrics): one update, its gradient
     summed over micro-batches of whole groups.
 
-    Metrics gain `entropy` (nats a token) and `sampler_gap`, the mean |sampler's - trainer's| log-prob:
-    rounding if the sampler and the trainer compute the same distribution, which from step 0 they must.
+    Metrics gain `entropy` (nats a token) and `sampler_gap`, the mean |sampler's - trainer's| log-prob under
+    the policy that sampled: rounding if both compute the same distribution, which from step 0 they must.
     """
 
     def loss(model: Any, samples: Samples, total: Array) -> tuple[Array, dict[str, Array]]:
@@ -137,7 +137,7 @@ def make_update(
             denominator=total,
         )
         tokens = jnp.maximum(mask.sum(), 1)
-        gap = jnp.abs(logprobs - samples.sampled).reshape(rows)
+        gap = jnp.abs(old - samples.sampled).reshape(rows)
         metrics["sampler_gap"] = jax.lax.stop_gradient(jnp.where(mask, gap, 0).sum() / tokens)
         metrics["entropy"] = jax.lax.stop_gradient(jnp.where(mask, entropy.reshape(rows), 0).sum() / tokens)
         return value, metrics

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from fundus_jax import stop, training
+from fundus_jax import dialog, stop, training
 from fundus_jax.data import round_up
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.config import GrpoConfig
 from fundus_jax.grpo.judge import RulesJudge
+from fundus_jax.grpo.rollout import Rollout
 from fundus_jax.grpo.show import SHOWN
 from fundus_jax.models.qwen2_5_vl.processor import Processor
 from fundus_jax.records import ConfigError, Verdict
@@ -341,3 +342,27 @@ def test_prompts_of_a_step_are_of_one_shape(source: Path, tmp_path: Path) -> Non
     assert mixed.tokens.shape[1] == lengths[-1], "whoever mixes them gets room for all"
     whole = grpo.Prompts(*arguments, buckets=3, batch=len(prompts.rows))
     assert len(whole.groups) == 1, "a group has a step's prompts at least"
+
+
+def test_a_reply_with_control_tokens_is_not_in_the_format(source: Path, tmp_path: Path) -> None:
+    """A decoder that hides them would make a right reply of this."""
+    trainer = small.open_run(tmp_path, source, small.config())
+    processor, prompts = trainer.processor, trainer.prompts
+    example = prompts.rows[0][0]
+    said = dialog.right_reply(example, prompts.form["style"])
+    good = f"<think>No lesion is seen.</think> <answer>{said}</answer>"
+    tokens = [processor.tokenizer.encode(good, add_special_tokens=False)]
+    tokens.append([*processor.tokenizer.encode("<|im_start|>"), *tokens[0]])
+    (end,) = processor.eos_ids
+    ids = np.zeros((1, 2, len(tokens[1]) + 1), np.int32)
+    mask = np.zeros(ids.shape, bool)
+    for row, one in enumerate(tokens):
+        ids[0, row, : len(one) + 1], mask[0, row, : len(one) + 1] = [*one, end], True
+    rollout = Rollout(ids, np.zeros(ids.shape, np.float32), mask)
+    ((plain, hidden),), ((first, second),) = grpo.score_all(
+        prompts, np.asarray([0]), rollout, RulesJudge(), SMALL
+    )
+    assert plain == good, "without the token that ended it"
+    assert (first.answer, first.format) == (1, 1)
+    assert hidden == "<|im_start|>" + good
+    assert (second.answer, second.format) == (1, 0)

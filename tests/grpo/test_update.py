@@ -188,6 +188,9 @@ def test_sampler_and_trainer_agree(real: Scene, scene: Scene) -> None:
     assert 0 <= metrics["sampler_gap"] < 1e-4
     _, metrics = scene.update(CONFIG, scene.samples(sampled=scene.rollout.logprobs - 0.25))
     assert metrics["sampler_gap"] == pytest.approx(0.25, abs=1e-4), "a difference would be seen"
+    moved = scene.samples(old=scene.rollout.logprobs + 0.5)
+    _, metrics = scene.update(replace(CONFIG, mu=2), moved)
+    assert metrics["sampler_gap"] == pytest.approx(0.5, abs=1e-4), "not how far later updates have moved"
 
 
 def test_the_ratio_of_the_on_policy_step_is_exactly_one(scene: Scene) -> None:

@@ -136,6 +136,23 @@ def test_a_warmup_longer_than_the_epochs_is_refused_before_anything_is_trained(
         small.open_run(tmp_path, source, small.config(grpo=grpo))
 
 
+def test_a_model_without_end_ids_ends_as_its_tokenizer_does_after_training_too(
+    source: Path, tmp_path: Path
+) -> None:
+    maker = small.open_run(tmp_path / "maker", source, small.config())
+    model = save_pretrained(maker.start(), maker.processor, tmp_path / "model")
+    maker.work.close()
+    (model / "generation_config.json").unlink()
+    told = json.loads((model / "config.json").read_text())
+    told.pop("eos_token_id")
+    (model / "config.json").write_text(json.dumps(told))
+    sft = dataclasses.replace(small.config().sft, steps=1, epochs=0)
+    trainer = small.open_run(tmp_path / "run", source, small.config(model=str(model), sft=sft, stages="sft"))
+    trainer.run("sft")
+    assert trainer.after("sft").config.eos_ids == trainer.processor.eos_ids != ()
+    trainer.work.close()
+
+
 def test_a_given_model_is_measured_and_exported_as_it_is(source: Path, tmp_path: Path) -> None:
     maker = small.open_run(tmp_path / "maker", source, small.config())
     model = save_pretrained(small.stir(maker.start()), maker.processor, tmp_path / "model")
