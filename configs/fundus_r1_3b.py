@@ -10,6 +10,9 @@ bf16. Mesh, recomputing and micro-batches are chosen by the devices (--mesh=auto
 fits on which machine. From the paper: 2 epochs of SFT, 8 of GRPO, AdamW, 4 rollouts at temperature 1.0. Ours,
 since its text lost them: learning rates, batch sizes, rating values; and that options are answered by letter,
 as FunBench asks for them (the paper's figures show labels in words: --config.prompt.style=options).
+
+Only images with findings have a process reward. Without a server that votes these are the ones with masks: of
+IDRiD's 914 prompts 118, and 184 rows of SFT. configs/data_server.py has the others voted on, as in the paper.
 """
 
 from fundus_jax.grpo.config import GrpoConfig
