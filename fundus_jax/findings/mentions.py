@@ -114,6 +114,12 @@ _NO_FINDING = (
     "choroidal neovascularisation",
     "macular neovascularisation",
     "haemorrhagic pigment epithelial detachment",
+    "lamellar macular hole",
+    *(f"{where} drusen" for where in ("optic disc", "optic nerve head", "disc")),
+    *(
+        f"{kind} neovascularisation" for kind in ("iris", "subretinal", "type")
+    ),  # "type 1": digits are no words
+    *(f"{where} haemorrhage" for where in ("subconjunctival", "choroidal")),
 )
 
 _ABBREVIATIONS = frozenset(item for row in FINDINGS.values() for item in row.abbreviations)

@@ -39,10 +39,27 @@ def _row(name: str, plural: str, modalities: tuple[str, ...], words="", short=""
     return Finding(name, plural, modalities, synonyms, tuple(short.split()), core)
 
 
-_SIZES = ("large", "enlarged", "increased", "wide", "big", "deep")
-_CUP = ("cup", "optic cup", "optic disc cup", "cupping", "cup disc ratio", "cup / disc ratio")
-_CUPS = " | ".join(f"{size} {cup}" for size in _SIZES for cup in (*_CUP, "cup to disc ratio"))
-_PRERETINAL = "pre retinal haemorrhage | subhyaloid haemorrhage"
+_SIZES = ("large", "enlarged", "increased", "wide", "big", "high", "elevated", "raised")
+_RATIO = ("cup disc ratio", "cup / disc ratio", "cup to disc ratio")
+_CUP = ("cup", "optic cup", "optic disc cup", "optic nerve cup", "optic nerve head cup", "cupping", *_RATIO)
+_CUPS = " | ".join(
+    (
+        *(f"{size} {cup}" for size in _SIZES for cup in (*_CUP, "c / d ratio")),
+        *(f"{ratio} is {size}" for size in _SIZES for ratio in (*_RATIO, "c / d ratio")),
+    )
+)
+_PRERETINAL = (
+    "pre retinal haemorrhage | subhyaloid haemorrhage | preretinal bleeding | subhyaloid bleeding | "
+    "boat shaped haemorrhage"
+)
+_SUBRETINAL = (
+    "sub retinal haemorrhage | submacular haemorrhage | subretinal bleeding | subretinal blood | "
+    "sub rpe haemorrhage"
+)
+_DISC = (
+    "optic disc haemorrhage | optic nerve haemorrhage | optic nerve head haemorrhage | "
+    "disc margin haemorrhage | drance haemorrhage | splinter haemorrhage at the disc"
+)
 _IRMA = "intraretinal microvascular abnormality | intraretinal microvascular abnormalities"
 _TABLE = (
     _row("microaneurysm", "microaneurysms", _FUNDUS, "micro aneurysm | red dot", "MA MAs", core=True),
@@ -52,7 +69,7 @@ _TABLE = (
         _FUNDUS,
         "retinal haemorrhage | intraretinal haemorrhage | intra retinal haemorrhage | dot haemorrhage | "
         "blot haemorrhage | dot blot haemorrhage | dot and blot haemorrhage | flame haemorrhage | "
-        "flame shaped haemorrhage | haemorrhagic spot | bleeding",
+        "flame shaped haemorrhage | splinter haemorrhage | haemorrhagic spot | bleeding",
         "RH RHs",
         core=True,
     ),
@@ -61,7 +78,7 @@ _TABLE = (
         "cotton-wool spot",
         "cotton-wool spots",
         _FUNDUS,
-        "cottonwool spot | cotton wool patch | cotton wool patches | soft exudate",
+        "cottonwool spot | cotton wool patch | cotton wool patches | cotton wool exudate | soft exudate",
         "CWS CWSs SE",
         core=True,
     ),
@@ -74,14 +91,30 @@ _TABLE = (
         "NV NVD NVE",
         core=True,
     ),
-    _row("vitreous haemorrhage", "vitreous haemorrhage", _FUNDUS, "vitreous bleed", "VH", core=True),
-    _row("drusen", "drusen", MODALITIES, "druse | drusenoid deposit", core=True),
+    _row(
+        "vitreous haemorrhage",
+        "vitreous haemorrhage",
+        _FUNDUS,
+        "vitreous bleed | vitreous bleeding | intravitreal haemorrhage | vitreal haemorrhage",
+        "VH",
+        core=True,
+    ),
+    _row(
+        "drusen",
+        "drusen",
+        MODALITIES,
+        "druse | drusenoid deposit | drusenoid pigment epithelial detachment | drusenoid PED | "
+        "pseudodrusen | reticular pseudodrusen",
+        core=True,
+    ),
     _row("large cup", "a large cup", _FUNDUS, f"{_CUPS} | cup is large | cup is enlarged", core=True),
     _row(
         "intraretinal fluid",
         "intraretinal fluid",
         ("OCT",),
-        "intra retinal fluid | intraretinal cyst | cystoid space | intraretinal cystoid space",
+        "intra retinal fluid | intraretinal cyst | cystoid space | intraretinal cystoid space | "
+        "cystic space | intraretinal cystic space | cystic change | cystoid change | "
+        "intraretinal hyporeflective space",
         "IRF",
         core=True,
     ),
@@ -91,56 +124,172 @@ _TABLE = (
         "a pigment epithelial detachment",
         ("OCT",),
         "pigment epithelium detachment | retinal pigment epithelial detachment | "
-        "retinal pigment epithelium detachment | drusenoid pigment epithelial detachment",
+        "retinal pigment epithelium detachment | rpe detachment | rpe elevation | double layer sign",
         "PED PEDs",
         core=True,
     ),
     # from here on: names of the real data sets and of texts about them
     _row("preretinal haemorrhage", "preretinal haemorrhage", _FUNDUS, _PRERETINAL, "PRH"),
-    _row("subretinal haemorrhage", "subretinal haemorrhage", _FUNDUS, "sub retinal haemorrhage"),
-    _row("disc haemorrhage", "disc haemorrhage", _FUNDUS, "optic disc haemorrhage | splinter haemorrhage"),
+    _row("subretinal haemorrhage", "subretinal haemorrhage", _FUNDUS, _SUBRETINAL),
+    _row("disc haemorrhage", "disc haemorrhage", _FUNDUS, _DISC),
     _row("venous beading", "venous beading", _FUNDUS, "beading of the vein | beaded vein"),
     _row("irma", "intraretinal microvascular abnormalities", _FUNDUS, _IRMA, "IRMA IRMAs"),
     _row(
         "fibrous proliferation",
         "fibrous proliferation",
         _FUNDUS,
-        "fibrovascular proliferation | fibrous tissue",
+        "fibrovascular proliferation | fibrous tissue | fibrovascular tissue | fibrovascular membrane | "
+        "preretinal fibrosis",
     ),
-    _row("laser scar", "laser scars", _FUNDUS, "laser spot | laser mark | photocoagulation scar"),
     _row(
-        "rim thinning", "rim thinning", _FUNDUS, "neuroretinal rim thinning | thinning of the rim | rim notch"
+        "laser scar",
+        "laser scars",
+        _FUNDUS,
+        "laser spot | laser mark | laser burn | photocoagulation scar | photocoagulation mark | prp scar",
     ),
-    _row("nerve fibre layer defect", "a nerve fibre layer defect", _FUNDUS, "nerve fiber layer defect"),
-    _row("peripapillary atrophy", "peripapillary atrophy", _FUNDUS, "", "PPA"),
-    _row("geographic atrophy", "geographic atrophy", MODALITIES, "atrophy of the pigment epithelium"),
-    _row("pigmentary change", "pigmentary changes", _FUNDUS, "pigment change | hyperpigmentation"),
+    _row(
+        "rim thinning",
+        "rim thinning",
+        _FUNDUS,
+        "neuroretinal rim thinning | thinning of the rim | thinning of the neuroretinal rim | rim notch | "
+        "notching of the rim | notching of the neuroretinal rim | thin neuroretinal rim | rim loss | "
+        "neuroretinal rim loss",
+    ),
+    _row(
+        "nerve fibre layer defect",
+        "a nerve fibre layer defect",
+        _FUNDUS,
+        "nerve fiber layer defect | rnfl defect | nfl defect | rnfl thinning | "
+        "retinal nerve fibre layer thinning | retinal nerve fiber layer thinning",
+    ),
+    _row(
+        "peripapillary atrophy",
+        "peripapillary atrophy",
+        _FUNDUS,
+        "parapapillary atrophy | peripapillary chorioretinal atrophy | peripapillary crescent | "
+        "myopic crescent | temporal crescent",
+        "PPA",
+    ),
+    _row(
+        "geographic atrophy",
+        "geographic atrophy",
+        MODALITIES,
+        "rpe and outer retinal atrophy | complete rpe and outer retinal atrophy | crora",
+    ),
+    _row(
+        "pigmentary change",
+        "pigmentary changes",
+        _FUNDUS,
+        "pigment change | pigmentary abnormality | pigmentary abnormalities | hyperpigmentation | "
+        "hypopigmentation | depigmentation | bone spicule | bone spicule pigment | "
+        "bone spicule pigmentation | pigment clump | pigment clumping | pigment mottling | rpe mottling | "
+        "pigment migration",
+    ),
     _row("macular hole", "a macular hole", MODALITIES, "", "FTMH"),
-    _row("epiretinal membrane", "an epiretinal membrane", MODALITIES, "epi retinal membrane", "ERM"),
-    _row("retinal detachment", "retinal detachment", MODALITIES, "detached retina"),
-    _row("retinal thickening", "retinal thickening", ("OCT",), "thickened retina | macular thickening"),
-    _row("hyperreflective focus", "hyperreflective foci", ("OCT",), "hyperreflective foci", "HRF"),
-    _row("subretinal hyperreflective material", "subretinal hyperreflective material", ("OCT",), "", "SHRM"),
-    _row("ellipsoid zone loss", "ellipsoid zone loss", ("OCT",), "ellipsoid zone disruption"),
+    _row(
+        "epiretinal membrane",
+        "an epiretinal membrane",
+        MODALITIES,
+        "epi retinal membrane | preretinal membrane | epimacular membrane | cellophane membrane | "
+        "macular pucker",
+        "ERM",
+    ),
+    _row(
+        "retinal detachment",
+        "retinal detachment",
+        MODALITIES,
+        "detached retina | serous detachment | serous retinal detachment | neurosensory detachment | "
+        "serous neurosensory detachment | neurosensory retinal detachment | macular detachment",
+    ),
+    _row(
+        "retinal thickening",
+        "retinal thickening",
+        ("OCT",),
+        "thickened retina | macular thickening | thickening of the retina | increased retinal thickness | "
+        "increased macular thickness | retinal swelling",
+    ),
+    _row(
+        "hyperreflective focus",
+        "hyperreflective foci",
+        ("OCT",),
+        "hyperreflective foci | hyper reflective focus | hyper reflective foci | hyperreflective dot",
+        "HRF",
+    ),
+    _row(
+        "subretinal hyperreflective material",
+        "subretinal hyperreflective material",
+        ("OCT",),
+        "subretinal hyper reflective material | sub retinal hyperreflective material | "
+        "sub retinal hyper reflective material",
+        "SHRM",
+    ),
+    _row(
+        "ellipsoid zone loss",
+        "ellipsoid zone loss",
+        ("OCT",),
+        "ellipsoid zone disruption | ez loss | ez disruption",
+    ),
     _row("vitreomacular traction", "vitreomacular traction", ("OCT",), "", "VMT"),
 )
 
 # Label ("": any) -> required finding -> what meets it in its place, since most labels are known by one of
-# several signs. ICDR: haemorrhages in the vitreous or before the retina prove new vessels; moderate is more
-# than microaneurysms; severe is many haemorrhages, beading or IRMA. AREDS: late disease may be atrophy or
-# bleeding without drusen. CNV on OCT is a detachment, or material beneath the retina.
+# several signs. ICDR and ETDRS: blood in the vitreous or before the retina and fibrous proliferation prove
+# new vessels; moderate is more than microaneurysms; severe is many haemorrhages, beading or IRMA. English
+# grades R1 and R2, which JSIEC's stages resemble, name several signs each. AREDS: AMD may be pigment alone,
+# and late disease atrophy, bleeding or a scar without drusen. CNV on OCT is a detachment, material beneath
+# the retina or fluid there (types 2 and 3); DME may be thickening without cysts (Otani 1999). A vein's old
+# occlusion has lost its haemorrhages, and a rim or nerve fibre layer may be thin beside a small cup. A
+# serous detachment of the retina is its fluid.
 _BEYOND = ("hard exudate", "cotton-wool spot", "venous beading", "irma")
+_PROLIFERATIVE = (
+    "neovascularisation",
+    "vitreous haemorrhage",
+    "preretinal haemorrhage",
+    "fibrous proliferation",
+)
+_OLD_OCCLUSION = (
+    "laser scar",
+    "neovascularisation",
+    "hard exudate",
+    "cotton-wool spot",
+    "vitreous haemorrhage",
+)
 _PROVEN_BY: dict[str, dict[str, tuple[str, ...]]] = {
-    "": {"neovascularisation": ("vitreous haemorrhage", "preretinal haemorrhage")},
-    "Diabetic retinopathy": {"microaneurysm": ("haemorrhage", "neovascularisation", "vitreous haemorrhage")},
+    "": {
+        "neovascularisation": ("vitreous haemorrhage", "preretinal haemorrhage", "fibrous proliferation"),
+        "subretinal fluid": ("retinal detachment",),
+    },
+    "Diabetic retinopathy": {"microaneurysm": ("haemorrhage", *_BEYOND, *_PROLIFERATIVE, "laser scar")},
+    "Diabetic retinopathy, stage 1 of 3": {"microaneurysm": ("haemorrhage",)},
+    "Diabetic retinopathy, stage 2 of 3": {"haemorrhage": _BEYOND},
     "Moderate NPDR": {"microaneurysm": ("haemorrhage", *_BEYOND), "haemorrhage": _BEYOND},
     "Severe NPDR": {
         "microaneurysm": ("haemorrhage", "venous beading", "irma"),
         "haemorrhage": ("venous beading", "irma"),
     },
-    "AMD": {"drusen": ("geographic atrophy", "subretinal haemorrhage")},
-    "Dry AMD": {"drusen": ("geographic atrophy",)},
-    "CNV": {"pigment epithelial detachment": ("subretinal hyperreflective material",)},
+    "AMD": {
+        "drusen": (
+            "geographic atrophy",
+            "subretinal haemorrhage",
+            "pigmentary change",
+            "fibrous proliferation",
+        )
+    },
+    "Dry AMD": {"drusen": ("geographic atrophy", "pigmentary change")},
+    "CNV": {"pigment epithelial detachment": ("subretinal hyperreflective material", "subretinal fluid")},
+    "DME": {"intraretinal fluid": ("retinal thickening",)},
+    "Glaucoma": {"large cup": ("rim thinning", "nerve fibre layer defect")},
+    "Possible glaucoma": {"large cup": ("rim thinning", "nerve fibre layer defect", "disc haemorrhage")},
+    "Branch retinal vein occlusion": {"haemorrhage": _OLD_OCCLUSION},
+    "Central retinal vein occlusion": {"haemorrhage": _OLD_OCCLUSION},
+    "Retinal vein occlusion": {
+        "haemorrhage": _OLD_OCCLUSION,
+        "intraretinal fluid": ("retinal thickening", "subretinal fluid"),
+    },
+    "Severe hypertensive retinopathy": {
+        "haemorrhage": ("cotton-wool spot", "hard exudate"),
+        "cotton-wool spot": ("haemorrhage", "hard exudate"),
+    },
 }
 
 FINDINGS: dict[str, Finding] = {row.name: row for row in _TABLE}

@@ -13,7 +13,7 @@ from fundus_jax.records import DataError
 TEXT = (
     "In moderate NPDR, multiple microaneurysms and dot-blot hemorrhages are characteristic (Fig. 2). "
     "Hard exudates and cotton-wool spots may also be observed. There is no evidence of "
-    "neovascularization, and bone spicules are not a feature. On OCT, intraretinal fluid may be found."
+    "neovascularization, and arteriolar narrowing is no feature. On OCT, intraretinal fluid may be found."
 )
 
 
@@ -62,7 +62,7 @@ def test_what_no_sentence_says_is_dropped_with_the_reason(documents, one: Said, 
 
 def test_a_quotation_cut_out_of_a_denial_does_not_turn_it_round(documents) -> None:
     """The words alone claim it; their sentence denies it."""
-    quote = "neovascularization, and bone spicules are"
+    quote = "neovascularization, and arteriolar narrowing is"
     assert checked([said(quote, "neovascularisation", "supportive")], documents, "CFP")[0] == ()
     (claim,), _ = checked([said(quote, "new vessels", "excluded")], documents, "CFP")
     assert (claim.finding, claim.role) == ("neovascularisation", "excluded")
@@ -97,7 +97,7 @@ def test_roles_are_disjoint(documents) -> None:
 def test_what_the_table_does_not_know_is_kept_as_text(documents) -> None:
     kept, _ = checked(
         [
-            said("bone spicules are not a feature", "bone spicules"),
+            said("arteriolar narrowing is no feature", "arteriolar narrowing"),
             said("multiple microaneurysms", "microaneurysm"),
         ],
         documents,
@@ -107,9 +107,9 @@ def test_what_the_table_does_not_know_is_kept_as_text(documents) -> None:
     assert record.required == ("microaneurysm",)
     assert [(one.finding, one.role) for one in record.claims] == [
         ("microaneurysm", "required"),
-        ("bone spicules", "other"),
+        ("arteriolar narrowing", "other"),
     ]
-    assert "bone spicules" in record.text
+    assert "arteriolar narrowing" in record.text
     assert record.passages[0].licence == "CC BY"
     with pytest.raises(DataError, match="no claim on X in CFP holds"):
         compose("X", "CFP", [one for one in kept if one.role == "other"], documents)

@@ -301,7 +301,11 @@ def test_no_lesion_may_be_said_only_where_all_were_looked_for(claim: str) -> Non
     [
         ("CNV", "OCT", ("subretinal hyperreflective material", "subretinal fluid"), True),
         ("CNV", "OCT", ("pigment epithelial detachment", "subretinal fluid"), True),
-        ("CNV", "OCT", ("subretinal fluid", "intraretinal fluid"), False),
+        ("CNV", "OCT", ("subretinal fluid", "intraretinal fluid"), True),
+        ("CNV", "OCT", ("intraretinal fluid",), False),
+        ("DME", "OCT", ("retinal thickening", "hyperreflective focus"), True),
+        ("DME", "OCT", ("subretinal fluid",), False),
+        ("Central serous chorioretinopathy", "OCT", ("retinal detachment",), True),
         ("Polypoidal choroidal vasculopathy", "OCT", ("subretinal hyperreflective material",), False),
         ("Moderate NPDR", "CFP", ("haemorrhage",), True),
         ("Moderate NPDR", "CFP", ("hard exudate", "microaneurysm"), True),
@@ -317,11 +321,24 @@ def test_no_lesion_may_be_said_only_where_all_were_looked_for(claim: str) -> Non
         ("AMD", "CFP", ("geographic atrophy",), True),
         ("AMD", "UWF", ("subretinal haemorrhage",), True),
         ("AMD", "CFP", ("hard exudate", "haemorrhage"), False),
-        ("AMD", "CFP", ("pigmentary change",), False),
+        ("AMD", "CFP", ("pigmentary change",), True),
+        ("AMD", "CFP", ("fibrous proliferation", "hard exudate"), True),
+        ("AMD", "CFP", ("hard exudate",), False),
         ("Dry AMD", "OCT", ("geographic atrophy",), True),
         ("Dry AMD", "CFP", ("subretinal haemorrhage",), False),
         ("Diabetic retinopathy", "CFP", ("haemorrhage", "hard exudate"), True),
-        ("Diabetic retinopathy", "CFP", ("hard exudate",), False),
+        ("Diabetic retinopathy", "UWF", ("hard exudate", "laser scar"), True),
+        ("Diabetic retinopathy", "CFP", ("drusen",), False),
+        ("Diabetic retinopathy, stage 1 of 3", "CFP", ("haemorrhage",), True),
+        ("Diabetic retinopathy, stage 2 of 3", "CFP", ("venous beading", "irma"), True),
+        ("PDR", "CFP", ("fibrous proliferation",), True),
+        ("Severe NPDR", "CFP", ("irma", "fibrous proliferation"), False),
+        ("Glaucoma", "CFP", ("rim thinning", "disc haemorrhage"), True),
+        ("Glaucoma", "CFP", ("disc haemorrhage",), False),
+        ("Branch retinal vein occlusion", "CFP", ("laser scar", "neovascularisation"), True),
+        ("Branch retinal vein occlusion", "CFP", ("drusen",), False),
+        ("Severe hypertensive retinopathy", "CFP", ("haemorrhage", "hard exudate"), True),
+        ("Severe hypertensive retinopathy", "CFP", ("microaneurysm",), False),
     ],
 )
 def test_a_label_is_known_by_any_of_its_signs(
@@ -353,6 +370,7 @@ def test_where_no_note_leads_to_the_answer_there_is_no_trace(task: str) -> None:
 
 def test_models_are_told_what_meets_a_required_finding() -> None:
     assert findings.required(NOTES["AMD", "CFP"]) == (
-        "drusen (or subretinal haemorrhage or geographic atrophy)",
+        "drusen (or subretinal haemorrhage or fibrous proliferation or geographic atrophy "
+        "or pigmentary change)",
     )
-    assert findings.required(NOTES["Glaucoma", "CFP"]) == ("large cup",)
+    assert findings.required(NOTES["Large optic cup", "CFP"]) == ("large cup",)

@@ -109,7 +109,8 @@ def test_the_messages(tmp_path: Path) -> None:
         "Where they lie: haemorrhage: upper left.",
         f"Required for the answer: {', '.join(trace_server.findings.required(MODERATE))}.",
         "Supporting it: hard exudate, cotton-wool spot.",
-        "Excluding it: neovascularisation, vitreous haemorrhage, preretinal haemorrhage.",
+        "Excluding it: neovascularisation, vitreous haemorrhage, preretinal haemorrhage, "
+        "fibrous proliferation.",
     ]
     assert lines[12] == f"KNOWLEDGE {nonce} BEGINS"
     assert lines[-1] == f"KNOWLEDGE {nonce} ENDS"

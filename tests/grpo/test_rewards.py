@@ -68,13 +68,15 @@ def test_where_letters_are_asked_for_a_letter_stands_for_its_label():
         ("B", 1, FINDINGS),
         ("A", 0, KNOWLEDGE["Mild NPDR", "CFP"]),
         ("C", 0, KNOWLEDGE["AMD", "CFP"]),
+        ("B. Moderate NPDR", 1, FINDINGS),
+        ("AMD", 0, KNOWLEDGE["AMD", "CFP"]),
     ):
         text, judge = render(TRACE, answer), SpyJudge("plausible")
         found = assess(text, example, FINDINGS, KNOWLEDGE, CONFIG, finished=True, style="letters")
         score_rollouts([found], judge, CONFIG)
         assert found.answer == right
         assert [reference for _, reference, *_ in judge.calls] == [about]
-    for answer in ("Moderate NPDR", "B. Moderate NPDR", "D"):
+    for answer in ("A. Moderate NPDR", "B, C", "D"):
         text = render(TRACE, answer)
         found = assess(text, example, FINDINGS, KNOWLEDGE, CONFIG, finished=True, style="letters")
         assert (found.answer, [part.rating for part in found.due]) == (0, ["implausible"])
