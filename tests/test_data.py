@@ -152,6 +152,26 @@ def test_a_larger_part_holds_a_smaller_one(pool: data.Pool) -> None:
     assert half < most
 
 
+def test_parts_of_another_salt_or_data_set_fall_otherwise(pool: data.Pool) -> None:
+    """Else the exam would take the head of what SFT takes, and patients 1 of all data sets lay together."""
+    one = pool.examples[0]
+    many = [
+        replace(one, id=f"{name}/{k}", dataset=name, patient=str(k))
+        for name in ("a", "b")
+        for k in range(200)
+    ]
+    pool = replace(pool, examples=tuple(many))
+
+    def half(salt: str) -> dict[str, set[str]]:
+        kept = pool.choose(part=(0.0, 0.5), salt=salt).examples
+        return {name: {e.patient for e in kept if e.dataset == name} for name in ("a", "b")}
+
+    plain, salted = half(""), half("exam")
+    for first, second in ((plain["a"], plain["b"]), (plain["a"], salted["a"])):
+        assert 70 < len(first) < 130
+        assert 25 < len(first & second) < 75, "as two draws do"
+
+
 def test_tasks_are_chosen_and_nothing_left_is_an_error(pool: data.Pool) -> None:
     assert {e.task for e in pool.choose(tasks=("modality",)).examples} == {"modality"}
     with pytest.raises(

@@ -1,6 +1,7 @@
 """Positioned traces: regions and boxes as the masks have them, checked against faults, right at any size."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,30 @@ def test_a_question_of_where_keeps_its_own_place() -> None:
     assert trace.kept, trace.reasons  # although microaneurysms lie in the lower left
     wrong = trace.think.replace("lie in the upper left", "lie in the lower left")
     assert quality.PLACE in kinds(quality.check(one, FOUND, None, wrong, "Upper left", boxes=2))
+
+
+def test_corners_may_be_off_by_one_and_length_is_for_each_finding() -> None:
+    (first, *_) = dialog.parse_boxes(THINK).boxes
+    said = f"[{first.x1}, {first.y1}, {first.x2}, {first.y2}]"
+    for off, wrong in ((1, set()), (2, {quality.PLACE})):
+        moved = THINK.replace(said, f"[{first.x1}, {first.y1}, {first.x2 - off}, {first.y2}]")
+        assert moved != THINK
+        assert kinds(check(moved)) == wrong, off
+    one = example(boxes=(*PLACES, replace(PLACES[0], x1=PLACES[0].x1 + 200, x2=PLACES[0].x2 + 200)))
+    think, places = compose(one, 2).think, dialog.positioned(one, 2).boxes
+    names = {box.finding for box in places}
+    assert len(names) < len(places)
+    words = len(dialog.without_boxes(think).split()) - quality.PLACE_WORDS * len(names)
+    for bound, wrong in ((words, set()), (words - 1, {quality.MALFORMED})):
+        found = quality.check(one, FOUND, MODERATE, think, one.answer, boxes=2, most_words=bound)
+        assert kinds(found) == wrong, bound
+
+
+def test_the_bound_of_a_traces_length_reaches_its_check() -> None:
+    one = example(boxes=PLACES)
+    known = NOTES[one.answer, one.modality]
+    trace = composing.compose(one, FOUND, known, writer.RuleWriter(), most_words=3)
+    assert not trace.kept
 
 
 def test_tasks_without_findings_have_no_boxes() -> None:

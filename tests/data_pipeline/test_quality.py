@@ -136,6 +136,20 @@ def test_a_normal_eye_needs_a_sentence_on_the_absence_of_lesions() -> None:
     assert kinds(check(normal, clean, knowledge, think, "Normal")) == {quality.KNOWLEDGE}
 
 
+def test_the_connection_is_with_a_finding_that_matters() -> None:
+    found = Findings(
+        example="made/0", present=("drusen", "haemorrhage", "microaneurysm"), votes={}, n=0, origin="pixels"
+    )
+    think = "The image shows microaneurysms, haemorrhages and drusen. {} fit moderate disease. So it is {}."
+    one, known = (
+        example(task="dr_grade", options=GRADES, answer="Moderate NPDR"),
+        NOTES["Moderate NPDR", "CFP"],
+    )
+    for signs, wrong in (("Haemorrhages", set()), ("Drusen", {quality.KNOWLEDGE})):
+        said = think.format(signs, one.answer)
+        assert kinds(check(one, found, known, said, one.answer)) == wrong, signs
+
+
 def test_npdr_does_not_say_pdr() -> None:
     found = Findings(example="made/0", present=("neovascularisation",), votes={}, n=0, origin="pixels")
     think = "The image shows neovascularisation. Neovascularisation fits proliferative disease. So NPDR."

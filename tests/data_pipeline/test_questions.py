@@ -171,6 +171,14 @@ def test_presence_is_balanced_for_each_finding(seed, count, rate):
     assert not answers["hard exudate", "Yes"], "all images show it: the answer needs no image"
 
 
+def test_presence_is_asked_of_images_from_anywhere_in_a_folder():
+    many = [searched(f"k{i}", [] if i % 5 else ["drusen"]) for i in range(200)]
+    found = questions.ask(many, {"lesion_presence": 1.0})
+    asked = [i for i, one in enumerate(found) for q in one if "drusen" in q.question and q.answer == "No"]
+    assert len(asked) >= 20
+    assert 0.3 < np.mean(np.asarray(asked) < 100) < 0.7, "not of those that come first"
+
+
 def test_presence_uses_most_images_where_it_can():
     many = [searched(f"k{i}", ["haemorrhage"] if i % 2 else []) for i in range(100)]
     found = questions.ask(many, {"lesion_presence": 1.0})

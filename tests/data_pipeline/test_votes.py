@@ -65,6 +65,12 @@ def test_more_than_half_of_the_votes_make_a_finding(examples: Path, tmp_path: Pa
     assert findings.run(examples, tmp_path / "out", source=again(server)).shards_skipped == 2
 
 
+def test_half_of_the_votes_make_none(examples: Path, tmp_path: Path) -> None:
+    found, _ = run(examples, tmp_path / "out", voters.voting({"microaneurysm": 3, "haemorrhage": 2}), n=4)
+    for one in found.values():
+        assert (one.n, one.votes["haemorrhage"], one.present) == (4, 2, ("microaneurysm",))
+
+
 def again(server: Server) -> VoteSource:
     return VoteSource(config(server), CORE)
 

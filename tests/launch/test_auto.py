@@ -90,6 +90,13 @@ def test_less_memory_means_more_of_something() -> None:
     assert auto.AGAIN[large.remat] <= auto.AGAIN[small.remat]
 
 
+def test_a_chip_of_two_devices_gives_each_half_of_its_memory() -> None:
+    choice = choose(fundus_r1_3b.get_config(), "TPU7x", 8)
+    assert choice.memory_gib == pytest.approx(CHIPS["tpu7x"].memory / 2, rel=0.01)
+    assert choice.estimate_gib is not None
+    assert choice.estimate_gib <= auto.BUDGET * choice.memory_gib
+
+
 def test_slow_wires_mean_fewer_pieces_and_more_recomputing() -> None:
     """An H800 is an H100 with less than half of its NVLink."""
     config = fundus_r1_3b.get_config()

@@ -14,7 +14,7 @@ from fundus_jax.evaluation.report import evaluate
 from fundus_jax.evaluation.results import write
 from fundus_jax.records import ConfigError
 from fundus_jax.workdir import Workdir
-from launch.comparison import COLUMNS, MORE, PAIRS, SETUPS, tabulate
+from launch.comparison import COLUMNS, MORE, PAIRS, SETUPS, compared, tabulate
 from launch.config import RunConfig, as_json
 from tests.conftest import ROOT
 from tests.evaluation.samples import answered, item
@@ -111,6 +111,22 @@ def test_the_page_says_what_is_missing(root: Path) -> None:
     assert len([line for line in lines if line.startswith("| G − ")]) == 1
     assert len(MORE) == 4
     assert "no language" in page
+
+
+def test_the_questions_of_a_patient_are_compared_together(tmp_path: Path) -> None:
+    """Asked three times over, they tell no more."""
+    ends = []
+    for copies in (1, 3):
+        items = [
+            dataclasses.replace(one, id=f"{one.id}-{k}", unit=one.id) for one in ITEMS for k in range(copies)
+        ]
+        wrong = {one.id for one in items if one.unit in ("d1", "d2", "d3")}
+        for name, missed in (("a", set()), ("b", wrong)):
+            make(tmp_path / f"{name}{copies}", g_fundus_r1.get_config("quick"), missed, items)
+        found = compared(tmp_path / f"a{copies}", tmp_path / f"b{copies}")["differences"]
+        ends.append({name: (one["value"], one["low"], one["high"]) for name, one in found.items()})
+    assert all(low < high for _, low, high in ends[0].values())
+    assert ends[0] == {name: pytest.approx(three) for name, three in ends[1].items()}
 
 
 def test_runs_with_other_questions_are_not_compared(root: Path) -> None:

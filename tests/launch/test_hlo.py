@@ -145,6 +145,15 @@ def test_what_a_tpu_writes(groups: str, first: tuple[int, ...]) -> None:
     ], "one that two fusions hold, and one of the same channel, as in a loop that was laid out"
 
 
+def test_what_a_loop_sends_out_of_its_slice_counts_each_round() -> None:
+    text = TPU.replace("GROUPS", "[2,4]<=[8]").replace("STEP", "5")  # 3 rounds
+    (send,) = [line for line in text.splitlines() if line.startswith("  %send")]
+    text = text.replace(send + "\n", "")
+    inside = send.replace("%a", "%p").replace("%zero", "%i")
+    text = text.replace("  %y = ", f"  %p = bf16[32]{{0}} constant({{...}})\n{inside}\n  %y = ")
+    assert hlo.report(text).dcn_sent == 3 * 64
+
+
 def test_a_loop_whose_first_round_was_peeled() -> None:
     text = TPU.replace("GROUPS", "[2,4]<=[8]").replace("STEP", "1")
     first = "  %one = s32[]{:T(128)} constant(1)\n  %c = s32[]{:T(128)} copy(%one)\n  %t = "
