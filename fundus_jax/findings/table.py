@@ -23,7 +23,8 @@ class Finding:
         modalities: where it can be seen.
         synonyms: other names in lower case; plurals and American spellings are understood unlisted.
         abbreviations: case-sensitive, because "he" is a pronoun and "HE" hard exudates.
-        core: whether the phantoms and the notes use it; the others are names of the real data sets.
+        core: the modalities in which every image is looked through for it; elsewhere, and of the findings
+            without any, a text may speak of it and a data set may have it.
     """
 
     name: str
@@ -31,10 +32,10 @@ class Finding:
     modalities: tuple[str, ...]
     synonyms: tuple[str, ...] = ()
     abbreviations: tuple[str, ...] = ()
-    core: bool = False
+    core: tuple[str, ...] = ()
 
 
-def _row(name: str, plural: str, modalities: tuple[str, ...], words="", short="", core=False) -> Finding:
+def _row(name: str, plural: str, modalities: tuple[str, ...], words="", short="", core=()) -> Finding:
     synonyms = tuple(words.split(" | ")) if words else ()
     return Finding(name, plural, modalities, synonyms, tuple(short.split()), core)
 
@@ -62,7 +63,7 @@ _DISC = (
 )
 _IRMA = "intraretinal microvascular abnormality | intraretinal microvascular abnormalities"
 _TABLE = (
-    _row("microaneurysm", "microaneurysms", _FUNDUS, "micro aneurysm | red dot", "MA MAs", core=True),
+    _row("microaneurysm", "microaneurysms", _FUNDUS, "micro aneurysm | red dot", "MA MAs", core=_FUNDUS),
     _row(
         "haemorrhage",
         "haemorrhages",
@@ -71,16 +72,16 @@ _TABLE = (
         "blot haemorrhage | dot blot haemorrhage | dot and blot haemorrhage | flame haemorrhage | "
         "flame shaped haemorrhage | splinter haemorrhage | haemorrhagic spot | bleeding",
         "RH RHs",
-        core=True,
+        core=_FUNDUS,
     ),
-    _row("hard exudate", "hard exudates", _FUNDUS, "exudate", "HE HEs EX", core=True),
+    _row("hard exudate", "hard exudates", MODALITIES, "exudate", "HE HEs EX", core=_FUNDUS),
     _row(
         "cotton-wool spot",
         "cotton-wool spots",
         _FUNDUS,
         "cottonwool spot | cotton wool patch | cotton wool patches | cotton wool exudate | soft exudate",
         "CWS CWSs SE",
-        core=True,
+        core=_FUNDUS,
     ),
     _row(
         "neovascularisation",
@@ -89,7 +90,7 @@ _TABLE = (
         "new vessel | new blood vessel | newly formed vessel | neovascular vessel | neovessel | "
         "retinal neovascularisation | neovascularisation of the disc | neovascularisation elsewhere",
         "NV NVD NVE",
-        core=True,
+        core=_FUNDUS,
     ),
     _row(
         "vitreous haemorrhage",
@@ -97,7 +98,7 @@ _TABLE = (
         _FUNDUS,
         "vitreous bleed | vitreous bleeding | intravitreal haemorrhage | vitreal haemorrhage",
         "VH",
-        core=True,
+        core=_FUNDUS,
     ),
     _row(
         "drusen",
@@ -105,9 +106,9 @@ _TABLE = (
         MODALITIES,
         "druse | drusenoid deposit | drusenoid pigment epithelial detachment | drusenoid PED | "
         "pseudodrusen | reticular pseudodrusen",
-        core=True,
+        core=MODALITIES,
     ),
-    _row("large cup", "a large cup", _FUNDUS, f"{_CUPS} | cup is large | cup is enlarged", core=True),
+    _row("large cup", "a large cup", _FUNDUS, f"{_CUPS} | cup is large | cup is enlarged", core=_FUNDUS),
     _row(
         "intraretinal fluid",
         "intraretinal fluid",
@@ -116,17 +117,17 @@ _TABLE = (
         "cystic space | intraretinal cystic space | cystic change | cystoid change | "
         "intraretinal hyporeflective space",
         "IRF",
-        core=True,
+        core=("OCT",),
     ),
-    _row("subretinal fluid", "subretinal fluid", ("OCT",), "sub retinal fluid", "SRF", core=True),
+    _row("subretinal fluid", "subretinal fluid", ("OCT",), "sub retinal fluid", "SRF", core=("OCT",)),
     _row(
         "pigment epithelial detachment",
         "a pigment epithelial detachment",
-        ("OCT",),
+        MODALITIES,
         "pigment epithelium detachment | retinal pigment epithelial detachment | "
         "retinal pigment epithelium detachment | rpe detachment | rpe elevation | double layer sign",
         "PED PEDs",
-        core=True,
+        core=("OCT",),
     ),
     # from here on: names of the real data sets and of texts about them
     _row("preretinal haemorrhage", "preretinal haemorrhage", _FUNDUS, _PRERETINAL, "PRH"),
@@ -300,11 +301,11 @@ def vocabulary(modality: str, extended: bool = False) -> tuple[str, ...]:
 
     Args:
         modality: CFP, OCT or UWF.
-        extended: False gives those that the phantoms and notes use, True all that the parser knows.
+        extended: False gives the core ones, True all that the modality can show.
     """
     if modality not in MODALITIES:
         raise ConfigError(f"modality is {modality!r}; known modalities are {', '.join(MODALITIES)}")
-    return tuple(row.name for row in _TABLE if modality in row.modalities and (row.core or extended))
+    return tuple(row.name for row in _TABLE if modality in (row.modalities if extended else row.core))
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
