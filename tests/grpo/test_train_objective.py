@@ -12,6 +12,7 @@ import pytest
 
 from fundus_jax import training
 from fundus_jax.grpo import train as grpo
+from fundus_jax.grpo.abstentions import Abstentions
 from fundus_jax.grpo.config import GrpoConfig
 from tests.grpo.test_train import METRICS, SMALL, run, source
 
@@ -120,3 +121,29 @@ def test_no_group_without_variance_is_left_where_draws_suffice(
     assert filled[0]["zero_variance"] == 0
     assert filled[0]["sampler/fills"] == 1 + filled[0]["redraw/batches"]
     assert filled[0]["sampler_gap"] < 1e-4, "rollouts and prompts were put together row by row"
+
+
+def test_the_schedule_ends_with_the_updates_and_redrawn_prompts_count_too(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step may have several updates, and a judge that fails on prompts drawn in vain fails too."""
+    totals, counted = [], []
+    make, add = training.make_optimizer, Abstentions.add
+
+    def maker(optim: Any, total: int) -> Any:
+        totals.append(total)
+        return make(optim, total)
+
+    def counts(self: Abstentions, scores: Any) -> dict[str, float]:
+        counted.append(len(scores))
+        return add(self, scores)
+
+    monkeypatch.setattr(grpo, "score_all", likes)
+    monkeypatch.setattr(training, "make_optimizer", maker)
+    monkeypatch.setattr(Abstentions, "add", counts)
+    config = replace(SMALL, steps=2, extra_draws=2, kl_coef=0.0, mu=2)
+    _, _, lines = run(tmp_path, source, config)
+    assert totals == [4]
+    drawn = [config.prompts_per_step * (1 + line["redraw/batches"]) for line in lines]
+    assert counted == drawn
+    assert max(counted) > config.prompts_per_step

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from fundus_jax import sft, stop, training
+from fundus_jax.evaluation import exam as exams
+from fundus_jax.evaluation.report import Outcome
 from fundus_jax.grpo import stream
 from fundus_jax.grpo import train as grpo
 from fundus_jax.grpo.judge import RulesJudge
@@ -177,6 +179,28 @@ def test_it_says_the_same_of_the_same_policy(source: Path, tmp_path: Path) -> No
     said = exam(model)
     assert said == exam(model)
     assert said["exam/low"] <= said["exam/accuracy"] <= said["exam/high"]
+
+
+def test_its_interval_takes_the_questions_of_a_patient_together(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one patient alone nothing can be resampled, however many questions there are."""
+    trainer = trainer_of(tmp_path, source)
+    trainer.work.close()
+    exam = trainer.exam()
+    assert exam is not None
+    monkeypatch.setattr(
+        exams,
+        "outcome_of",
+        lambda one: Outcome(extracted=("a",), correct=one.item.id == first, well_formed=True, claimed=None),
+    )
+    first, ends = exam.items[0].id, []
+    for same in (False, True):
+        exam.items = [dataclasses.replace(one, unit="one" if same else one.id) for one in exam.items]
+        said = exam(small.bigram(trainer))
+        ends.append((said["exam/low"], said["exam/high"]))
+    assert ends[0][0] < 1 / len(exam.items) < ends[0][1]
+    assert ends[1][0] == ends[1][1]
 
 
 class Left:
