@@ -45,7 +45,8 @@ def prompts() -> Any:
         for one, _ in rows
     }
 
-    def decode(tokens: Any) -> str:
+    def decode(tokens: Any, *, skip_special_tokens: bool) -> str:
+        assert not skip_special_tokens
         return f"<think>{SAYS[int(tokens[0]) % len(SAYS)]}</think> <answer>AMD</answer>"
 
     processor = SimpleNamespace(eos_ids=(0,), decode=decode)
@@ -57,7 +58,8 @@ def main(coordinator: str, processes: str, process: str, *addresses: str) -> Non
     """Join the others where there are any, and judge once for each address."""
     if int(processes) > 1:
         jax.distributed.initialize(coordinator, int(processes), int(process), initialization_timeout=240)
-    tokens = np.arange(PROMPTS * GROUP, dtype=np.int32).reshape(PROMPTS, GROUP, 1)
+    said = np.arange(PROMPTS * GROUP, dtype=np.int32).reshape(PROMPTS, GROUP, 1)
+    tokens = np.concatenate([said, np.zeros_like(said)], axis=-1)  # and the end
     rollout: Any = Rollout(tokens, np.zeros(tokens.shape, np.float32), np.ones(tokens.shape, bool))
     for address in addresses:
         server = ChatConfig(address=address, model="m", patience=0.5)
