@@ -21,15 +21,16 @@ Neighbours: `hosts` (agreement), the loops (`check`), `launch/run.py` (`install`
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from absl import logging
@@ -40,6 +41,7 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = 20.0  # seconds from the signal to the end of the process, at the latest
 LISTEN = 0.5  # seconds between two looks at what other processes got
+LOOK = 0.05  # seconds between two looks while a server is waited for
 TOLD = "stop"  # under which they tell it (`hosts.tell`)
 _wanted = 0  # the signal that came; the process has one, so the module has
 _deferred = 0  # how many `deferred` blocks the main thread is in
@@ -108,6 +110,32 @@ def interruptible(action: Callable[[], T]) -> T:
     hosts.wait()  # the others may be at it for long
     check()
     return result
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run(work)`. Where a signal would raise Stopped at once, `work` is cancelled first: an
+    exception amid an event loop's own code leaves that broken, and in a callback it is lost."""
+    global _deferred
+    result, kept = None, _deferred
+
+    async def watched() -> T:
+        task, left = asyncio.ensure_future(work), False
+        while not (await asyncio.wait({task}, timeout=LOOK))[0]:
+            if _wanted and not kept and not left:
+                left = task.cancel()
+        return task.result()
+
+    try:
+        _deferred += 1
+        result = asyncio.run(watched())
+    except asyncio.CancelledError:
+        if not _wanted:
+            raise
+    finally:
+        _deferred = kept
+    if _wanted and not kept:
+        raise Stopped(128 + _wanted)
+    return cast(T, result)
 
 
 def settle(tree: T) -> T:

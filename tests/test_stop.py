@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -79,6 +81,51 @@ def test_what_changes_nothing_is_left_in_the_middle() -> None:
     with stop.deferred():
         assert stop.interruptible(lambda: "an answer") == "an answer"
         assert stop._deferred == 1, "the loop around is as careful as before"
+
+
+def test_what_waits_in_an_event_loop_is_cancelled_and_nothing_is_raised_amid_it() -> None:
+    """Raised in a callback, the wish was lost ("Exception ignored in"); raised in the code of a connection,
+    it came out as that one's error."""
+    seen: list[Any] = []
+
+    async def ask() -> str:
+        asyncio.get_running_loop().call_soon(send)
+        try:
+            await asyncio.sleep(30)
+        except BaseException as error:
+            seen.append(type(error))
+            raise
+        return "an answer"
+
+    begun = time.monotonic()
+    with pytest.raises(Stopped) as stopped, stop.deferred():
+        stop.interruptible(lambda: stop.run(ask()))
+    assert stopped.value.code == 143
+    assert seen == [asyncio.CancelledError]
+    stop._wanted = 0
+    with pytest.raises(Stopped):
+        stop.run(ask())
+    assert time.monotonic() - begun < 25, "it did not sleep to the end"
+
+
+def test_in_a_careful_place_an_event_loop_comes_to_its_end() -> None:
+    async def ask() -> str:
+        send()
+        await asyncio.sleep(3 * stop.LOOK)
+        return "an answer"
+
+    said = []
+    with pytest.raises(Stopped), stop.deferred():
+        said.append(stop.run(ask()))
+    assert said == ["an answer"]
+    stop._wanted = 0
+
+    async def cancels() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        stop.run(cancels())
+    assert stop._deferred == 0
 
 
 def test_arrays_are_waited_for() -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from fundus_jax import dialog, findings
+from fundus_jax import dialog, findings, stop
 from fundus_jax.chat import Chat, ChatConfig, ChatError
 from fundus_jax.evaluation import scores
 from fundus_jax.evaluation.extract import answer_text
@@ -163,4 +163,4 @@ def _ask(config: ChatConfig, asked: Sequence[tuple[list[dict[str, str]], type]])
         async with Chat(config, "reader") as chat:
             return list(await asyncio.gather(*(one(chat, *call) for call in asked)))
 
-    return asyncio.run(everything())
+    return stop.run(everything())

@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 
+from fundus_jax import stop
 from fundus_jax.chat import Chat, ChatConfig, ChatError, LostError
 from fundus_jax.dialog import harmless
 from fundus_jax.findings import ordered, required, unknown
@@ -155,7 +156,7 @@ class ServerJudge:
         Raises LostError when the server was away for longer than `patience`, JudgeError when the budget is
         spent and for what only the user can mend, such as a wrong key.
         """
-        return asyncio.run(self._rate_all(requests))
+        return stop.run(self._rate_all(requests))
 
     def metrics(self) -> dict[str, float]:
         """Requests, retries and tokens of this process since the last call; and the version of the prompts,
