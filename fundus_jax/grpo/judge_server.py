@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from string import Template
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -33,7 +33,6 @@ from fundus_jax.grpo.judge import Judge, JudgeError, Request, RulesJudge
 from fundus_jax.records import ConfigError, Findings, Verdict
 
 KINDS = ("rules", "server")
-Rated = TypeVar("Rated", "FindingsRating", "KnowledgeRating")
 GIVES_UP = {"down": LostError, "budget": JudgeError}  # kinds of ChatError that no other trace would escape
 GO_ON = "the same command, given again, goes on from here"
 LONGEST = 120  # characters of an error, which people read; the verdict does not depend on it
@@ -97,10 +96,6 @@ class FindingsRating(pydantic.BaseModel):
     errors: _Errors
     rating: Literal["plausible", "tenuous", "flawed"]
 
-    @pydantic.model_validator(mode="after")
-    def _agrees(self) -> Self:
-        return _agreeing(self, {"plausible": 0, "tenuous": 1, "flawed": MOST}[self.rating])
-
 
 class KnowledgeRating(pydantic.BaseModel):
     """What the model answers about a trace and the knowledge of a label."""
@@ -108,18 +103,6 @@ class KnowledgeRating(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
     errors: _Errors
     rating: Literal["plausible", "implausible"]
-
-    @pydantic.model_validator(mode="after")
-    def _agrees(self) -> Self:
-        return _agreeing(self, {"plausible": 0, "implausible": MOST}[self.rating])
-
-
-def _agreeing(answer: Rated, most: int) -> Rated:
-    """The answer; ValueError, by which it counts as malformed, where it lists more errors than its rating
-    allows: one of the two is wrong, and nobody knows which."""
-    if len(answer.errors) > most:
-        raise ValueError(f"{len(answer.errors)} errors are told, and the rating is {answer.rating}")
-    return answer
 
 
 SCHEMAS: dict[str, type[FindingsRating] | type[KnowledgeRating]] = {

@@ -177,15 +177,6 @@ def test_many_errors_are_cut_and_none_is_no_error() -> None:
     assert (best.rating, best.reasons) == ("plausible", ())
 
 
-@pytest.mark.parametrize(("errors", "rating"), [(1, "plausible"), (2, "tenuous"), (4, "tenuous")])
-def test_a_rating_better_than_its_errors_is_an_abstention(errors: int, rating: str) -> None:
-    answer = {"errors": ["drusen are not there"] * errors, "rating": rating}
-    with Server(lambda body, number: Reply(texts=[json.dumps(answer)])) as server:
-        [verdict] = judge(server.address)([request(BAD)])
-    assert verdict.rating == "abstain"
-    assert f"{errors} errors are told, and the rating is {rating}" in verdict.reasons[0]
-
-
 def test_without_a_judge_the_run_stops() -> None:
     with Server(lambda body, number: Reply(status=401)) as server:
         with pytest.raises(JudgeError, match=r"answers 401 .*check address, model and key; then the same"):
